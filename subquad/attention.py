@@ -1,0 +1,263 @@
+"""Where mixers meet a Hugging Face model: its attention function.
+
+Recent transformers models call one function, `attention_interface(module, query, key, value, mask, ...)`, after their own
+projections, norms and rotary embedding. A student's model is told to call ours instead, and nothing of its code changes:
+
+- `find_attention` runs the model once on two tokens with a function that only looks, and so learns which modules call the
+  interface, in what order and with what shapes. A model that never calls it is refused by its name.
+- `attach` gives each of those modules a `LayerMixer` and a hook that hands the function what it is not given (the hidden
+  states, for gates) as one more keyword argument; the modules pass keyword arguments on.
+- `mixed_attention` splits the heads by mixer and joins their outputs. What a forward pass needs beyond its inputs (the 2D
+  padding mask, the cache) comes in one `Pass`, as a keyword argument of the model. No module holds a mode.
+
+The heads that keep attention go through the function that the model used before (sdpa, eager, ...), so that a student whose
+plan is all attention computes exactly what its teacher does.
+
+Legend: B batch, H query heads, G key/value heads, T new tokens, L past and new tokens, D head width, M hidden width.
+"""
+
+import sys
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from subquad.cache import StudentCache
+from subquad.errors import UserError
+from subquad.mixers import MIXERS, MixerInputs, mixer_options
+from subquad.plan import AttentionShape, Plan
+
+PROBE = "subquad_probe"
+PREFIX = "subquad_"  # "subquad_sdpa": mixers, with sdpa for the heads that keep attention
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """A module that calls the attention interface: its path in the model and the shape of its heads."""
+
+    path: str
+    shape: AttentionShape
+
+
+Observer = Callable[["LayerMixer", str, MixerInputs, Tensor], None]
+
+
+@dataclass
+class Pass:
+    """What one forward pass of a student carries besides its inputs.
+
+    With an `observer` the pass is teacher-forced: every layer computes the teacher's attention, shows the observer each
+    mixer's inputs with the attention output of its heads, and goes on with the teacher's output.
+    """
+
+    padding_BL: Tensor | None = None  # True at real tokens, past and new; None: no padding
+    cache: StudentCache | None = None
+    observer: Observer | None = None
+    restored: frozenset[int] = frozenset()  # layers that compute the teacher's attention whatever the plan says
+
+
+class LayerMixer(nn.ModuleDict):
+    """The mixers of one layer by name, each over its own heads. State dict: `<attention module>.mixer.<name>.*`."""
+
+    def __init__(self, plan: Plan, layer: int) -> None:
+        super().__init__(
+            {name: MIXERS[name](group, mixer_options(name, plan.mixers[name])) for name, group in plan.groups(layer).items()}
+        )
+        self.layer = layer
+        self.shape = plan.shapes[layer]
+
+
+def mixed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    base: str,
+    scaling: float | None = None,
+    student_pass: Pass | None = None,
+    hidden_states_BTM: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function of a student: query (B, H, T, D), key and value (B, G, T, D) -> (B, T, H, D).
+
+    The cache has counted the new tokens already (the module called `update`) and holds one state for each mixer.
+    """
+    layer: LayerMixer = module.mixer  # type: ignore[assignment]
+    student_pass = student_pass or Pass()
+    assert hidden_states_BTM is not None
+    attend = _base_attention(module, base, attention_mask, scaling, kwargs)
+    whole = MixerInputs(
+        query,
+        key,
+        value,
+        hidden_states_BTM,
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        softcap=kwargs.get("softcap"),
+        padding_BL=student_pass.padding_BL,
+        attend=attend,
+    )
+    if student_pass.observer is not None:
+        y_BHTD = attend(query, key, value)
+        for name, mixer in layer.items():
+            inputs = _of_group(whole, mixer.group)
+            student_pass.observer(layer, name, inputs, y_BHTD[:, list(mixer.group.heads)])
+        return y_BHTD.transpose(1, 2), None
+    if layer.layer in student_pass.restored:
+        return attend(query, key, value).transpose(1, 2), None
+
+    states: dict[str, Any] = {}
+    if student_pass.cache is not None:
+        cached = student_pass.cache.layers[layer.layer]
+        whole = replace(whole, past=cached.tokens - query.shape[2])
+        states = cached.states
+    outputs = {}
+    for name, mixer in layer.items():
+        outputs[name], new_state = mixer(_of_group(whole, mixer.group), states.get(name))
+        if student_pass.cache is not None:
+            states[name] = new_state
+    if len(outputs) == 1:
+        (y_BHTD,) = outputs.values()
+    else:
+        joined = torch.cat([outputs[name] for name in layer], 1)
+        order = torch.tensor([head for mixer in layer.values() for head in mixer.group.heads])
+        y_BHTD = joined[:, order.argsort().to(joined.device)]
+    return y_BHTD.transpose(1, 2), None
+
+
+def _of_group(inputs: MixerInputs, group: Any) -> MixerInputs:
+    """The inputs of one head group; a whole layer's are passed on untouched."""
+    if len(group.heads) == inputs.q_BHTD.shape[1]:
+        return inputs
+    heads, kv = list(group.heads), list(group.kv_heads)
+    return replace(inputs, q_BHTD=inputs.q_BHTD[:, heads], k_BGTD=inputs.k_BGTD[:, kv], v_BGTD=inputs.v_BGTD[:, kv])
+
+
+def _base_attention(
+    module: nn.Module, base: str, mask: Tensor | None, scaling: float | None, kwargs: dict[str, Any]
+) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """The model's own attention function, bound to this call: (q, k, v) -> y, all (B, heads, time, D).
+
+    'eager' is the function of that name in the model's own file, as transformers resolves it.
+    """
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    function = ALL_ATTENTION_FUNCTIONS.get_interface(base, eager)
+
+    def attend(q_BHTD: Tensor, k_BGLD: Tensor, v_BGLD: Tensor) -> Tensor:
+        # Attention functions read these four of the module, and the group size must be that of the heads at hand.
+        view = SimpleNamespace(
+            num_key_value_groups=q_BHTD.shape[1] // k_BGLD.shape[1],
+            is_causal=True,
+            training=module.training,
+            layer_idx=module.layer_idx,
+        )
+        y_BTHD, _ = function(view, q_BHTD, k_BGLD, v_BGLD, mask, scaling=scaling, **kwargs)
+        return y_BTHD.transpose(1, 2)
+
+    return attend
+
+
+def register(base: str) -> str:
+    """Makes our function known for students whose kept heads use `base`; returns the implementation's name."""
+    name = PREFIX + base
+
+    def function(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        return mixed_attention(*args, base=base, **kwargs)
+
+    AttentionInterface.register(name, function)
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
+    return name
+
+
+def attach(model: PreTrainedModel, paths: list[str], plan: Plan) -> None:
+    """Gives each attention module its mixers and its hook, and makes the model call our attention function."""
+    for layer, path in enumerate(paths):
+        module = model.get_submodule(path)
+        module.mixer = keep_initialised(LayerMixer(plan, layer))
+        module.register_forward_pre_hook(_provide_hidden_states, with_kwargs=True)
+    set_attention(model, register(model.config._attn_implementation))
+
+
+def keep_initialised(module: nn.Module) -> Any:
+    """Tells transformers' `post_init` to leave these weights as they are."""
+    for part in module.modules():
+        part._is_hf_initialized = True
+    return module
+
+
+def _provide_hidden_states(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    hidden_states = args[0] if args else kwargs["hidden_states"]
+    return args, {**kwargs, "hidden_states_BTM": hidden_states}
+
+
+def set_attention(model: PreTrainedModel, name: str) -> None:
+    """Sets the attention implementation of a model and all its parts (they may share one config object or not)."""
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if config is not None:
+            config._attn_implementation = name
+
+
+@contextmanager
+def _attention(model: PreTrainedModel, name: str):
+    before = model.config._attn_implementation
+    set_attention(model, name)
+    try:
+        yield
+    finally:
+        set_attention(model, before)
+
+
+@torch.no_grad()
+def find_attention(model: PreTrainedModel) -> list[AttentionSite]:
+    """The modules of a causal language model that call the attention interface, in the order of their calls.
+
+    Raises UserError, naming the model's class, for a model that does not call the interface, does not pass keyword
+    arguments on to it, attends across sequences, or has keys and values of different width (MLA).
+    """
+    family = type(model).__name__
+    if model.config.is_encoder_decoder:
+        raise UserError(f"{family} is an encoder-decoder model; Subquad converts decoder-only models")
+    paths = {module: path for path, module in model.named_modules()}
+    sites: list[AttentionSite] = []
+
+    def look(module, query, key, value, mask, **kwargs):
+        if "student_pass" not in kwargs:
+            raise UserError(f"{family} does not pass keyword arguments on to its attention function: unsupported")
+        if key.shape[-1] != value.shape[-1] or query.shape[-1] != key.shape[-1]:
+            raise UserError(f"{family} has multi-head latent attention (MLA): unsupported")
+        hidden_size = model.config.get_text_config().hidden_size
+        shape = AttentionShape(
+            heads=query.shape[1],
+            kv_heads=key.shape[1],
+            head_dim=query.shape[-1],
+            hidden_size=hidden_size,
+            window=kwargs.get("sliding_window"),
+        )
+        sites.append(AttentionSite(paths[module], shape))
+        return torch.zeros_like(query).transpose(1, 2), None
+
+    AttentionInterface.register(PROBE, look)
+    AttentionMaskInterface.register(PROBE, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    device = model.get_input_embeddings().weight.device
+    token = torch.zeros(1, 2, dtype=torch.long, device=device)
+    with _attention(model, PROBE):
+        try:
+            model(token, use_cache=False, student_pass=Pass())
+        except TypeError as error:
+            raise UserError(f"{family} does not take the attention function's keyword arguments ({error})") from None
+    if not sites:
+        raise UserError(
+            f"{family} does not call transformers' attention interface, through which Subquad replaces attention: unsupported"
+        )
+    if len({site.path for site in sites}) != len(sites):
+        raise UserError(f"{family} shares one attention module between layers: unsupported")
+    return sites

@@ -1,0 +1,47 @@
+"""Token mixers, one file each. To add one: write the file, add a row here and one in tests/test_mixers.py."""
+
+from typing import Any
+
+from pydantic import ValidationError
+
+from subquad.errors import UserError, nearest
+from subquad.mixers.attention import Attention
+from subquad.mixers.base import HeadGroup, Mixer, MixerInputs, Options, State
+from subquad.mixers.gated_deltanet import GatedDeltaNet
+from subquad.mixers.gla import GLA
+from subquad.mixers.hedgehog import Hedgehog
+from subquad.mixers.mamba2 import Mamba2
+from subquad.mixers.sliding_window import SlidingWindow
+
+MIXERS: dict[str, type[Mixer]] = {
+    "attention": Attention,
+    "sliding_window": SlidingWindow,
+    "hedgehog": Hedgehog,
+    "gla": GLA,
+    "gated_deltanet": GatedDeltaNet,
+    "mamba2": Mamba2,
+}
+
+
+def mixer_class(name: str) -> type[Mixer]:
+    """The mixer of this name. Raises UserError with the nearest valid name."""
+    if name not in MIXERS:
+        raise UserError(f"unknown mixer '{name}': {nearest(name, MIXERS)}")
+    return MIXERS[name]
+
+
+def mixer_options(name: str, options: dict[str, Any]) -> Options:
+    """Checked options of a mixer, defaults filled in. Raises UserError naming the option that is wrong."""
+    kind = mixer_class(name).Options
+    unknown = set(options) - set(kind.model_fields)
+    if unknown:
+        key = sorted(unknown)[0]
+        raise UserError(f"mixer '{name}' has no option '{key}': {nearest(key, kind.model_fields) or 'it has none'}")
+    try:
+        return kind(**options)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"mixer '{name}', option '{first['loc'][0]}': {first['msg'].lower()}") from None
+
+
+__all__ = ["MIXERS", "HeadGroup", "Mixer", "MixerInputs", "Options", "State", "mixer_class", "mixer_options"]

@@ -1,0 +1,35 @@
+"""Softmax attention, kept from the teacher: the mixer of the heads that a plan does not replace.
+
+Legend: B batch, H query heads, G key/value heads, T new tokens, L cached and new tokens, D head width.
+"""
+
+import torch
+from torch import Tensor
+
+from subquad.mixers.base import HeadGroup, Mixer, MixerInputs, Options, State
+
+
+class Attention(Mixer):
+    """The teacher's own attention function on these heads: y = softmax(q k^T scale) v.
+
+    Its state is the KV cache of the key/value heads in use, one copy a head however many queries share it; where the teacher
+    attends through a sliding window, its last window - 1 tokens.
+    """
+
+    def mix(self, inputs: MixerInputs, state: State) -> tuple[Tensor, State]:
+        assert inputs.attend is not None
+        k_BGLD, v_BGLD = inputs.k_BGTD, inputs.v_BGTD
+        if state:
+            k_BGLD, v_BGLD = torch.cat([state["k"], k_BGLD], 2), torch.cat([state["v"], v_BGLD], 2)
+        kept = slice(None) if self.group.window is None else slice(-self.group.window + 1, None)
+        y_BHTD = inputs.attend(inputs.q_BHTD, self.expand(k_BGLD), self.expand(v_BGLD))
+        return y_BHTD, {"k": k_BGLD[:, :, kept], "v": v_BGLD[:, :, kept]}
+
+    def expand(self, x_BGLD: Tensor) -> Tensor:
+        """Attention functions know even groups; uneven ones get one key/value head for each query head."""
+        return x_BGLD if self.group.even else self.spread(x_BGLD)
+
+    @classmethod
+    def state_bytes(cls, group: HeadGroup, options: Options, context: int, itemsize: int) -> int:
+        tokens = context if group.window is None else min(context, group.window - 1)
+        return 2 * len(group.kv_heads) * tokens * group.head_dim * itemsize

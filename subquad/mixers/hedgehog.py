@@ -1,0 +1,115 @@
+"""Hedgehog: softmax over a near window and linear attention over all older tokens, under one denominator.
+
+Legend: B batch, H query heads, G state heads, T new tokens, L past and new tokens, D head width, F features, W window.
+"""
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from subquad.mixers.base import HeadGroup, Mixer, MixerInputs, Options, State
+from subquad.mixers.sliding_window import WindowOptions, window_bytes, window_of
+from subquad.ops import WindowSum, decay_chunk, decay_step
+from subquad.ops.common import wide
+from subquad.ops.window import first_real
+
+
+class HedgehogOptions(WindowOptions):
+    feature_dim: int | None = Field(None, ge=1, description="half the number of features; default: the head width")
+
+
+class FeatureMap(nn.Module):
+    """phi(x) = [softmax(x W), softmax(-x W)] per head: positive features that can be as peaked as a softmax.
+
+    W starts as the identity (or its first columns), scaled so that q and k share the factor of q k^T evenly.
+    Source: Hedgehog (arXiv 2402.04347, eq. 6), in LoLCATs' form.
+    """
+
+    def __init__(self, heads: int, head_dim: int, features: int) -> None:
+        super().__init__()
+        self.weight_HDF = nn.Parameter(torch.eye(head_dim, features).repeat(heads, 1, 1) * head_dim**-0.25)
+
+    def forward(self, x_BHTD: Tensor) -> Tensor:
+        projected = wide(x_BHTD @ self.weight_HDF)
+        return torch.cat([projected.softmax(-1), (-projected).softmax(-1)], -1)
+
+
+class Hedgehog(Mixer):
+    """o_i = (sum_near e^{q k scale} v + c sum_far phi(q) phi(k) v) / (the same without v).
+
+    Near are the last `window` keys and the first `sinks`, far are all others; c > 0 is one learned factor per head, started
+    where the untrained output is nearest to the teacher's. The far sum's state is one matrix per key/value head, F x (D + 1):
+    its last column, the values being extended by a one, is the far part of the denominator.
+    Source: LoLCATs (arXiv 2410.10254, eq. 6: gamma on the near part is 1 / c here), with sinks.
+    """
+
+    Options = HedgehogOptions
+
+    def __init__(self, group: HeadGroup, options: HedgehogOptions) -> None:
+        super().__init__(group, options)
+        features = options.feature_dim or group.head_dim
+        self.query_map = FeatureMap(len(group.heads), group.head_dim, features)
+        self.key_map = FeatureMap(group.states(share=True), group.head_dim, features)
+        self.log_far_H = nn.Parameter(torch.zeros(len(group.heads)))
+
+    def mix(self, inputs: MixerInputs, state: State) -> tuple[Tensor, State]:
+        inputs = self.shared(inputs, share=True)
+        near = window_of(inputs, {name: x for name, x in state.items() if name != "far"}, self.options)
+        far_BHTP, far_state = self.far(inputs, state)
+        return self.joined(near, far_BHTP), near.state | {"far": far_state}
+
+    def far(self, inputs: MixerInputs, state: State) -> tuple[Tensor, Tensor]:
+        """The linear sums [far numerator, far denominator] (B, H, T, D + 1), and their state after the new tokens.
+
+        Between calls the state holds every token that the *next* query no longer sees in its window. The first new query
+        therefore reads it as it is, and each later one after one more token has left the window.
+        """
+        B, G, T, _ = inputs.k_BGTD.shape
+        window = self.options.window - 1
+        if state:
+            k = torch.cat([state["window_k"], inputs.k_BGTD], 2)[:, :, :T]
+            v = torch.cat([state["window_v"], inputs.v_BGTD], 2)[:, :, :T]
+        else:
+            k, v = (nn.functional.pad(x, (0, 0, window, 0))[:, :, :T] for x in (inputs.k_BGTD, inputs.v_BGTD))
+        columns_T = torch.arange(inputs.past - window, inputs.past - window + T, device=k.device)
+        start_B = first_real(inputs.padding_BL, B, k.device)
+        leaving_BT = columns_T >= start_B[:, None] + self.options.sinks
+        if inputs.padding_BL is not None:
+            leaving_BT = leaving_BT & inputs.padding_BL[:, columns_T.clamp_min(0)]
+        k_BGTF = self.key_map(k) * leaving_BT[:, None, :, None]
+        v_BGTP = wide(torch.cat([v, torch.ones_like(v[..., :1])], -1))
+        q_BHTF = self.query_map(inputs.q_BHTD)
+
+        last_k, last_v = k_BGTF[:, :, -1:], v_BGTP[:, :, -1:]
+        k_BGTF, v_BGTP = (nn.functional.pad(x, (0, 0, 1, -1)) for x in (k_BGTF, v_BGTP))
+        form = decay_step if T == 1 else decay_chunk
+        y_BHTP, far_state = form(q_BHTF, k_BGTF, v_BGTP, None, state.get("far"))
+        return y_BHTP, far_state + last_k.transpose(-1, -2) @ last_v
+
+    def joined(self, near: WindowSum, far_BHTP: Tensor) -> Tensor:
+        """Both sums under one denominator, with the larger of their two scales taken out."""
+        log_far_H11 = self.log_far_H[:, None, None]
+        peak = torch.maximum(near.peak_BHT1, log_far_H11)
+        near_weight, far_weight = (near.peak_BHT1 - peak).exp(), (log_far_H11 - peak).exp()
+        numerator = near_weight * near.numerator_BHTD + far_weight * far_BHTP[..., :-1]
+        denominator = near_weight * near.denominator_BHT1 + far_weight * far_BHTP[..., -1:]
+        return (numerator / denominator).to(near.numerator_BHTD.dtype)
+
+    @classmethod
+    def state_bytes(cls, group: HeadGroup, options: HedgehogOptions, context: int, itemsize: int) -> int:
+        states = group.states(share=True)
+        far = states * 2 * (options.feature_dim or group.head_dim) * (group.head_dim + 1) * 4
+        return window_bytes(states, group.head_dim, options, itemsize) + far
+
+    @torch.no_grad()
+    def calibrate(self, inputs: MixerInputs, target_BHTD: Tensor) -> None:
+        """Chooses each head's factor c from a grid by the squared error of the output."""
+        inputs = self.shared(inputs, share=True)
+        near = window_of(inputs, {}, self.options)
+        far_BHTP, _ = self.far(inputs, {})
+        grid = torch.linspace(-12.0, 8.0, 41)
+        errors = []
+        for value in grid:
+            self.log_far_H.fill_(value)
+            errors.append((self.joined(near, far_BHTP) - target_BHTD).float().square().sum((0, 2, 3)))
+        self.log_far_H.copy_(grid.to(self.log_far_H)[torch.stack(errors).argmin(0)])

@@ -1,0 +1,53 @@
+"""Sliding-window attention with sinks: exact attention to the last tokens and the first few.
+
+Legend: B batch, H query heads, G key/value heads, T new tokens, D head width.
+"""
+
+from pydantic import Field
+from torch import Tensor
+
+from subquad.mixers.base import HeadGroup, Mixer, MixerInputs, Options, State
+from subquad.ops import WindowSum, window_sum
+
+
+class WindowOptions(Options):
+    window: int = Field(64, ge=1, description="tokens that a query sees, itself included")
+    sinks: int = Field(4, ge=0, description="first tokens that stay visible")
+
+
+def window_of(inputs: MixerInputs, state: State, options: WindowOptions) -> WindowSum:
+    """The windowed softmax sum of these inputs."""
+    return window_sum(
+        inputs.q_BHTD,
+        inputs.k_BGTD,
+        inputs.v_BGTD,
+        window=options.window,
+        sinks=options.sinks,
+        scale=inputs.scale,
+        softcap=inputs.softcap,
+        state=state or None,
+        past=inputs.past,
+        padding_BL=inputs.padding_BL,
+    )
+
+
+def window_bytes(kv_heads: int, head_dim: int, options: WindowOptions, itemsize: int) -> int:
+    """Bytes of the window's keys and values and the sinks', whatever the context."""
+    return 2 * kv_heads * (options.window - 1 + options.sinks) * head_dim * itemsize
+
+
+class SlidingWindow(Mixer):
+    """y = softmax over the last `window` keys and the first `sinks`. Needs no training: the baseline to beat.
+
+    Source: StreamingLLM (arXiv 2309.17453), with the teacher's positions kept.
+    """
+
+    Options = WindowOptions
+
+    def mix(self, inputs: MixerInputs, state: State) -> tuple[Tensor, State]:
+        result = window_of(self.shared(inputs, share=True), state, self.options)
+        return result.normalised(), result.state
+
+    @classmethod
+    def state_bytes(cls, group: HeadGroup, options: WindowOptions, context: int, itemsize: int) -> int:
+        return window_bytes(group.states(share=True), group.head_dim, options, itemsize)

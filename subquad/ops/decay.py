@@ -1,0 +1,87 @@
+"""The decayed recurrence: S_t = diag(a_t) S_{t-1} + k_t v_t^T,  y_t = q_t S_t.
+
+`log_a` is None (no decay: plain linear attention), (B, G, T) (one decay a head: Mamba-2, RetNet) or (B, G, T, N) (one a
+key channel: GLA); always a logarithm, at most 0. H query heads may share G states (H a multiple of G, neighbours share).
+States and decays are float32 or wider, whatever the dtype of q, k and v. Differences of cumulated log decays are always
+taken before the exponential and only where they are not positive, so nothing overflows, however strong the decay.
+
+Sources: the chunked form for scalar decay is Mamba-2's SSD (arXiv 2405.21060, section 6); for vector decay GLA's
+(arXiv 2312.06635, section 4), with the within-chunk products taken exactly instead of by secondary chunks.
+
+Legend: B batch, H query heads, G state heads, R = H / G, T time, K chunks, C time within a chunk, N key width, P value width.
+"""
+
+import torch
+from torch import Tensor
+
+from subquad.ops import triton
+from subquad.ops.common import initial_state, into_chunks, loop, wide
+
+SCALAR_CHUNK = 64
+VECTOR_CHUNK = 16  # the within-chunk products take C * C * N memory for each chunk
+
+
+def decay_step(
+    q_BH1N: Tensor, k_BG1N: Tensor, v_BG1P: Tensor, log_a: Tensor | None, state_BGNP: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """One token of the recurrence. Returns y (B, H, 1, P) and the new state (B, G, N, P)."""
+    state = initial_state(state_BGNP, k_BG1N, v_BG1P)
+    if log_a is not None:
+        a = wide(log_a).exp()
+        state = state * (a.transpose(-1, -2) if log_a.dim() == 4 else a.unsqueeze(-1))
+    state = torch.addcmul(state, wide(k_BG1N).transpose(-1, -2), wide(v_BG1P))
+    q_BGRN = wide(q_BH1N).squeeze(2).unflatten(1, (k_BG1N.shape[1], -1))
+    y_BGRP = q_BGRN @ state
+    return y_BGRP.flatten(1, 2).unsqueeze(2).to(v_BG1P.dtype), state
+
+
+def decay_loop(
+    q_BHTN: Tensor, k_BGTN: Tensor, v_BGTP: Tensor, log_a: Tensor | None = None, state_BGNP: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The recurrence step by step: the reference of the tests. Returns y (B, H, T, P) and the state (B, G, N, P)."""
+    return loop(decay_step, q_BHTN, k_BGTN, v_BGTP, log_a, state=initial_state(state_BGNP, k_BGTN, v_BGTP))
+
+
+def decay_chunk(
+    q_BHTN: Tensor, k_BGTN: Tensor, v_BGTP: Tensor, log_a: Tensor | None = None, state_BGNP: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The recurrence in parallel over chunks. Returns y (B, H, T, P) in v's dtype and the state (B, G, N, P)."""
+    if triton.serves(q_BHTN):
+        return triton.decay(q_BHTN, k_BGTN, v_BGTP, log_a, state_BGNP)
+    vector = log_a is not None and log_a.dim() == 4
+    C, T, G = VECTOR_CHUNK if vector else SCALAR_CHUNK, q_BHTN.shape[2], k_BGTN.shape[1]
+    state_BGNP = initial_state(state_BGNP, k_BGTN, v_BGTP)
+    q = into_chunks(q_BHTN, C).unflatten(1, (G, -1))  # B G R K C N
+    k_BGKCN = into_chunks(k_BGTN, C)
+    v_BGKCP = into_chunks(v_BGTP, C)
+
+    causal_CC = torch.ones(C, C, dtype=torch.bool, device=q.device).tril()
+    if log_a is None:
+        scores = (q @ k_BGKCN.transpose(-1, -2).unsqueeze(2)).masked_fill(~causal_CC, 0.0)
+        q_read, k_write, decay_BGK = q, k_BGKCN, None
+    elif vector:
+        c_BGKCN = into_chunks(log_a, C).cumsum(-2)
+        difference = c_BGKCN.unsqueeze(-2) - c_BGKCN.unsqueeze(-3)  # B G K C(query) C(key) N
+        k_seen = difference.masked_fill(~causal_CC.unsqueeze(-1), -torch.inf).exp() * k_BGKCN.unsqueeze(-3)
+        scores = torch.einsum("bgrkin,bgkijn->bgrkij", q, k_seen)
+        q_read = q * c_BGKCN.exp().unsqueeze(2)
+        k_write = k_BGKCN * (c_BGKCN[..., -1:, :] - c_BGKCN).exp()
+        decay_BGK = c_BGKCN[..., -1, :].exp().unsqueeze(-1)
+    else:
+        c_BGKC = into_chunks(log_a, C).cumsum(-1)
+        difference = c_BGKC.unsqueeze(-1) - c_BGKC.unsqueeze(-2)
+        weight = difference.masked_fill(~causal_CC, -torch.inf).exp()
+        scores = (q @ k_BGKCN.transpose(-1, -2).unsqueeze(2)) * weight.unsqueeze(2)
+        q_read = q * c_BGKC.exp().unsqueeze(2).unsqueeze(-1)
+        k_write = k_BGKCN * (c_BGKC[..., -1:] - c_BGKC).exp().unsqueeze(-1)
+        decay_BGK = c_BGKC[..., -1, None, None].exp()
+
+    written_BGKNP = k_write.transpose(-1, -2) @ v_BGKCP
+    starts = []  # the state at the start of each chunk
+    for index in range(written_BGKNP.shape[2]):
+        starts.append(state_BGNP)
+        kept = state_BGNP if decay_BGK is None else state_BGNP * decay_BGK[:, :, index]
+        state_BGNP = kept + written_BGKNP[:, :, index]
+    start_BGKNP = torch.stack(starts, 2)
+    y = scores @ v_BGKCP.unsqueeze(2) + q_read @ start_BGKNP.unsqueeze(2)
+    return y.flatten(3, 4)[:, :, :, :T].flatten(1, 2).to(v_BGTP.dtype), state_BGNP
