@@ -114,16 +114,15 @@ def mixed_attention(
     if layer.layer in student_pass.restored:
         return attend(query, key, value).transpose(1, 2), None
 
-    states: dict[str, Any] = {}
-    if student_pass.cache is not None:
-        cached = student_pass.cache.layers[layer.layer]
+    cached = None if student_pass.cache is None else student_pass.cache.layers[layer.layer]
+    if cached is not None:
         whole = replace(whole, past=cached.tokens - query.shape[2])
-        states = cached.states
     outputs = {}
     for name, mixer in layer.items():
-        outputs[name], new_state = mixer(_of_group(whole, mixer.group), states.get(name))
-        if student_pass.cache is not None:
-            states[name] = new_state
+        state = None if cached is None else cached.states.get(name)
+        outputs[name], new_state = mixer(_of_group(whole, mixer.group), state)
+        if cached is not None:
+            cached.store(name, new_state)
     if len(outputs) == 1:
         (y_BHTD,) = outputs.values()
     else:

@@ -46,9 +46,16 @@ class StudentCacheLayer(CacheLayerMixin):
         past = self.tokens if self.window is None else min(self.tokens, self.window - 1)
         return past + query_length, self.tokens - past
 
+    def store(self, mixer: str, state: State) -> None:
+        """Keeps a mixer's new state. A short view of a long tensor is copied, or it would keep all of it in memory."""
+        self.states[mixer] = {
+            key: tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+            for key, tensor in state.items()
+        }
+
     def nbytes(self) -> int:
-        """Bytes of all tensors held."""
-        return sum(tensor.nbytes for state in self.states.values() for tensor in state.values())
+        """Bytes of memory behind all tensors held."""
+        return sum(tensor.untyped_storage().nbytes() for state in self.states.values() for tensor in state.values())
 
     def reset(self) -> None:
         self.tokens, self.states, self.is_initialized = 0, {}, False
@@ -77,5 +84,5 @@ class StudentCache(Cache):
         super().__init__(layers=[StudentCacheLayer(shape.window) for shape in plan.shapes])
 
     def nbytes(self) -> int:
-        """Bytes of all tensors held."""
+        """Bytes of memory behind all tensors held."""
         return sum(layer.nbytes() for layer in self.layers)

@@ -87,10 +87,12 @@ class Hedgehog(Mixer):
         return y_BHTP, far_state + last_k.transpose(-1, -2) @ last_v
 
     def joined(self, near: WindowSum, far_BHTP: Tensor) -> Tensor:
-        """Both sums under one denominator, with the larger of their two scales taken out."""
+        """Both sums under one denominator, divided by the scale of the larger one, so that nothing over- or underflows."""
         log_far_H11 = self.log_far_H[:, None, None]
-        peak = torch.maximum(near.peak_BHT1, log_far_H11)
-        near_weight, far_weight = (near.peak_BHT1 - peak).exp(), (log_far_H11 - peak).exp()
+        far_size = far_BHTP[..., -1:].detach().log() + log_far_H11.detach()  # -inf where no token is far
+        peak = torch.maximum(near.peak_BHT1, far_size)
+        near_weight = (near.peak_BHT1 - peak).exp()
+        far_weight = (log_far_H11 - peak).clamp_max(80.0).exp()  # the bound is met only where the far sum is zero
         numerator = near_weight * near.numerator_BHTD + far_weight * far_BHTP[..., :-1]
         denominator = near_weight * near.denominator_BHT1 + far_weight * far_BHTP[..., -1:]
         return (numerator / denominator).to(near.numerator_BHTD.dtype)

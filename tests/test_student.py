@@ -1,0 +1,176 @@
+"""Students of every family: exact where nothing is replaced, and conformant where something is."""
+
+import pytest
+import torch
+from conftest import FAMILIES, tiny
+
+from subquad.attention import find_attention
+from subquad.errors import UserError
+from subquad.plan import Plan
+from subquad.student import Student
+from subquad.testing import ConformanceError, check_student
+
+MIXERS = {
+    "sliding_window": {"window": 12, "sinks": 2},
+    "hedgehog": {"window": 12, "sinks": 2},
+    "gla": {},
+    "gated_deltanet": {},
+    "mamba2": {},
+}
+
+
+def shapes_of(teacher):
+    return [site.shape for site in find_attention(teacher)]
+
+
+def mixed_plan(shapes, mixer="hedgehog"):
+    """One layer replaced, one head-level hybrid with uneven key/value groups, one that keeps attention."""
+    first, second, third = (list(range(shape.heads)) for shape in shapes)
+    layers = [{mixer: first}, {"attention": second[::4], mixer: [h for h in second if h % 4]}, {"attention": third}]
+    return Plan(shapes=shapes, mixers={"attention": {}, mixer: MIXERS[mixer]}, layers=layers)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_attention_is_the_teacher_exactly(family):
+    teacher = tiny(family)
+    student = Student.from_teacher(teacher, Plan.all_attention(shapes_of(teacher)))
+    tokens = torch.randint(3, 97, (2, 40))
+    assert torch.equal(student(tokens).logits, teacher(tokens).logits)
+    mask = torch.ones_like(tokens)
+    mask[0, :9] = 0
+    assert torch.equal(student(tokens, attention_mask=mask).logits, teacher(tokens, attention_mask=mask).logits)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_conformance(family):
+    teacher = tiny(family)
+    student = Student.from_teacher(teacher, mixed_plan(shapes_of(teacher)))
+    student.calibrate(torch.randint(3, 97, (2, 64)))
+    check_student(student, batch=3)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_conformance_of_every_mixer(mixer):
+    teacher = tiny("llama")
+    student = Student.from_teacher(teacher, mixed_plan(shapes_of(teacher), mixer))
+    student.calibrate(torch.randint(3, 97, (2, 64)))
+    check_student(student, batch=3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_without_any_attention(family):
+    """A model with no attention layer left still counts its tokens (transformers' own caches cannot)."""
+    teacher = tiny(family)
+    student = Student.from_teacher(teacher, Plan.by_layer(shapes_of(teacher), [], "gla"))
+    check_student(student)
+
+
+def test_eager_teacher_keeps_eager():
+    teacher = tiny("llama")
+    teacher.set_attn_implementation("eager")
+    student = Student.from_teacher(teacher, Plan.all_attention(shapes_of(teacher)))
+    tokens = torch.randint(3, 97, (1, 20))
+    assert torch.equal(student(tokens).logits, teacher(tokens).logits)
+
+
+def test_half_precision():
+    teacher = tiny("llama", dtype=torch.bfloat16)
+    student = Student.from_teacher(teacher, mixed_plan(shapes_of(teacher)))
+    check_student(student)
+
+
+def test_check_student_finds_a_broken_cache():
+    """The checks can fail: a student that forgets its states between steps is caught."""
+    teacher = tiny("llama")
+    student = Student.from_teacher(teacher, Plan.by_layer(shapes_of(teacher), [], "gla"))
+    mixer = student.attention_modules()[1].mixer["gla"]
+    mix = mixer.mix
+    mixer.mix = lambda inputs, state: mix(inputs, {})
+    with pytest.raises(ConformanceError, match="cached"):
+        check_student(student)
+
+
+def test_tensors_are_shared_until_unshared():
+    teacher = tiny("llama")
+    student = Student.from_teacher(teacher, mixed_plan(shapes_of(teacher)))
+    mine, theirs = dict(student.backbone.named_parameters()), dict(teacher.named_parameters())
+    assert theirs.keys() < mine.keys()
+    assert all(mine[name].data_ptr() == theirs[name].data_ptr() and mine[name] is not theirs[name] for name in theirs)
+    name = "model.layers.0.mlp.up_proj.weight"
+    student.unshare([f"backbone.{name}"])
+    with torch.no_grad():
+        mine[name].zero_()
+    assert theirs[name].abs().sum() > 0
+
+
+def test_mixers_are_taken_from_another_student():
+    teacher = tiny("llama")
+    shapes = shapes_of(teacher)
+    linear = Student.from_teacher(teacher, Plan.by_layer(shapes, [], "hedgehog"))
+    for _, parameter in linear.mixer_parameters():
+        parameter.data.uniform_()
+    chosen = Student.from_teacher(teacher, Plan.by_layer(shapes, [1], "hedgehog"), mixers_from=linear)
+    source = dict(linear.mixer_parameters())
+    taken = dict(chosen.mixer_parameters())
+    assert len(taken) == len(source) * 2 // 3
+    assert all(torch.equal(parameter, source[name]) for name, parameter in taken.items())
+
+
+def test_calibration_brings_the_student_nearer():
+    teacher = tiny("llama")
+    tokens = torch.randint(3, 97, (2, 64))
+    for mixer in ("hedgehog", "gla", "gated_deltanet", "mamba2"):
+        student = Student.from_teacher(teacher, Plan.by_layer(shapes_of(teacher), [], mixer, MIXERS[mixer]))
+        before = (student(tokens).logits - teacher(tokens).logits).square().mean()
+        student.calibrate(tokens)
+        assert (student(tokens).logits - teacher(tokens).logits).square().mean() < before, mixer
+
+
+def test_a_plan_of_another_shape_is_refused():
+    teacher = tiny("llama")
+    with pytest.raises(UserError, match="another shape"):
+        Student.from_teacher(tiny("gpt2"), Plan.all_attention(shapes_of(teacher)))
+
+
+def test_unsupported_models_are_refused_by_name():
+    from transformers import BloomConfig, BloomForCausalLM, T5Config, T5ForConditionalGeneration
+
+    bloom = BloomForCausalLM(BloomConfig(vocab_size=97, hidden_size=16, n_layer=1, n_head=2)).eval()
+    with pytest.raises(UserError, match="BloomForCausalLM does not call"):
+        find_attention(bloom)
+    t5 = T5ForConditionalGeneration(T5Config(vocab_size=97, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2))
+    with pytest.raises(UserError, match="encoder-decoder"):
+        find_attention(t5)
+
+
+def test_latent_attention_is_refused_by_name():
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(
+        "deepseek_v3",
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=32,
+        moe_intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        q_lora_rank=8,
+        kv_lora_rank=8,
+        qk_rope_head_dim=4,
+        qk_nope_head_dim=4,
+        v_head_dim=4,
+        first_k_dense_replace=1,
+        n_routed_experts=2,
+    )
+    with pytest.raises(UserError, match="MLA"):
+        find_attention(AutoModelForCausalLM.from_config(config).eval())
+
+
+def test_foreign_caches_are_refused():
+    from transformers import DynamicCache
+
+    teacher = tiny("llama")
+    student = Student.from_teacher(teacher, mixed_plan(shapes_of(teacher)))
+    with pytest.raises(ValueError, match="new_cache"):
+        student(torch.tensor([[3, 4]]), past_key_values=DynamicCache())
