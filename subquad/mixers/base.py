@@ -18,6 +18,8 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from subquad.ops.common import wide
+
 State = dict[str, Tensor]
 
 
@@ -158,7 +160,7 @@ class ScaledNormGate(nn.Module):
 
     @staticmethod
     def normalised(y_BHTD: Tensor) -> Tensor:
-        return nn.functional.rms_norm(y_BHTD.float(), y_BHTD.shape[-1:], eps=1e-6).to(y_BHTD.dtype)
+        return nn.functional.rms_norm(wide(y_BHTD), y_BHTD.shape[-1:], eps=1e-6).to(y_BHTD.dtype)
 
     def forward(self, y_BHTD: Tensor, hidden_BTM: Tensor) -> Tensor:
         gate_BTHD = nn.functional.silu(self.gate_up(self.gate_down(hidden_BTM))).unflatten(-1, (self.heads, -1))
@@ -167,5 +169,5 @@ class ScaledNormGate(nn.Module):
     @torch.no_grad()
     def calibrate(self, y_BHTD: Tensor, target_BHTD: Tensor) -> None:
         """Least squares of the scale, channel by channel, from the normalised output to the target."""
-        y, target = self.normalised(y_BHTD).float(), target_BHTD.float()
+        y, target = wide(self.normalised(y_BHTD)), wide(target_BHTD)
         self.scale_HD.copy_((y * target).sum((0, 2)) / (y * y).sum((0, 2)).clamp_min(1e-6))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from subquad.mixers.base import HeadGroup, Mixer, MixerInputs, Options, ScaledNormGate, State, masked
 from subquad.ops import delta_chunk, delta_step
+from subquad.ops.common import wide
 
 
 class GatedDeltaNetOptions(Options):
@@ -41,14 +42,14 @@ class GatedDeltaNet(Mixer):
 
     def mix(self, inputs: MixerInputs, state: State) -> tuple[Tensor, State]:
         inputs = self.shared(inputs, self.options.share_state)
-        b_BGT = self.write(inputs.hidden_BTM).float().sigmoid().transpose(1, 2)
-        rate_BGT = nn.functional.softplus(self.decay(inputs.hidden_BTM).float()).transpose(1, 2)
+        b_BGT = wide(self.write(inputs.hidden_BTM)).sigmoid().transpose(1, 2)
+        rate_BGT = nn.functional.softplus(wide(self.decay(inputs.hidden_BTM))).transpose(1, 2)
         form = delta_step if inputs.q_BHTD.shape[2] == 1 else delta_chunk
         y_BHTD, new = form(
             nn.functional.normalize(inputs.q_BHTD, dim=-1),
             nn.functional.normalize(inputs.k_BGTD, dim=-1),
             inputs.v_BGTD,
-            masked(-self.A_log_G.float().exp()[:, None] * rate_BGT, inputs.real_BT),
+            masked(-wide(self.A_log_G).exp()[:, None] * rate_BGT, inputs.real_BT),
             masked(b_BGT, inputs.real_BT),
             state.get("recurrent"),
         )

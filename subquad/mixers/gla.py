@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from subquad.mixers.base import HeadGroup, Mixer, MixerInputs, Options, ScaledNormGate, State, masked
 from subquad.ops import decay_chunk, decay_step
+from subquad.ops.common import wide
 
 
 class GLAOptions(Options):
@@ -38,7 +39,7 @@ class GLA(Mixer):
     def mix(self, inputs: MixerInputs, state: State) -> tuple[Tensor, State]:
         inputs = self.shared(inputs, self.options.share_state)
         logits_BTGD = self.decay_up(self.decay_down(inputs.hidden_BTM)).unflatten(-1, (self.states, -1))
-        log_a_BGTD = nn.functional.logsigmoid(logits_BTGD.float()).transpose(1, 2) / self.options.normalizer
+        log_a_BGTD = nn.functional.logsigmoid(wide(logits_BTGD)).transpose(1, 2) / self.options.normalizer
         form = decay_step if inputs.q_BHTD.shape[2] == 1 else decay_chunk
         y_BHTD, new = form(
             inputs.q_BHTD * inputs.scale,

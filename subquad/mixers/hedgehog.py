@@ -113,5 +113,5 @@ class Hedgehog(Mixer):
         errors = []
         for value in grid:
             self.log_far_H.fill_(value)
-            errors.append((self.joined(near, far_BHTP) - target_BHTD).float().square().sum((0, 2, 3)))
+            errors.append(wide(self.joined(near, far_BHTP) - target_BHTD).square().sum((0, 2, 3)))
         self.log_far_H.copy_(grid.to(self.log_far_H)[torch.stack(errors).argmin(0)])

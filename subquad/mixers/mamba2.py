@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from subquad.mixers.base import HeadGroup, Mixer, MixerInputs, Options, ScaledNormGate, State, masked
 from subquad.ops import decay_chunk, decay_step
+from subquad.ops.common import wide
 
 
 class Mamba2Options(Options):
@@ -77,13 +78,13 @@ class Mamba2(Mixer):
         return sum(taps[1:], taps[0]), extended[:, :, T:]
 
     def mix(self, inputs: MixerInputs, state: State) -> tuple[Tensor, State]:
-        dt_BGT = nn.functional.softplus(self.dt(inputs.hidden_BTM).float()).transpose(1, 2)
+        dt_BGT = nn.functional.softplus(wide(self.dt(inputs.hidden_BTM))).transpose(1, 2)
         form = decay_step if inputs.q_BHTD.shape[2] == 1 else decay_chunk
         y_BHTD, new = form(
             inputs.q_BHTD * inputs.scale,
             masked(inputs.k_BGTD * dt_BGT.unsqueeze(-1).to(inputs.k_BGTD.dtype), inputs.real_BT),
             inputs.v_BGTD,
-            masked(-self.A_log_G.float().exp()[:, None] * dt_BGT, inputs.real_BT),
+            masked(-wide(self.A_log_G).exp()[:, None] * dt_BGT, inputs.real_BT),
             state.get("recurrent"),
         )
         skip = inputs.v_BGTD.repeat_interleave(y_BHTD.shape[1] // inputs.v_BGTD.shape[1], 1)

@@ -50,6 +50,11 @@ def _valid(padding_BL: Tensor | None, columns: Tensor) -> Tensor:
     return inside[None] & padding_BL[:, columns.clamp(0, padding_BL.shape[1] - 1)]
 
 
+def _extended(new: Tensor, old: Tensor | None, window: int) -> Tensor:
+    """The new keys or values behind the window's, zeros at the start of a sequence."""
+    return pad(new, (0, 0, window - 1, 0)) if old is None else torch.cat([old, new], 2)
+
+
 def _sinks(new: Tensor, old: Tensor | None, index_BS: Tensor) -> Tensor:
     """The sinks' keys or values (B, G, S, D), with those that are among the new tokens written in."""
     B, G, T, D = new.shape
@@ -72,14 +77,12 @@ def window_sum(
     padding_BL: Tensor | None = None,
 ) -> WindowSum:
     """Attention of each query to its last `window` keys and the first `sinks`; see the module's docstring."""
-    B, G, T, D = k_BGTD.shape
+    B, G, T, _ = k_BGTD.shape
     device = k_BGTD.device
     start_B = first_real(padding_BL, B, device)
     sink_columns_BS = start_B[:, None] + torch.arange(sinks, device=device)
-    empty = k_BGTD.new_zeros(B, G, window - 1, D)
-    old = state or {"window_k": empty, "window_v": empty, "sink_k": None, "sink_v": None}
-    k_BGED = torch.cat([old["window_k"], k_BGTD], 2)
-    v_BGED = torch.cat([old["window_v"], v_BGTD], 2)
+    old: dict[str, Tensor | None] = {**state} if state else dict.fromkeys(("window_k", "window_v", "sink_k", "sink_v"))
+    k_BGED, v_BGED = _extended(k_BGTD, old["window_k"], window), _extended(v_BGTD, old["window_v"], window)
     new_state = {
         "window_k": k_BGED[:, :, T:],
         "window_v": v_BGED[:, :, T:],

@@ -1,0 +1,110 @@
+"""KL-guided scores: restore one layer's attention in the all-linear student, and see how much nearer the teacher it comes.
+
+The score of layer l is KL(teacher, all-linear) - KL(teacher, all-linear with l restored), on text that training does not see.
+This is SMART's score (Zebra-Llama, arXiv 2505.17272) and, without its retraining of each candidate, KL-guided selection's
+(arXiv 2512.20569, "greedy addition"); every candidate shares the aligned mixers, so one alignment serves all.
+
+Restoring layer l changes nothing below l: the all-linear pass keeps the output of every decoder block, and a candidate's pass
+starts at block l, so that L candidates cost about L / 2 forward passes. The KL is taken at every `stride`-th position.
+
+Legend: B rows, T tokens, M model width.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from subquad.attention import Pass
+from subquad.distill.objectives import Head, chunked_loss, final_hidden
+from subquad.student import Student
+
+
+@dataclass
+class KLScores:
+    """`restored[l]`: KL in nats per token with layer l restored; `scores[l]`: what that gained over `all_linear`."""
+
+    all_linear: float
+    restored: list[float]
+    tokens: int  # that went through the teacher
+    seconds: float
+
+    @property
+    def scores(self) -> list[float]:
+        return [self.all_linear - restored for restored in self.restored]
+
+
+@torch.no_grad()
+def kl_scores(
+    student: Student,
+    teacher: PreTrainedModel,
+    tokens_BT: Tensor,
+    *,
+    stride: int = 4,
+    progress: Callable[[int, int], None] | None = None,
+) -> KLScores:
+    """Scores every layer of an all-linear, aligned `student`. `progress` is called with (passes done, passes in all)."""
+    start = time.perf_counter()
+    layers, rows = student.plan.num_layers, len(tokens_BT)
+    blocks = [student.backbone.get_submodule(path.rpartition(".")[0]) for path in student.config.attention_paths]
+    sums = torch.zeros(layers + 1, dtype=torch.float64)  # the last is the all-linear student
+    done = 0
+
+    def kl(student_BTM: Tensor, teacher_BTM: Tensor) -> float:
+        loss = chunked_loss(
+            student_BTM[:, ::stride],
+            Head.of(student),
+            weights={"logits": 1.0},
+            teacher_BTM=teacher_BTM[:, ::stride],
+            teacher_head=Head.of(teacher),
+        )
+        return float(loss.total)
+
+    for row in tokens_BT.split(1):
+        row = row.to(student.device)
+        teacher_BTM = final_hidden(teacher, row)
+        with _recorded(blocks) as outputs:
+            sums[layers] += kl(student.final_hidden(row), teacher_BTM)
+        for layer in range(layers):
+            with _starting_at(blocks, layer, outputs):
+                restored = student.final_hidden(row, student_pass=Pass(restored=frozenset({layer})))
+            sums[layer] += kl(restored, teacher_BTM)
+            done += 1
+            if progress is not None:
+                progress(done, rows * layers)
+    means = (sums / rows).tolist()
+    return KLScores(means[-1], means[:-1], tokens_BT.numel(), time.perf_counter() - start)
+
+
+@contextmanager
+def _recorded(blocks: list[nn.Module]) -> Iterator[list[Any]]:
+    """Within, keeps what each block returns."""
+    outputs: list[Any] = []
+
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
+        outputs.append(output)
+
+    handles = [block.register_forward_hook(keep) for block in blocks]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _starting_at(blocks: list[nn.Module], layer: int, outputs: list[Any]) -> Iterator[None]:
+    """Within, the blocks below `layer` compute nothing and return what they returned before."""
+    below = list(zip(blocks[:layer], outputs[:layer], strict=True))
+    for block, output in below:
+        block.forward = lambda *args, _output=output, **kwargs: _output
+    try:
+        yield
+    finally:
+        for block, _ in below:
+            del block.forward

@@ -1,0 +1,109 @@
+"""Plans: read = written, wrong plans are refused, and bytes are counted by hand."""
+
+import pytest
+import torch
+from conftest import FAMILIES, tiny
+
+from subquad.attention import find_attention
+from subquad.errors import UserError
+from subquad.evaluate import held_cache_bytes
+from subquad.plan import AttentionShape, Plan
+from subquad.student import Student
+
+SHAPE = AttentionShape(heads=6, kv_heads=2, head_dim=8, hidden_size=48)
+
+
+def mixed():
+    layers = [
+        {"attention": list(range(6))},
+        {"hedgehog": list(range(6))},
+        {"attention": [0, 4], "hedgehog": [1, 2], "gla": [3, 5]},
+    ]
+    mixers = {"attention": {}, "hedgehog": {"window": 10, "sinks": 2}, "gla": {}}
+    return Plan(shapes=[SHAPE] * 3, mixers=mixers, layers=layers)
+
+
+def test_written_and_read(tmp_path):
+    plan = mixed()
+    plan.save(tmp_path / "plan.yaml")
+    assert Plan.load(tmp_path / "plan.yaml") == plan
+    assert list(tmp_path.iterdir()) == [tmp_path / "plan.yaml"]
+    different = Plan.all_attention([SHAPE, SHAPE.model_copy(update={"window": 16})])
+    assert Plan.from_yaml(different.to_yaml()) == different
+
+
+def test_a_plan_is_readable():
+    text = Plan.by_layer([SHAPE] * 2, [0], "hedgehog", {"window": 10, "sinks": 2}).to_yaml()
+    assert text == (
+        "format: 1\n"
+        "shape: {layers: 2, heads: 6, kv_heads: 2, head_dim: 8, hidden_size: 48}\n"
+        "mixers:\n  attention: {}\n  hedgehog: {window: 10, sinks: 2}\n"
+        "layers:\n  0: attention\n  1: hedgehog\n"
+    )
+
+
+def test_looking_at_it():
+    plan = mixed()
+    assert plan.pattern() == "AH*"
+    assert plan.attention_layers == [0]
+    assert plan.head_table()[2] == ["attention", "hedgehog", "hedgehog", "gla", "attention", "gla"]
+
+
+def test_cache_bytes_by_hand():
+    """KV of one group is stored once where its heads share it; recurrent states are float32."""
+    attention = 2 * 2 * 100 * 8 * 2  # keys and values, 2 KV heads, 100 tokens, 8 wide, bfloat16
+    window = 2 * 2 * (9 + 2) * 8 * 2
+    hedgehog = window + 2 * (16 * 9) * 4  # and 2 states of 16 features by 8 + 1 values
+    head_level = (
+        2 * 2 * 100 * 8 * 2  # heads 0 and 4 use both KV heads
+        + 2 * 1 * 11 * 8 * 2 + 1 * (16 * 9) * 4  # heads 1 and 2 share KV head 0
+        + 2 * 64 * 4  # two GLA states
+    )  # fmt: skip
+    assert mixed().cache_bytes(100, batch=3, dtype="bfloat16") == 3 * (attention + hedgehog + head_level)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cache_bytes_are_those_held(family, dtype):
+    """To the byte: after prefill, and again after decoding."""
+    teacher = tiny(family, dtype=dtype)
+    shapes = [site.shape for site in find_attention(teacher)]
+    plan = mixed().model_copy(update={"shapes": shapes})
+    if shapes[0].kv_heads != 2:
+        plan.layers[2] = {"attention": [0, 4], "hedgehog": [1, 2], "gla": [3, 5]}
+    student = Student.from_teacher(teacher, plan)
+    cache = student.new_cache()
+    tokens = torch.randint(3, 97, (2, 40))
+    name = str(dtype).removeprefix("torch.")
+    student(tokens[:, :37], past_key_values=cache, use_cache=True)
+    assert held_cache_bytes(cache) == cache.nbytes() == plan.cache_bytes(37, 2, name)
+    for t in range(37, 40):
+        student(tokens[:, t : t + 1], past_key_values=cache, use_cache=True)
+    assert held_cache_bytes(cache) == plan.cache_bytes(40, 2, name)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[1, 2", "not valid YAML"),
+        ("hello", "not a plan"),
+        ("format: 1\nshape: {layers: 1}\nmixers: {}\nlayers: {0: attention}", "malformed"),
+    ],
+)
+def test_what_is_no_plan_is_refused(text, message):
+    with pytest.raises(UserError, match=message):
+        Plan.from_yaml(text)
+
+
+def test_wrong_plans_are_refused():
+    text = mixed().to_yaml()
+    with pytest.raises(UserError, match="layer 2 is missing"):
+        Plan.from_yaml(text.replace("  2: {", "  7: {"))
+    with pytest.raises(UserError, match="layer 2 .* exactly one mixer"):
+        Plan.from_yaml(text.replace("gla: [3, 5]", "gla: [3, 4]"))
+    with pytest.raises(UserError, match="did you mean 'hedgehog'"):
+        Plan.from_yaml(text.replace("hedgehog", "hedghog"))
+    with pytest.raises(UserError, match="no plan file"):
+        Plan.load("nowhere.yaml")
+    with pytest.raises(UserError, match="layer 9 is not one of"):
+        Plan.by_layer([SHAPE], [9], "gla")
