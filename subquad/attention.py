@@ -1,27 +1,28 @@
 """Where mixers meet a Hugging Face model: its attention function.
 
-Recent transformers models call one function, `attention_interface(module, query, key, value, mask, ...)`, after their own
-projections, norms and rotary embedding. A student's model is told to call ours instead, and nothing of its code changes:
+Recent transformers models call one function, `attention_interface(module, query, key, value, mask, ...)`, after their
+own projections, norms and rotary embedding. A student's model is told to call ours instead, and nothing of its code
+changes:
 
-- `find_attention` runs the model once on two tokens with a function that only looks, and so learns which modules call the
-  interface, in what order and with what shapes. A model that never calls it is refused by its name.
-- `attach` gives each of those modules a `LayerMixer` and a hook that hands the function what it is not given (the hidden
-  states, for gates) as one more keyword argument; the modules pass keyword arguments on.
-- `mixed_attention` splits the heads by mixer and joins their outputs. What a forward pass needs beyond its inputs (the 2D
-  padding mask, the cache) comes in one `Pass`, as a keyword argument of the model. No module holds a mode.
+- `find_attention` runs the model once on two tokens with a function that only looks, and so learns which modules call
+  the interface, in what order and with what shapes. A model that never calls it is refused by its name.
+- `attach` gives each of those modules a `LayerMixer` and a hook that hands the function what it is not given (the
+  hidden states, for gates) as one more keyword argument; the modules pass keyword arguments on.
+- `mixed_attention` splits the heads by mixer and joins their outputs. What a forward pass needs beyond its inputs (the
+  2D padding mask, the cache) comes in one `Pass`, as a keyword argument of the model. No module holds a mode.
 
-The heads that keep attention go through the function that the model used before (sdpa, eager, ...), so that a student whose
-plan is all attention computes exactly what its teacher does.
+The heads that keep attention go through the function that the model used before (sdpa, eager, ...), so that a student
+whose plan is all attention computes exactly what its teacher does.
 
 Legend: B batch, H query heads, G key/value heads, T new tokens, L past and new tokens, D head width, M hidden width.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from subquad.cache import StudentCache
 from subquad.errors import UserError
-from subquad.mixers import MIXERS, MixerInputs, mixer_options
+from subquad.mixers import MIXERS, HeadGroup, Mixer, MixerInputs, mixer_options
 from subquad.plan import AttentionShape, Plan
 
 PROBE = "subquad_probe"
@@ -68,10 +69,25 @@ class LayerMixer(nn.ModuleDict):
 
     def __init__(self, plan: Plan, layer: int) -> None:
         super().__init__(
-            {name: MIXERS[name](group, mixer_options(name, plan.mixers[name])) for name, group in plan.groups(layer).items()}
+            {
+                name: MIXERS[name](group, mixer_options(name, plan.mixers[name]))
+                for name, group in plan.groups(layer).items()
+            }
         )
         self.layer = layer
         self.shape = plan.shapes[layer]
+
+    @property
+    def by_name(self) -> dict[str, Mixer]:
+        """The mixers; a ModuleDict's own methods know them as modules only."""
+        return cast(dict[str, Mixer], dict(self.items()))
+
+
+def layer_mixer(module: nn.Module) -> LayerMixer:
+    """The mixers that `attach` gave to an attention module."""
+    mixer = module.mixer
+    assert isinstance(mixer, LayerMixer)
+    return mixer
 
 
 def mixed_attention(
@@ -91,7 +107,8 @@ def mixed_attention(
 
     The cache has counted the new tokens already (the module called `update`) and holds one state for each mixer.
     """
-    layer: LayerMixer = module.mixer  # type: ignore[assignment]
+    layer = layer_mixer(module)
+    mixers = layer.by_name
     student_pass = student_pass or Pass()
     assert hidden_states_BTM is not None
     attend = _base_attention(module, base, attention_mask, scaling, kwargs)
@@ -107,7 +124,7 @@ def mixed_attention(
     )
     if student_pass.observer is not None:
         y_BHTD = attend(query, key, value)
-        for name, mixer in layer.items():
+        for name, mixer in mixers.items():
             inputs = _of_group(whole, mixer.group)
             student_pass.observer(layer, name, inputs, y_BHTD[:, list(mixer.group.heads)])
         return y_BHTD.transpose(1, 2), None
@@ -118,7 +135,7 @@ def mixed_attention(
     if cached is not None:
         whole = replace(whole, past=cached.tokens - query.shape[2])
     outputs = {}
-    for name, mixer in layer.items():
+    for name, mixer in mixers.items():
         state = None if cached is None else cached.states.get(name)
         outputs[name], new_state = mixer(_of_group(whole, mixer.group), state)
         if cached is not None:
@@ -126,13 +143,13 @@ def mixed_attention(
     if len(outputs) == 1:
         (y_BHTD,) = outputs.values()
     else:
-        joined = torch.cat([outputs[name] for name in layer], 1)
-        order = torch.tensor([head for mixer in layer.values() for head in mixer.group.heads])
+        joined = torch.cat(list(outputs.values()), 1)
+        order = torch.tensor([head for mixer in mixers.values() for head in mixer.group.heads])
         y_BHTD = joined[:, order.argsort().to(joined.device)]
     return y_BHTD.transpose(1, 2), None
 
 
-def _of_group(inputs: MixerInputs, group: Any) -> MixerInputs:
+def _of_group(inputs: MixerInputs, group: HeadGroup) -> MixerInputs:
     """The inputs of one head group; a whole layer's are passed on untouched."""
     if len(group.heads) == inputs.q_BHTD.shape[1]:
         return inputs
@@ -147,7 +164,7 @@ def _base_attention(
 
     'eager' is the function of that name in the model's own file, as transformers resolves it.
     """
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     function = ALL_ATTENTION_FUNCTIONS.get_interface(base, eager)
 
     def attend(q_BHTD: Tensor, k_BGLD: Tensor, v_BGLD: Tensor) -> Tensor:
@@ -176,7 +193,7 @@ def register(base: str) -> str:
     return name
 
 
-def attach(model: PreTrainedModel, paths: list[str], plan: Plan) -> None:
+def attach(model: PreTrainedModel, paths: Sequence[str], plan: Plan) -> None:
     """Gives each attention module its mixers and its hook, and makes the model call our attention function."""
     for layer, path in enumerate(paths):
         module = model.get_submodule(path)
@@ -188,7 +205,7 @@ def attach(model: PreTrainedModel, paths: list[str], plan: Plan) -> None:
 def keep_initialised(module: nn.Module) -> Any:
     """Tells transformers' `post_init` to leave these weights as they are."""
     for part in module.modules():
-        part._is_hf_initialized = True
+        part._is_hf_initialized = True  # type: ignore[assignment]
     return module
 
 
@@ -206,7 +223,7 @@ def set_attention(model: PreTrainedModel, name: str) -> None:
 
 
 @contextmanager
-def _attention(model: PreTrainedModel, name: str):
+def _attention(model: PreTrainedModel, name: str) -> Iterator[None]:
     before = model.config._attn_implementation
     set_attention(model, name)
     try:
@@ -228,7 +245,9 @@ def find_attention(model: PreTrainedModel) -> list[AttentionSite]:
     paths = {module: path for path, module in model.named_modules()}
     sites: list[AttentionSite] = []
 
-    def look(module, query, key, value, mask, **kwargs):
+    def look(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+    ) -> tuple[Tensor, None]:
         if "student_pass" not in kwargs:
             raise UserError(f"{family} does not pass keyword arguments on to its attention function: unsupported")
         if key.shape[-1] != value.shape[-1] or query.shape[-1] != key.shape[-1]:
@@ -246,7 +265,7 @@ def find_attention(model: PreTrainedModel) -> list[AttentionSite]:
 
     AttentionInterface.register(PROBE, look)
     AttentionMaskInterface.register(PROBE, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
-    device = model.get_input_embeddings().weight.device
+    device = next(model.get_input_embeddings().parameters()).device
     token = torch.zeros(1, 2, dtype=torch.long, device=device)
     with _attention(model, PROBE):
         try:
@@ -255,7 +274,8 @@ def find_attention(model: PreTrainedModel) -> list[AttentionSite]:
             raise UserError(f"{family} does not take the attention function's keyword arguments ({error})") from None
     if not sites:
         raise UserError(
-            f"{family} does not call transformers' attention interface, through which Subquad replaces attention: unsupported"
+            f"{family} does not call transformers' attention interface, through which Subquad replaces attention: "
+            "unsupported"
         )
     if len({site.path for site in sites}) != len(sites):
         raise UserError(f"{family} shares one attention module between layers: unsupported")

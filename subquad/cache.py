@@ -1,8 +1,9 @@
-"""The cache of a student: one state a mixer and layer, whatever the mixer keeps (keys and values, windows, recurrent states).
+"""The cache of a student: one state a mixer and layer, whatever it is (keys and values, windows, recurrent states).
 
-transformers' models hand new keys and values to `update` and then call the attention function. Here `update` only counts
-the tokens (a layer without attention has no keys to count by) and passes them on; the attention function reads and writes
-`states`. All states have the batch as their first dimension, so beam search reorders any of them the same way.
+transformers' models hand new keys and values to `update` and then call the attention function. Here `update` only
+counts the tokens (a layer without attention has no keys to count by) and passes them on; the attention function reads
+and writes `states`. All states have the batch as their first dimension, so beam search reorders any of them the same
+way.
 """
 
 from typing import Any

@@ -1,8 +1,8 @@
 """The main job: a teacher in, a measured student out.
 
-`convert` reads top to bottom as what happens: load, align an all-linear student, select the layers that keep attention, distill
-the chosen plan, measure it beside its baselines, save. Everything it needs later it finds in the run's folder, so that an
-interrupted run goes on where it stopped.
+`convert` reads top to bottom as what happens: load, align an all-linear student, select the layers that keep attention,
+distill the chosen plan, measure it beside its baselines, save. Everything it needs later it finds in the run's folder,
+so that an interrupted run goes on where it stopped.
 """
 
 import json
@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -25,7 +25,7 @@ from rich.progress import Progress
 
 import subquad
 from subquad.attention import find_attention
-from subquad.data.retrieval import make_probe
+from subquad.data.retrieval import Probe, make_probe
 from subquad.data.text import Corpus, load_corpus
 from subquad.distill.ledger import StageResult
 from subquad.distill.loop import make_accelerator, run_stage
@@ -88,8 +88,9 @@ def convert(
 ) -> Student:
     """Converts `teacher` by `recipe` into the folder `out`, and returns the student.
 
-    `plan`: a plan file to use instead of selecting. `data`: text instead of the recipe's. `resume`: go on with an interrupted
-    run in `out`; `overwrite`: delete an earlier run there first. `layers`: cut the teacher to its first layers (for trials).
+    `plan`: a plan file to use instead of selecting. `data`: text instead of the recipe's. `resume`: go on with an
+    interrupted run in `out`; `overwrite`: delete an earlier run there first. `layers`: cut the teacher to its first
+    layers (for trials).
     Leaves the model, plan.yaml, scores.json, metrics.json, log.jsonl, report.html and README.md in `out`.
     Raises UserError for anything wrong with what was given.
     """
@@ -187,7 +188,7 @@ def evaluate_model(
     data: list[str] | None = None,
     json_path: str | Path | None = None,
 ) -> dict[str, Any]:
-    """Measures a student's folder (or any causal language model) beside its teacher; returns metrics like metrics.json's.
+    """Measures a student's folder (or any causal language model) beside its teacher; metrics are as in metrics.json.
 
     `teacher` and `data` default to those of the recipe that made the student. Raises UserError where these are unknown.
     """
@@ -281,7 +282,9 @@ def _start(recipe: Recipe, out: Path, *, resume: bool, overwrite: bool) -> Run:
         out.mkdir(parents=True, exist_ok=True)
         before.write_text(recipe.to_yaml(), encoding="utf-8")
     accelerator.wait_for_everyone()
-    precision = "bf16" if recipe.dtype == "bfloat16" and accelerator.device.type == "cuda" else "no"
+    precision: Literal["no", "bf16"] = (
+        "bf16" if recipe.dtype == "bfloat16" and accelerator.device.type == "cuda" else "no"
+    )
     console = Console(quiet=not accelerator.is_main_process)
     return Run(recipe, out, make_accelerator(out, precision), console, resume)
 
@@ -415,11 +418,13 @@ def _measure(run: Run, source: Teacher, corpus: Corpus, student: Student, linear
     return metrics
 
 
-def _questions(config: EvaluateConfig, source: Teacher, corpus: Corpus) -> tuple[torch.Tensor, dict[str, Any]]:
+def _questions(
+    config: EvaluateConfig, source: Teacher, corpus: Corpus
+) -> tuple[torch.Tensor, dict[str, dict[int, Probe]]]:
     """The held-out rows, and the retrieval probes in text of the same kind."""
     longest = max(config.contexts)
     rows = corpus.heldout_batch(config.rows, longest)
-    probes = {
+    probes: dict[str, dict[int, Probe]] = {
         task: {
             context: make_probe(task, source.tokenizer, context, config.retrieval.count, haystack_ids=rows.flatten())
             for context in config.retrieval.contexts
@@ -440,7 +445,7 @@ def _row(measured: Any, retrieved: Any, plan: Plan, recipe: Recipe) -> dict[str,
 
 
 def window_plan(plan: Plan, dtype: str) -> Plan:
-    """The training-free rival: sliding windows with sinks in place of the plan's mixers, at the same cache bytes (or just under)."""
+    """The training-free rival: sliding windows with sinks for the plan's mixers, at its cache bytes or just under."""
     sinks = WindowOptions().sinks
     per_token = sum(
         2 * group.states(share=True) * group.head_dim * ITEMSIZE[dtype]
@@ -461,7 +466,7 @@ def window_plan(plan: Plan, dtype: str) -> Plan:
 
 
 def verdicts(metrics: dict[str, Any], context: int) -> list[str]:
-    """In words, whether the student beats each baseline in held-out KL at `context` tokens, with two standard errors."""
+    """In words, whether the student beats each baseline in held-out KL at `context` tokens, with the two values."""
     said = []
     for better, worse, what in (
         ("aligned", "uniform", "the selected plan against the uniform one, both aligned"),
@@ -530,7 +535,9 @@ def _commit() -> str | None:
     """The commit of the source tree, if Subquad runs from one."""
     here = Path(__file__).parent
     try:
-        found = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
+        found = subprocess.run(
+            ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return found.stdout.strip() if found.returncode == 0 else None
@@ -544,5 +551,3 @@ def _load_any(model: str, dtype: str) -> tuple[Any, Any]:
         return Student.from_pretrained(folder, dtype=dtype).eval(), load_tokenizer(folder)
     loaded = load_teacher(model, dtype=dtype)
     return loaded.model, loaded.tokenizer
-
-

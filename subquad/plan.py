@@ -1,6 +1,6 @@
 """A plan: which mixer each head of each layer uses.
 
-A layer-level hybrid is the plan in which a layer's heads agree. Plans are small YAML files, made to be read, diffed and edited:
+A layer-level hybrid is the plan in which a layer's heads agree. Plans are small YAML files to be read and edited:
 
     format: 1
     shape: {layers: 4, heads: 9, kv_heads: 3, head_dim: 64, hidden_size: 576}
@@ -35,7 +35,7 @@ ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def _block(key: str, value: Any) -> str:
-    """One entry of a plan's file; a mapping of mappings (and that of the layers) gets a line for each of its entries."""
+    """One entry of a plan's file; a mapping of mappings (and that of the layers) gets a line for each entry."""
     if isinstance(value, dict) and (key == "layers" or all(isinstance(inner, dict) for inner in value.values())):
         return f"{key}:\n" + "".join(f"  {_line({name: inner})}" for name, inner in value.items())
     return _line({key: value})
@@ -43,7 +43,8 @@ def _block(key: str, value: Any) -> str:
 
 def _line(entry: dict[Any, Any]) -> str:
     ((name, value),) = entry.items()
-    return f"{name}: " + yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10**6).split("\n...")[0].rstrip() + "\n"
+    text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10**6)
+    return f"{name}: " + text.split("\n...")[0].rstrip() + "\n"
 
 
 class AttentionShape(BaseModel):
@@ -64,7 +65,7 @@ class AttentionShape(BaseModel):
 
 
 class Plan(BaseModel):
-    """Mixers by layer and head. `layers[l]` maps a mixer's name to its head indices; every head has exactly one mixer."""
+    """Mixers by layer and head. `layers[l]` maps a mixer's name to its head indices; every head has just one mixer."""
 
     model_config = ConfigDict(extra="forbid")
 

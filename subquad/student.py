@@ -1,14 +1,16 @@
 """The student: a teacher whose attention is replaced by a plan's mixers, as a transformers model.
 
-`Student.from_teacher` makes one that shares every tensor with its teacher; it generates with a cache that holds what the plan
-says, saves as safetensors (the teacher's state dict plus `...<attention module>.mixer.*`) and loads through the auto classes.
-The teacher's own class does the computing, inside (`student.backbone`); only its attention function is ours (attention.py).
+`Student.from_teacher` makes one that shares every tensor with its teacher; it generates with a cache that holds what
+the plan says, saves as safetensors (the teacher's state dict plus `...<attention module>.mixer.*`) and loads through
+the auto classes. The teacher's own class does the computing, inside (`student.backbone`); only its attention function
+is ours (attention.py).
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +20,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreT
 from transformers.configuration_utils import SubConfigSpec
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from subquad.attention import Observer, Pass, attach, find_attention, keep_initialised
+from subquad.attention import Observer, Pass, attach, find_attention, keep_initialised, layer_mixer
 from subquad.cache import StudentCache
 from subquad.errors import UserError
 from subquad.plan import ATTENTION, Plan
 
 # Lets a folder load with trust_remote_code=True where Subquad is installed but not imported.
-REMOTE_CODE = '"""Loads this model through the installed `subquad` package."""\n\nfrom subquad.student import Student, StudentConfig  # noqa: F401\n'
+REMOTE_CODE = '''"""Loads this model through the installed `subquad` package."""
+
+from subquad.student import Student, StudentConfig  # noqa: F401
+'''
 REMOTE_FILE = "modeling_subquad.py"
 AUTO_MAP = {
     "AutoConfig": f"{REMOTE_FILE[:-3]}.StudentConfig",
@@ -44,7 +49,7 @@ class StudentConfig(PreTrainedConfig):
 
     text_config: dict | PreTrainedConfig | None = None
     plan: str = ""
-    attention_paths: list[str] | None = None
+    attention_paths: Sequence[str] = ()
     attention: str = "sdpa"
     tie_word_embeddings: bool = False
 
@@ -76,18 +81,20 @@ class Student(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_teacher(cls, teacher: PreTrainedModel, plan: Plan, mixers_from: Student | None = None) -> Student:
-        """A student of `teacher` with this plan; every tensor that is not a mixer's shares its storage with the teacher's.
+        """A student of `teacher` with this plan; every tensor that is not a mixer's shares the teacher's storage.
 
-        `mixers_from`: another student of the same teacher, whose mixers are taken (shared) where the plan has the same mixer on
-        the same heads. Raises UserError where the teacher is unsupported or the plan was made for another shape.
+        `mixers_from`: another student of the same teacher, whose mixers are taken (shared) where the plan has the same
+        mixer on the same heads. Raises UserError where the teacher is unsupported or the plan was made for another
+        shape.
         """
         sites = find_attention(teacher)
         shapes = [site.shape for site in sites]
         if plan.shapes != shapes:
             wrong = next((i for i, (a, b) in enumerate(zip(plan.shapes, shapes, strict=False)) if a != b), None)
-            where = f"{plan.num_layers} layers against {len(shapes)}" if wrong is None else f"they differ at layer {wrong}"
+            count = f"{plan.num_layers} layers against {len(shapes)}"
+            where = count if wrong is None else f"they differ at layer {wrong}"
             raise UserError(f"the plan was made for a model of another shape than {type(teacher).__name__}'s: {where}")
-        config = StudentConfig(
+        config = StudentConfig(  # type: ignore[call-arg]  # takes any keyword; transformers' types do not say so
             text_config=teacher.config.to_dict(),
             plan=plan.to_yaml(),
             attention_paths=[site.path for site in sites],
@@ -100,24 +107,25 @@ class Student(PreTrainedModel, GenerationMixin):
         student.generation_config = copy.deepcopy(teacher.generation_config)
         for module, path in zip(student.attention_modules(), config.attention_paths, strict=True):
             place = next(teacher.get_submodule(path).parameters())
-            module.mixer.to(place.device, place.dtype)
+            layer_mixer(module).to(place.device, place.dtype)
         if mixers_from is not None:
             student._take_mixers(mixers_from)
         return student.eval()
 
     def _take_mixers(self, other: Student) -> None:
         for mine, theirs in zip(self.attention_modules(), other.attention_modules(), strict=True):
-            for name, mixer in mine.mixer.items():
-                if name in theirs.mixer and theirs.mixer[name].group == mixer.group:
-                    source = dict(theirs.mixer[name].named_parameters())
+            others = layer_mixer(theirs).by_name
+            for name, mixer in layer_mixer(mine).by_name.items():
+                if name in others and others[name].group == mixer.group:
+                    source = dict(others[name].named_parameters())
                     for key, parameter in mixer.named_parameters():
                         parameter.data = source[key].data
 
-    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
-        """Writes config, weights (safetensors), plan and the file that lets `trust_remote_code=True` load the folder."""
+    def save_pretrained(self, save_directory: str | os.PathLike[Any], *args: Any, **kwargs: Any) -> None:
+        """Writes config, weights (safetensors), plan, and the file by which `trust_remote_code=True` loads them."""
         folder = Path(save_directory)
         type(self)._auto_class = type(self.config)._auto_class = None  # else transformers copies our source beside it
-        super().save_pretrained(folder, **kwargs)
+        super().save_pretrained(folder, *args, **kwargs)
         self.plan.save(folder / "plan.yaml")
         (folder / REMOTE_FILE).write_text(REMOTE_CODE, encoding="utf-8")
 
@@ -227,7 +235,7 @@ class Student(PreTrainedModel, GenerationMixin):
 
 
 def _shared_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """A second module tree over the same storage: new parameter objects, so that each side has its own requires_grad."""
+    """A second module tree over the same storage: new parameter objects, each side with its own requires_grad."""
     memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
     memo |= {id(buffer): buffer for buffer in model.buffers()}
     twin = copy.deepcopy(model, memo)

@@ -1,11 +1,11 @@
 """Conformance checks of a student, as one public function: what generation relies on and silently breaks in hybrids.
 
-    from subquad.testing import check_student
-    check_student(Student.from_pretrained("runs/quick"))
+Use: `check_student(Student.from_pretrained("runs/quick"))`.
 """
 
 import tempfile
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,15 +23,15 @@ class ConformanceError(AssertionError):
 def check_student(student: Student, *, length: int = 80, batch: int = 2, seed: int = 0) -> dict[str, float]:
     """Checks a student on random tokens and returns the largest deviation found by check, relative to the logits' size.
 
-    cached = uncached (token by token, and in uneven pieces); a left-padded batch = its single rows; a batch reordered in
-    the cache = the reordered rows (beam search); bytes held by the cache = the plan's arithmetic; saved and loaded =
+    cached = uncached (token by token, and in uneven pieces); a left-padded batch = its single rows; a batch reordered
+    in the cache = the reordered rows (beam search); bytes held by the cache = the plan's arithmetic; saved and loaded =
     the same logits, exactly; `generate()` = greedy decoding by hand; beam search runs.
     `length` tokens (at least 8), `batch` rows. Raises ConformanceError naming the check that failed.
     """
     was_training = student.training
     student.eval()
     generator = torch.Generator().manual_seed(seed)
-    vocabulary = student.get_input_embeddings().weight.shape[0]
+    vocabulary = next(student.get_input_embeddings().parameters()).shape[0]
     tokens_BT = torch.randint(3, vocabulary, (batch, length), generator=generator).to(student.device)
     full_BTV = student(tokens_BT, use_cache=False).logits
     size = full_BTV.abs().max().clamp_min(1e-6)
@@ -41,7 +41,9 @@ def check_student(student: Student, *, length: int = 80, batch: int = 2, seed: i
     def compare(check: str, got: Tensor, wanted: Tensor, allowed: float = tolerance) -> None:
         found[check] = ((got - wanted).abs().max() / size).item()
         if not found[check] <= allowed:  # a NaN fails too
-            raise ConformanceError(f"{check}: logits deviate by {found[check]:.1e} of their size, allowed {allowed:.1e}")
+            raise ConformanceError(
+                f"{check}: logits deviate by {found[check]:.1e} of their size, allowed {allowed:.1e}"
+            )
 
     compare("cached, token by token", _decoded(student, tokens_BT, [1] * length), full_BTV)
     compare("cached, in pieces", _decoded(student, tokens_BT, [length // 2, 3, 1, length - length // 2 - 4]), full_BTV)
@@ -54,7 +56,7 @@ def check_student(student: Student, *, length: int = 80, batch: int = 2, seed: i
         raise ConformanceError(f"cache bytes: {cache.nbytes()} held, {planned} by the plan's arithmetic")
 
     order = torch.arange(batch - 1, -1, -1, device=student.device)
-    cache.reorder_cache(order)
+    cache.reorder_cache(order)  # type: ignore[arg-type]  # asks for a LongTensor, which torch's types never give
     more = torch.randint(3, vocabulary, (batch, 1), generator=generator).to(student.device)
     stepped = student(more, past_key_values=cache, use_cache=True).logits
     wanted = student(torch.cat([tokens_BT[order], more], 1), use_cache=False).logits[:, -1:]
@@ -64,7 +66,8 @@ def check_student(student: Student, *, length: int = 80, batch: int = 2, seed: i
     _check_generate(student, tokens_BT[:, : length // 2])
     with tempfile.TemporaryDirectory() as folder:
         student.save_pretrained(folder)
-        loaded = Student.from_pretrained(folder, dtype=student.dtype).to(student.device).eval()
+        loaded = Student.from_pretrained(folder, dtype=student.dtype).eval()
+        loaded.to(student.device)
         compare("saved and loaded", loaded(tokens_BT, use_cache=False).logits, full_BTV, allowed=0.0)
     student.train(was_training)
     return found
@@ -115,7 +118,8 @@ def _check_padding(student: Student, tokens_BT: Tensor, compare: Callable[..., N
 
 def _check_generate(student: Student, prompt_BT: Tensor, new_tokens: int = 6) -> None:
     settings = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
-    generated = student.generate(prompt_BT, attention_mask=torch.ones_like(prompt_BT), **settings)
+    model: Any = student  # transformers types `generate` for its own classes
+    generated: Tensor = model.generate(prompt_BT, attention_mask=torch.ones_like(prompt_BT), **settings)
     end = student.generation_config.eos_token_id
     ends = [] if end is None else [end] if isinstance(end, int) else list(end)
     tokens = prompt_BT
@@ -125,6 +129,6 @@ def _check_generate(student: Student, prompt_BT: Tensor, new_tokens: int = 6) ->
         tokens = torch.cat([tokens, logits.argmax(-1, keepdim=True)], 1)
     if not torch.equal(generated, tokens):
         raise ConformanceError("generate() differs from greedy decoding by hand")
-    beams = student.generate(prompt_BT, attention_mask=torch.ones_like(prompt_BT), num_beams=3, **settings)
+    beams: Tensor = model.generate(prompt_BT, attention_mask=torch.ones_like(prompt_BT), num_beams=3, **settings)
     if beams.shape != generated.shape:
         raise ConformanceError(f"beam search returned {tuple(beams.shape)} instead of {tuple(generated.shape)}")

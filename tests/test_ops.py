@@ -24,7 +24,9 @@ lengths = st.sampled_from([1, 2, 15, 16, 17, 63, 64, 65, 131])
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(0, 99), lengths, st.sampled_from([1, 3]), st.sampled_from(["none", "scalar", "vector"]), st.booleans())
+@given(
+    st.integers(0, 99), lengths, st.sampled_from([1, 3]), st.sampled_from(["none", "scalar", "vector"]), st.booleans()
+)
 def test_decay_chunk_is_the_loop(seed, T, R, kind, with_state):
     torch.manual_seed(seed)
     B, G, N, P = 2, 2, 5, 4

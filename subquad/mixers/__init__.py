@@ -32,7 +32,7 @@ def mixer_class(name: str) -> type[Mixer]:
 
 def mixer_options(name: str, options: dict[str, Any]) -> Options:
     """Checked options of a mixer, defaults filled in. Raises UserError naming the option that is wrong."""
-    kind = mixer_class(name).Options
+    kind = mixer_class(name).options_class
     unknown = set(options) - set(kind.model_fields)
     if unknown:
         key = sorted(unknown)[0]

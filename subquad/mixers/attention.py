@@ -12,8 +12,8 @@ from subquad.mixers.base import HeadGroup, Mixer, MixerInputs, Options, State
 class Attention(Mixer):
     """The teacher's own attention function on these heads: y = softmax(q k^T scale) v.
 
-    Its state is the KV cache of the key/value heads in use, one copy a head however many queries share it; where the teacher
-    attends through a sliding window, its last window - 1 tokens.
+    Its state is the KV cache of the key/value heads in use, one copy a head however many queries share it; where the
+    teacher attends through a sliding window, its last window - 1 tokens.
     """
 
     def mix(self, inputs: MixerInputs, state: State) -> tuple[Tensor, State]:

@@ -1,9 +1,9 @@
 """What every token mixer is: y = M(x) v with a causal T x T matrix M, in three forms that agree.
 
-A mixer gets the teacher's own queries, keys and values (after its projections, norms and rotary embedding) and returns one
-output per query head; the teacher's output projection follows. It works in three steps, so that the linear part
-stands alone: `prepare` (short convolutions), `mix` (linear in the values: `chunk` for many tokens, `step` for one) and `finish`
-(norms and gates). `matrix` is `mix` applied to the identity. A mixer knows its heads and nothing of models.
+A mixer gets the teacher's own queries, keys and values (after its projections, norms and rotary embedding) and returns
+one output per query head; the teacher's output projection follows. It works in three steps, so that the linear part
+stands alone: `prepare` (short convolutions), `mix` (linear in the values: `chunk` for many tokens, `step` for one) and
+`finish` (norms and gates). `matrix` is `mix` applied to the identity. A mixer knows its heads and nothing of models.
 
 Legend: B batch, H query heads of this mixer, G key/value heads, T new tokens, L past and new tokens, D head width,
 M hidden width of the model.
@@ -12,7 +12,7 @@ M hidden width of the model.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -76,9 +76,9 @@ class MixerInputs:
 
 
 class Mixer(nn.Module):
-    """Base of all mixers; a subclass sets `Options` and writes `mix` and `state_bytes`, the rest where it needs it."""
+    """Base of all mixers; a subclass sets `options_class` and writes `mix` and `state_bytes`, the rest where needed."""
 
-    Options: ClassVar[type[Options]] = Options
+    options_class: ClassVar[type[Options]] = Options
 
     def __init__(self, group: HeadGroup, options: Options) -> None:
         super().__init__()
@@ -111,13 +111,16 @@ class Mixer(nn.Module):
         return self.mix(replace(inputs, v_BGTD=identity), {})[0]
 
     @classmethod
-    def state_bytes(cls, group: HeadGroup, options: Options, context: int, itemsize: int) -> int:
-        """Bytes held for one row of the batch after `context` tokens; `itemsize` is that of the model's dtype."""
+    def state_bytes(cls, group: HeadGroup, options: Any, context: int, itemsize: int) -> int:
+        """Bytes held for one row of the batch after `context` tokens.
+
+        `options` are of `options_class`; `itemsize` is that of the model's dtype.
+        """
         raise NotImplementedError
 
     @torch.no_grad()
     def calibrate(self, inputs: MixerInputs, target_BHTD: Tensor) -> None:
-        """Starts the mixer as near to the teacher's attention output as its free scale allows (one batch, closed form)."""
+        """Starts the mixer as near to the teacher's attention as its free scale allows (one batch, closed form)."""
 
     def shared(self, inputs: MixerInputs, share: bool) -> MixerInputs:
         """Keys and values as the states need them: one a key/value head when shared, else one a query head."""
@@ -144,7 +147,8 @@ def masked(x_BGT_: Tensor, real_BT: Tensor | None) -> Tensor:
 class ScaledNormGate(nn.Module):
     """Per-head RMS norm, a learned scale, and an output gate silu(z) that starts fully open.
 
-    The gate's low-rank weights start at zero and its bias where silu is 1 (Phi-Mamba's open gate), so it changes nothing at first.
+    The gate's low-rank weights start at zero and its bias where silu is 1 (Phi-Mamba's open gate), so it changes
+    nothing at first.
     """
 
     OPEN = 1.278464542761  # silu(OPEN) = 1

@@ -22,12 +22,13 @@ class GatedDeltaNetOptions(Options):
 class GatedDeltaNet(Mixer):
     """S_t = a_t (I - b_t k_t k_t^T) S_{t-1} + b_t k_t v_t^T, y_t = gate * norm(q_t S_t), q and k of unit length.
 
-    b = sigmoid(W_b x), a = exp(-exp(A_log) softplus(W_a x + bias)); starts with b = 1/2, long memory (a = 0.999), the gate open and
-    the output scale fitted. Source: Gated DeltaNet (arXiv 2412.06464, eq. 10), without short convolution as in
-    KL-guided layer selection's student (arXiv 2512.20569).
+    b = sigmoid(W_b x), a = exp(-exp(A_log) softplus(W_a x + bias)); starts with b = 1/2, long memory (a = 0.999), the
+    gate open and the output scale fitted. Source: Gated DeltaNet (arXiv 2412.06464, eq. 10), without short convolution
+    as in KL-guided layer selection's student (arXiv 2512.20569).
     """
 
-    Options = GatedDeltaNetOptions
+    options_class = GatedDeltaNetOptions
+    options: GatedDeltaNetOptions
 
     def __init__(self, group: HeadGroup, options: GatedDeltaNetOptions) -> None:
         super().__init__(group, options)

@@ -21,11 +21,13 @@ class GLAOptions(Options):
 class GLA(Mixer):
     """S_t = diag(a_t) S_{t-1} + k_t v_t^T, y_t = gate * norm(q_t S_t), a_t = sigmoid(W x_t)^(1 / normalizer).
 
-    Starts with long memory (decay bias 6: half of a state is left after some 4,500 tokens), gate open, and output scale fitted.
+    Starts with long memory (decay bias 6: half of a state is left after some 4,500 tokens), gate open, and output scale
+    fitted.
     Source: GLA (arXiv 2312.06635, section 4.4).
     """
 
-    Options = GLAOptions
+    options_class = GLAOptions
+    options: GLAOptions
 
     def __init__(self, group: HeadGroup, options: GLAOptions) -> None:
         super().__init__(group, options)

@@ -7,7 +7,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from subquad.mixers.base import HeadGroup, Mixer, MixerInputs, Options, State
+from subquad.mixers.base import HeadGroup, Mixer, MixerInputs, State
 from subquad.mixers.sliding_window import WindowOptions, window_bytes, window_of
 from subquad.ops import WindowSum, decay_chunk, decay_step
 from subquad.ops.common import wide
@@ -37,13 +37,14 @@ class FeatureMap(nn.Module):
 class Hedgehog(Mixer):
     """o_i = (sum_near e^{q k scale} v + c sum_far phi(q) phi(k) v) / (the same without v).
 
-    Near are the last `window` keys and the first `sinks`, far are all others; c > 0 is one learned factor per head, started
-    where the untrained output is nearest to the teacher's. The far sum's state is one matrix per key/value head, F x (D + 1):
-    its last column, the values being extended by a one, is the far part of the denominator.
+    Near are the last `window` keys and the first `sinks`, far are all others; c > 0 is one learned factor per head,
+    started where the untrained output is nearest to the teacher's. The far sum's state is one matrix per key/value
+    head, F x (D + 1): its last column, the values being extended by a one, is the far part of the denominator.
     Source: LoLCATs (arXiv 2410.10254, eq. 6: gamma on the near part is 1 / c here), with sinks.
     """
 
-    Options = HedgehogOptions
+    options_class = HedgehogOptions
+    options: HedgehogOptions
 
     def __init__(self, group: HeadGroup, options: HedgehogOptions) -> None:
         super().__init__(group, options)
@@ -61,8 +62,8 @@ class Hedgehog(Mixer):
     def far(self, inputs: MixerInputs, state: State) -> tuple[Tensor, Tensor]:
         """The linear sums [far numerator, far denominator] (B, H, T, D + 1), and their state after the new tokens.
 
-        Between calls the state holds every token that the *next* query no longer sees in its window. The first new query
-        therefore reads it as it is, and each later one after one more token has left the window.
+        Between calls the state holds every token that the *next* query no longer sees in its window. The first new
+        query therefore reads it as it is, and each later one after one more token has left the window.
         """
         B, G, T, _ = inputs.k_BGTD.shape
         window = self.options.window - 1
@@ -87,7 +88,7 @@ class Hedgehog(Mixer):
         return y_BHTP, far_state + last_k.transpose(-1, -2) @ last_v
 
     def joined(self, near: WindowSum, far_BHTP: Tensor) -> Tensor:
-        """Both sums under one denominator, divided by the scale of the larger one, so that nothing over- or underflows."""
+        """Both sums under one denominator, divided by the scale of the larger one: nothing over- or underflows."""
         log_far_H11 = self.log_far_H[:, None, None]
         far_size = far_BHTP[..., -1:].detach().log() + log_far_H11.detach()  # -inf where no token is far
         peak = torch.maximum(near.peak_BHT1, far_size)
@@ -105,13 +106,24 @@ class Hedgehog(Mixer):
 
     @torch.no_grad()
     def calibrate(self, inputs: MixerInputs, target_BHTD: Tensor) -> None:
-        """Chooses each head's factor c from a grid by the squared error of the output."""
+        """Chooses each state's feature sharpness and each head's factor c from grids, by the output's error."""
         inputs = self.shared(inputs, share=True)
         near = window_of(inputs, {}, self.options)
-        far_BHTP, _ = self.far(inputs, {})
-        grid = torch.linspace(-12.0, 8.0, 41)
-        errors = []
-        for value in grid:
-            self.log_far_H.fill_(value)
-            errors.append(wide(self.joined(near, far_BHTP) - target_BHTD).square().sum((0, 2, 3)))
-        self.log_far_H.copy_(grid.to(self.log_far_H)[torch.stack(errors).argmin(0)])
+        weights = (self.query_map.weight_HDF, self.key_map.weight_HDF)
+        starts = [weight.clone() for weight in weights]
+        sharpness = torch.tensor([0.25, 0.5, 1.0, 2.0, 4.0]).to(self.log_far_H)
+        factors = torch.arange(-12.0, 9.0).to(self.log_far_H)
+        errors = []  # sharpness by factor by head
+        for sharp in sharpness:
+            for weight, start in zip(weights, starts, strict=True):
+                weight.copy_(start * sharp)
+            far_BHTP, _ = self.far(inputs, {})
+            for factor in factors:
+                self.log_far_H.fill_(factor)
+                errors.append(wide(self.joined(near, far_BHTP) - target_BHTD).square().sum((0, 2, 3)))
+        least_SH, factor_SH = torch.stack(errors).unflatten(0, (len(sharpness), -1)).min(1)
+        best_G = least_SH.unflatten(1, (len(starts[1]), -1)).sum(-1).argmin(0)  # one sharpness for the heads of a state
+        best_H = best_G.repeat_interleave(len(starts[0]) // len(starts[1]))
+        for weight, start, best in zip(weights, starts, (best_H, best_G), strict=True):
+            weight.copy_(start * sharpness[best][:, None, None])
+        self.log_far_H.copy_(factors[factor_SH.gather(0, best_H[None])[0]])

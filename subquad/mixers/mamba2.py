@@ -24,12 +24,13 @@ class Mamba2Options(Options):
 class Mamba2(Mixer):
     """S_t = e^{-A dt_t} S_{t-1} + dt_t k_t v_t^T, y_t = gate * norm(q_t S_t + D v_t), dt = softplus(W x + bias).
 
-    In the names of the paper C = q, B = k, x = v. The convolution starts as the identity, without activation, D at zero, memory
-    long (A dt = 0.001), the gate open and the output scale fitted.
+    In the names of the paper C = q, B = k, x = v. The convolution starts as the identity, without activation, D at
+    zero, memory long (A dt = 0.001), the gate open and the output scale fitted.
     Source: Mamba-2 (arXiv 2405.21060, eq. 16 and section 7).
     """
 
-    Options = Mamba2Options
+    options_class = Mamba2Options
+    options: Mamba2Options
 
     def __init__(self, group: HeadGroup, options: Mamba2Options) -> None:
         super().__init__(group, options)

@@ -42,7 +42,8 @@ class SlidingWindow(Mixer):
     Source: StreamingLLM (arXiv 2309.17453), with the teacher's positions kept.
     """
 
-    Options = WindowOptions
+    options_class = WindowOptions
+    options: WindowOptions
 
     def mix(self, inputs: MixerInputs, state: State) -> tuple[Tensor, State]:
         result = window_of(self.shared(inputs, share=True), state, self.options)

@@ -4,9 +4,9 @@
 - `delta`: S_t = a_t (I - b_t k_t k_t^T) S_{t-1} + b_t k_t v_t^T (gated DeltaNet)
 - `window`: softmax over the last W keys and some sinks, as an unnormalised sum that can be joined with a linear one
 
-Each recurrence has three forms that agree: `*_loop` (step by step, the reference), `*_chunk` (parallel, for training and
-prefill) and `*_step` (one token). On a GPU the chunk form is flash-linear-attention's Triton kernel when the `gpu` extra
-is installed (`ops.triton`). Ops know nothing of mixers.
+Each recurrence has three forms that agree: `*_loop` (step by step, the reference), `*_chunk` (parallel, for training
+and prefill) and `*_step` (one token). On a GPU the chunk form is flash-linear-attention's Triton kernel when the `gpu`
+extra is installed (`ops.triton`). Ops know nothing of mixers.
 """
 
 from subquad.ops.decay import decay_chunk, decay_loop, decay_step

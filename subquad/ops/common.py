@@ -29,7 +29,7 @@ def into_chunks(x: Tensor, size: int, dim: int = 2) -> Tensor:
     return wide(pad(x, (0, 0) * (x.dim() - 1 - dim) + (0, extra))).unflatten(dim, (-1, size))
 
 
-def loop(step: Callable[..., tuple[Tensor, Tensor]], *inputs: Tensor | None, state: Tensor | None):
+def loop(step: Callable[..., tuple[Tensor, Tensor]], *inputs: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
     """Runs `step` token by token over inputs with time in dimension 2."""
     length = next(x.shape[2] for x in inputs if x is not None)
     outputs = []

@@ -1,14 +1,16 @@
 """The decayed recurrence: S_t = diag(a_t) S_{t-1} + k_t v_t^T,  y_t = q_t S_t.
 
 `log_a` is None (no decay: plain linear attention), (B, G, T) (one decay a head: Mamba-2, RetNet) or (B, G, T, N) (one a
-key channel: GLA); always a logarithm, at most 0. H query heads may share G states (H a multiple of G, neighbours share).
+key channel: GLA); always a logarithm, at most 0. H query heads may share G states (H a multiple of G, neighbours
+share).
 States and decays are float32 or wider, whatever the dtype of q, k and v. Differences of cumulated log decays are always
 taken before the exponential and only where they are not positive, so nothing overflows, however strong the decay.
 
 Sources: the chunked form for scalar decay is Mamba-2's SSD (arXiv 2405.21060, section 6); for vector decay GLA's
 (arXiv 2312.06635, section 4), with the within-chunk products taken exactly instead of by secondary chunks.
 
-Legend: B batch, H query heads, G state heads, R = H / G, T time, K chunks, C time within a chunk, N key width, P value width.
+Legend: B batch, H query heads, G state heads, R = H / G, T time, K chunks, C time within a chunk, N key width, P value
+width.
 """
 
 import torch
@@ -77,11 +79,14 @@ def decay_chunk(
         decay_BGK = c_BGKC[..., -1, None, None].exp()
 
     written_BGKNP = k_write.transpose(-1, -2) @ v_BGKCP
-    starts = []  # the state at the start of each chunk
-    for index in range(written_BGKNP.shape[2]):
-        starts.append(state_BGNP)
-        kept = state_BGNP if decay_BGK is None else state_BGNP * decay_BGK[:, :, index]
-        state_BGNP = kept + written_BGKNP[:, :, index]
-    start_BGKNP = torch.stack(starts, 2)
+    if decay_BGK is None:
+        end_BGKNP = state_BGNP.unsqueeze(2) + written_BGKNP.cumsum(2)
+        start_BGKNP, state_BGNP = end_BGKNP - written_BGKNP, end_BGKNP[:, :, -1]
+    else:
+        starts = []  # the state at the start of each chunk; unbind, for the gradient of indexing fills all with zeros
+        for written_BGNP, decay in zip(written_BGKNP.unbind(2), decay_BGK.unbind(2), strict=True):
+            starts.append(state_BGNP)
+            state_BGNP = state_BGNP * decay + written_BGNP
+        start_BGKNP = torch.stack(starts, 2)
     y = scores @ v_BGKCP.unsqueeze(2) + q_read @ start_BGKNP.unsqueeze(2)
     return y.flatten(3, 4)[:, :, :, :T].flatten(1, 2).to(v_BGTP.dtype), state_BGNP

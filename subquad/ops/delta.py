@@ -1,8 +1,9 @@
 """The gated delta rule: S_t = a_t (I - b_t k_t k_t^T) S_{t-1} + b_t k_t v_t^T,  y_t = q_t S_t.
 
-Written as S_t = a_t S_{t-1} + k_t u_t^T with the correction u_t = b_t (v_t - a_t k_t^T S_{t-1}), all corrections of a chunk
-solve one unit lower triangular system (the WY form of DeltaNet, arXiv 2406.06484, with the decays of Gated DeltaNet,
-arXiv 2412.06464, section 3.3). Keys should have unit length and b lie in [0, 1]; b = 0 and log_a = 0 leave the state as it is.
+Written as S_t = a_t S_{t-1} + k_t u_t^T with the correction u_t = b_t (v_t - a_t k_t^T S_{t-1}), all corrections of a
+chunk solve one unit lower triangular system (the WY form of DeltaNet, arXiv 2406.06484, with the decays of Gated
+DeltaNet, arXiv 2412.06464, section 3.3). Keys should have unit length and b lie in [0, 1]; b = 0 and log_a = 0 leave
+the state as it is.
 States and decays are float32 or wider.
 
 Legend: B batch, H query heads, G state heads, T time, K chunks, C time within a chunk, N key width, P value width.
@@ -38,9 +39,7 @@ def delta_loop(
     state_BGNP: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The recurrence step by step: the reference of the tests. Returns y (B, H, T, P) and the state (B, G, N, P)."""
-    return loop(
-        delta_step, q_BHTN, k_BGTN, v_BGTP, log_a_BGT, b_BGT, state=initial_state(state_BGNP, k_BGTN, v_BGTP)
-    )
+    return loop(delta_step, q_BHTN, k_BGTN, v_BGTP, log_a_BGT, b_BGT, state=initial_state(state_BGNP, k_BGTN, v_BGTP))
 
 
 def delta_chunk(
@@ -66,7 +65,7 @@ def delta_chunk(
     difference = c_BGKC.unsqueeze(-1) - c_BGKC.unsqueeze(-2)
     weight = difference.masked_fill(~causal_CC, -torch.inf).exp()
     kk_BGKCC = b_BGKC1 * weight * (k_BGKCN @ k_BGKCN.transpose(-1, -2))
-    # (I + strictly lower part) u = b (v - e^c k S_0): solved for the two right-hand sides at once, S_0 being unknown yet
+    # (I + strictly lower part) u = b (v - e^c k S_0): solved for both right-hand sides at once, S_0 being unknown yet
     right = torch.cat([b_BGKC1 * v_BGKCP, b_BGKC1 * c_BGKC.exp().unsqueeze(-1) * k_BGKCN], -1)
     solved = torch.linalg.solve_triangular(kk_BGKCC, right, upper=False, unitriangular=True)
     from_v_BGKCP, from_state_BGKCN = solved.split([v_BGKCP.shape[-1], k_BGKCN.shape[-1]], -1)
@@ -74,11 +73,12 @@ def delta_chunk(
     k_write_BGKNC = (k_BGKCN * (c_BGKC[..., -1:] - c_BGKC).exp().unsqueeze(-1)).transpose(-1, -2)
     decay_BGK11 = c_BGKC[..., -1, None, None].exp()
     starts, corrections = [], []
-    for index in range(k_BGKCN.shape[2]):
-        u_BGCP = from_v_BGKCP[:, :, index] - from_state_BGKCN[:, :, index] @ state_BGNP
+    chunks = (from_v_BGKCP, from_state_BGKCN, decay_BGK11, k_write_BGKNC)
+    for from_v, from_state, decay, k_write in zip(*(x.unbind(2) for x in chunks), strict=True):
+        u_BGCP = from_v - from_state @ state_BGNP
         starts.append(state_BGNP)
         corrections.append(u_BGCP)
-        state_BGNP = state_BGNP * decay_BGK11[:, :, index] + k_write_BGKNC[:, :, index] @ u_BGCP
+        state_BGNP = state_BGNP * decay + k_write @ u_BGCP
     scores = (q @ k_BGKCN.transpose(-1, -2).unsqueeze(2)) * weight.unsqueeze(2)
     q_read = q * c_BGKC.exp().unsqueeze(2).unsqueeze(-1)
     y = scores @ torch.stack(corrections, 2).unsqueeze(2) + q_read @ torch.stack(starts, 2).unsqueeze(2)

@@ -1,12 +1,12 @@
 """Softmax attention over the last W keys and the first few (sinks), as a sum that other sums can join.
 
-The result is the unnormalised pair of an attention: sum e^{s - peak} v and sum e^{s - peak}, with the peak that was taken out.
-Alone, their quotient is sliding-window attention with sinks (StreamingLLM, arXiv 2309.17453, without re-indexing of positions);
-together with a linear sum it is LoLCATs' shared denominator. Work and memory are O(T W): queries in blocks of W see two
-blocks of keys. A token that is in the window is not counted again as a sink.
+The result is the unnormalised pair of an attention: sum e^{s - peak} v and sum e^{s - peak}, with the peak that was
+taken out. Alone, their quotient is sliding-window attention with sinks (StreamingLLM, arXiv 2309.17453, without
+re-indexing of positions); together with a linear sum it is LoLCATs' shared denominator. Work and memory are O(T W):
+queries in blocks of W see two blocks of keys. A token that is in the window is not counted again as a sink.
 
-The state has a fixed size: W - 1 keys and values, and the sinks'. `padding_BL` marks the real tokens (True) of all L = past + T
-columns; sinks are the first *real* tokens of each row, so left padding moves them.
+The state has a fixed size: W - 1 keys and values, and the sinks'. `padding_BL` marks the real tokens (True) of all L =
+past + T columns; sinks are the first *real* tokens of each row, so left padding moves them.
 
 Legend: B batch, H query heads, G key/value heads, R = H / G, T new tokens, L past and new tokens, W window, S sinks,
 K blocks, D head width, E = W - 1 + T the window's past and the new tokens.
@@ -119,7 +119,9 @@ def window_sum(
     if sinks:
         peak = torch.maximum(peak, far.detach().amax(-1, keepdim=True))
     near, far = (near - peak).exp(), (far - peak).exp()
-    numerator = near.to(v_BGTD.dtype) @ v_BGKUD[:, :, None] + far.to(v_BGTD.dtype) @ new_state["sink_v"][:, :, None, None]
+    numerator = (
+        near.to(v_BGTD.dtype) @ v_BGKUD[:, :, None] + far.to(v_BGTD.dtype) @ new_state["sink_v"][:, :, None, None]
+    )
     denominator = near.sum(-1, keepdim=True) + far.sum(-1, keepdim=True)
 
     def per_token(x: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Selectors: measure units, and propose a plan under a budget. To add one: a file here, a row in SELECTORS.
 
-A selector gives the layers in the order in which they should keep attention, for a number of layers to keep; the budget says how
-many. So one set of scores serves any budget.
+A selector gives the layers in the order in which they should keep attention, for a number of layers to keep; the budget
+says how many. So one set of scores serves any budget.
 """
 
 from collections.abc import Callable

@@ -1,7 +1,7 @@
 """Budgets: how much of a plan may stay attention.
 
-Three ways to say it: a number of layers (`15`), a share of the layers (`50%` or `0.5`), or the bytes that one sequence's cache
-may take at a context length (`64MiB@32k`).
+Three ways to say it: a number of layers (`15`), a share of the layers (`50%` or `0.5`), or the bytes that one
+sequence's cache may take at a context length (`64MiB@32k`).
 """
 
 import re
@@ -51,7 +51,8 @@ class Budget:
     def largest(self, layers: int, plan_of: Callable[[int], Plan], dtype: str) -> int:
         """How many of `layers` layers may keep attention, `plan_of(k)` being the plan that keeps k.
 
-        Raises UserError where even a plan without attention is over the budget, or it asks for more layers than there are.
+        Raises UserError where even a plan without attention is over the budget, or it asks for more layers than there
+        are.
         """
         if self.layers is not None:
             if self.layers > layers:

@@ -1,11 +1,13 @@
-"""KL-guided scores: restore one layer's attention in the all-linear student, and see how much nearer the teacher it comes.
+"""KL-guided scores: restore one layer's attention in the all-linear student; how much nearer the teacher does it come?
 
-The score of layer l is KL(teacher, all-linear) - KL(teacher, all-linear with l restored), on text that training does not see.
-This is SMART's score (Zebra-Llama, arXiv 2505.17272) and, without its retraining of each candidate, KL-guided selection's
-(arXiv 2512.20569, "greedy addition"); every candidate shares the aligned mixers, so one alignment serves all.
+The score of layer l is KL(teacher, all-linear) - KL(teacher, all-linear with l restored), on text that training does
+not see. This is SMART's score (Zebra-Llama, arXiv 2505.17272) and, without its retraining of each candidate, KL-guided
+selection's (arXiv 2512.20569, "greedy addition"); every candidate shares the aligned mixers, so one alignment serves
+all.
 
-Restoring layer l changes nothing below l: the all-linear pass keeps the output of every decoder block, and a candidate's pass
-starts at block l, so that L candidates cost about L / 2 forward passes. The KL is taken at every `stride`-th position.
+Restoring layer l changes nothing below l: the all-linear pass keeps the output of every decoder block, and a
+candidate's pass starts at block l, so that L candidates cost about L / 2 forward passes. The KL is taken at every
+`stride`-th position.
 
 Legend: B rows, T tokens, M model width.
 """
@@ -48,7 +50,7 @@ def kl_scores(
     stride: int = 4,
     progress: Callable[[int, int], None] | None = None,
 ) -> KLScores:
-    """Scores every layer of an all-linear, aligned `student`. `progress` is called with (passes done, passes in all)."""
+    """Scores every layer of an all-linear, aligned `student`. `progress`: called with (passes done, in all)."""
     start = time.perf_counter()
     layers, rows = student.plan.num_layers, len(tokens_BT)
     blocks = [student.backbone.get_submodule(path.rpartition(".")[0]) for path in student.config.attention_paths]

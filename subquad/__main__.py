@@ -1,0 +1,5 @@
+"""`python -m subquad`, which is also what `accelerate launch -m subquad convert ...` starts."""
+
+from subquad.cli import main
+
+main()

@@ -1,0 +1,400 @@
+"""The command line: parses, calls, prints; no logic.
+
+Notable:
+- torch and transformers are imported inside the commands, so that `--help` answers at once.
+- One place (`_Commands.invoke`) decides how a command ends: a `UserError` is one line on stderr and exit code 2, Ctrl-C
+  is 130 with the command that goes on from there, anything else is our fault: a traceback and exit code 1.
+- Under `accelerate launch --num_processes N -m subquad ...` every process runs the same command; what is printed for
+  people comes from the pipeline, which knows the main process.
+"""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from subquad.errors import UserError
+
+if TYPE_CHECKING:
+    from subquad.recipe import Recipe
+
+
+class _Commands(TyperGroup):
+    """The commands in the order of a day's work, and the exit codes of all of them."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            print(f"subquad: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
+        except KeyboardInterrupt:
+            print(f"\nsubquad: stopped{_how_to_resume(ctx.invoked_subcommand)}", file=sys.stderr)
+            raise SystemExit(130) from None
+
+
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+
+
+def main() -> None:
+    """The entry point of the `subquad` script and of `python -m subquad`."""
+    app(prog_name="subquad")
+
+
+def _command() -> str:
+    """The command line as the user could type it again."""
+    return shlex.join(["subquad", *sys.argv[1:]])
+
+
+def _how_to_resume(command: str | None) -> str:
+    if command not in ("convert", "distill"):
+        return ""
+    again = [argument for argument in sys.argv[1:] if argument not in ("--resume", "--overwrite")]
+    return f"; go on from the last checkpoint with:\n  {shlex.join(['subquad', *again, '--resume'])}"
+
+
+# Options that several commands share
+TeacherArgument = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="TEACHER",
+        help="The pretrained model to start from: a Hugging Face Hub id, a local folder, or a GGUF file. "
+        "Left out: the recipe's teacher, which is SmolLM2-135M-Instruct unless the recipe says otherwise.",
+    ),
+]
+ModelArgument = Annotated[str, typer.Argument(help="A folder that `convert` wrote, or any causal language model.")]
+RecipeOption = Annotated[
+    str,
+    typer.Option(
+        "--recipe",
+        "-r",
+        metavar="NAME|FILE",
+        help="The recipe: mixer, selector, training stages and evaluation. One that ships with Subquad (quick: minutes "
+        "on two CPU cores; kl-guided: 700M tokens on GPUs), or your own .yaml file.",
+    ),
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        "-s",
+        metavar="KEY=VALUE",
+        help="Change one value of the recipe, such as stages.0.tokens=50k or mixer.name=gla. May be given many times.",
+    ),
+]
+OutOption = Annotated[
+    Path | None,
+    typer.Option("--out", "-o", metavar="DIR", help="Folder to write to.", show_default="runs/NAME OF THE RECIPE"),
+]
+DataOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--data",
+        "-d",
+        metavar="SOURCE",
+        help="Text to train and measure on, instead of the recipe's: a .txt, .jsonl, .jsonl.gz or .parquet file, a "
+        "folder of them, or the id of a `datasets` data set (org/name[:config:split:column]). May be given many times.",
+    ),
+]
+MixerOption = Annotated[
+    str | None,
+    typer.Option(
+        "--mixer",
+        metavar="NAME",
+        help="What takes the place of attention, instead of the recipe's: hedgehog, gla, gated_deltanet, mamba2 or "
+        "sliding_window. Options of the mixer go through --set mixer.options.NAME=VALUE.",
+    ),
+]
+BudgetOption = Annotated[
+    str | None,
+    typer.Option(
+        "--budget",
+        "-b",
+        metavar="BUDGET",
+        help="How much may stay attention, instead of the recipe's budget: a number of layers (15), a share of them "
+        "(50%), or the cache's bytes at a context length (64MiB@32k).",
+    ),
+]
+ResumeOption = Annotated[
+    bool, typer.Option("--resume", help="Go on from the last checkpoint of a run in --out that was interrupted.")
+]
+OverwriteOption = Annotated[
+    bool, typer.Option("--overwrite", help="Delete an earlier run in --out first (never a folder of anything else).")
+]
+SeedOption = Annotated[
+    int | None,
+    typer.Option("--seed", min=0, help="Seed of the new weights and the order of the text.", show_default="recipe's"),
+]
+PickleOption = Annotated[
+    bool,
+    typer.Option("--allow-pickle", help="Accept pickled weights (.bin, .pt): a pickle can run code of its author's."),
+]
+RemoteCodeOption = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run model code that comes with the checkpoint.")
+]
+
+
+def _recipe(name: str, changes: list[str] | None, **options: object) -> "Recipe":
+    """The recipe with --set and the options that are short for one."""
+    from subquad.recipe import load_recipe
+
+    keys = {"budget": "selector.budget", "by": "selector.by", "mixer": "mixer.name", "seed": "seed"}
+    return load_recipe(name, [*(changes or []), *(f"{keys[o]}={v}" for o, v in options.items() if v is not None)])
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from subquad import __version__
+
+        print(f"subquad {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def subquad(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Turn a pretrained Transformer into a hybrid whose cost per token hardly grows with context.
+
+    Subquad keeps attention where it matters, puts linear-time mixers in its place everywhere else, and distills the
+    original model (the teacher) into the result (the student). Start with:
+
+        subquad convert
+
+    Every command explains itself: subquad convert --help. Exit codes: 0 done, 2 something in what you gave (one line
+    says what), 1 a fault of Subquad, 130 interrupted.
+    """
+
+
+@app.command()
+def convert(
+    teacher: TeacherArgument = None,
+    recipe: RecipeOption = "quick",
+    out: OutOption = None,
+    data: DataOption = None,
+    mixer: MixerOption = None,
+    budget: BudgetOption = None,
+    plan: Annotated[
+        Path | None,
+        typer.Option(
+            "--plan",
+            metavar="FILE",
+            help="Use this plan.yaml (from an earlier run, or written by hand) and select nothing.",
+        ),
+    ] = None,
+    changes: SetOption = None,
+    seed: SeedOption = None,
+    resume: ResumeOption = False,
+    overwrite: OverwriteOption = False,
+    allow_pickle: PickleOption = False,
+    trust_remote_code: RemoteCodeOption = False,
+) -> None:
+    """Convert a teacher, from start to end: align, select, distill, measure, save.
+
+    Leaves in --out a model that transformers loads, the plan, the scores, the metrics, the log, and report.html.
+
+    Examples:
+
+        subquad convert
+
+        subquad convert Qwen/Qwen2.5-1.5B --recipe kl-guided --out runs/qwen
+
+        subquad convert ./my-llama --data ./texts --budget 25% --set stages.0.tokens=1M
+
+        subquad convert --recipe quick --out runs/quick --resume
+    """
+    chosen = _recipe(recipe, changes, mixer=mixer, budget=budget, seed=seed)
+    from subquad.pipeline import convert as run
+
+    run(
+        teacher=teacher or chosen.teacher,
+        recipe=chosen,
+        out=out or Path("runs") / chosen.name,
+        resume=resume,
+        overwrite=overwrite,
+        plan=plan,
+        data=data,
+        allow_pickle=allow_pickle,
+        trust_remote_code=trust_remote_code,
+        command=_command(),
+    )
+
+
+@app.command()
+def select(
+    teacher: TeacherArgument = None,
+    out: Annotated[
+        Path, typer.Option("--out", "-o", metavar="FILE", help="The plan to write; scores.json goes beside it.")
+    ] = Path("plan.yaml"),
+    by: Annotated[
+        str | None,
+        typer.Option(
+            "--by",
+            metavar="NAME",
+            help="The selector, instead of the recipe's: kl (restores one layer at a time and measures the KL to the "
+            "teacher) or uniform (evenly spaced).",
+        ),
+    ] = None,
+    budget: BudgetOption = None,
+    mixer: MixerOption = None,
+    recipe: RecipeOption = "quick",
+    data: DataOption = None,
+    changes: SetOption = None,
+    seed: SeedOption = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a plan that is already there.")] = False,
+    allow_pickle: PickleOption = False,
+    trust_remote_code: RemoteCodeOption = False,
+) -> None:
+    """Decide which layers keep attention, and write the plan. No model is saved.
+
+    A plan is a short YAML file: read it, change it, and give it to `distill` or `convert --plan`.
+
+    Examples:
+
+        subquad select --by kl --budget 50% --out plan.yaml
+
+        subquad select Qwen/Qwen2.5-1.5B --by uniform --budget 64MiB@32k --mixer gla
+    """
+    chosen = _recipe(recipe, changes, by=by, budget=budget, mixer=mixer, seed=seed)
+    from subquad.pipeline import select as run
+
+    run(
+        teacher=teacher or chosen.teacher,
+        recipe=chosen,
+        out=out,
+        overwrite=overwrite,
+        data=data,
+        allow_pickle=allow_pickle,
+        trust_remote_code=trust_remote_code,
+        command=_command(),
+    )
+
+
+@app.command()
+def distill(
+    plan: Annotated[
+        Path, typer.Option("--plan", metavar="FILE", help="The plan to train, from `subquad select` or by hand.")
+    ],
+    teacher: TeacherArgument = None,
+    recipe: RecipeOption = "quick",
+    out: OutOption = None,
+    data: DataOption = None,
+    changes: SetOption = None,
+    seed: SeedOption = None,
+    resume: ResumeOption = False,
+    overwrite: OverwriteOption = False,
+    allow_pickle: PickleOption = False,
+    trust_remote_code: RemoteCodeOption = False,
+) -> None:
+    """Train a student for a plan you already have: like `convert`, without the selection.
+
+    Leaves in --out what `convert` leaves there, except scores.json.
+
+    Examples:
+
+        subquad distill --plan plan.yaml --out runs/mine
+
+        subquad distill Qwen/Qwen2.5-1.5B --plan plan.yaml --recipe kl-guided --out runs/qwen --resume
+    """
+    convert(
+        teacher=teacher,
+        recipe=recipe,
+        out=out,
+        data=data,
+        plan=plan,
+        changes=changes,
+        seed=seed,
+        resume=resume,
+        overwrite=overwrite,
+        allow_pickle=allow_pickle,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+@app.command("eval")
+def evaluate(
+    model: ModelArgument,
+    teacher: Annotated[
+        str | None,
+        typer.Option("--teacher", "-t", help="The model to compare with.", show_default="the student's teacher"),
+    ] = None,
+    data: DataOption = None,
+    json_path: Annotated[
+        Path | None,
+        typer.Option("--json", metavar="FILE", help="Also write the numbers to this file."),
+    ] = None,
+) -> None:
+    """Measure a model beside its teacher: KL, perplexity, top-1 agreement, retrieval, cache bytes, by context length.
+
+    The text is held out: training never saw it.
+
+    Examples:
+
+        subquad eval runs/quick
+
+        subquad eval runs/quick --teacher default --data book.txt --json numbers.json
+    """
+    from rich.console import Console
+
+    from subquad.pipeline import evaluate_model
+    from subquad.report import print_table
+
+    print_table(evaluate_model(model, teacher=teacher, data=data, json_path=json_path), Console())
+
+
+@app.command()
+def generate(
+    model: ModelArgument,
+    prompt: Annotated[str, typer.Argument(help="The text to continue, or with --chat the message to answer.")],
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", "-n", min=1, help="Tokens to write at most.")
+    ] = 128,
+    temperature: Annotated[
+        float,
+        typer.Option("--temperature", min=0.0, help="0: always the likeliest token; 1: sample as the model says."),
+    ] = 0.0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the sampling.")] = 0,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Put the prompt in the model's chat template (for instruction-tuned models).")
+    ] = False,
+) -> None:
+    """Let a converted model write.
+
+    Prints the continuation alone, so that it can be piped on.
+
+    Examples:
+
+        subquad generate runs/quick "The history of the lighthouse begins"
+
+        subquad generate runs/quick "Why is the sky blue?" --chat --temperature 0.7
+    """
+    from subquad.pipeline import generate as run
+
+    print(run(model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, chat=chat))
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="The folder of a run, finished or not.")]) -> None:
+    """Draw a run's report.html again, from the files of the run.
+
+    The page is self-contained: the plan, the scores, the loss curves, the numbers and the samples, with no network.
+
+    Examples:
+
+        subquad report runs/quick
+    """
+    from subquad.report import write_report
+
+    print(write_report(run))

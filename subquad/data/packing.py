@@ -1,0 +1,232 @@
+"""From documents to token files.
+
+Notable:
+- Every document begins with the separator its teacher knows (`<|endoftext|>` or the like; the BOS token where the
+  tokenizer puts one before a text), so a row that starts at a document start looks as it did in pretraining.
+- Of every `period` documents of a source the first goes to the part `test` and the second to `selection`, so that a
+  short source has both, and a source taken further keeps what was held out.
+- Sources are read in turns, always the one with the fewest tokens so far, until the token budget is met. Then the
+  training documents of all sources are interleaved in proportion, so every stretch of `train` is a fair mix.
+- Tokens pass through one file a source and part; only the documents' lengths stay in memory.
+"""
+
+import hashlib
+import json
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from subquad.data.sources import Document, Source, clean
+from subquad.errors import UserError
+
+FORMAT = 1  # part of the cache's key; raise it when the same text would be packed another way
+PARTS = ("train", "test", "selection")
+Progress = Callable[[int, int | None], None]
+Encode = Callable[[list[str]], list[np.ndarray]]
+_TURN_CHARACTERS = 500_000
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hex SHA-256 of everything that decides how a tokenizer cuts text."""
+    if tokenizer.is_fast:
+        rules = tokenizer.backend_tokenizer.to_str()
+    else:
+        rules = type(tokenizer).__name__ + json.dumps(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256(f"{rules}{document_separator(tokenizer)}".encode()).hexdigest()
+
+
+def document_separator(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token id that began, or stood between, documents in pretraining.
+
+    BOS where the tokenizer itself puts it before a text (Llama, Gemma, Mistral), otherwise `<|endoftext|>` (GPT-2,
+    Qwen, SmolLM2: an instruction-tuned model's EOS is another token, that ends a turn), otherwise EOS or BOS.
+
+    Raises:
+        UserError: the tokenizer has none of these.
+    """
+    begins = tokenizer("a")["input_ids"][:1]
+    if begins and begins[0] == tokenizer.bos_token_id:
+        return begins[0]
+    if (ends := tokenizer.get_vocab().get("<|endoftext|>")) is not None:
+        return ends
+    for token in (tokenizer.eos_token_id, tokenizer.bos_token_id):
+        if isinstance(token, int):
+            return token
+    raise UserError("the tokenizer has no token that separates documents (EOS or BOS): use the teacher's own tokenizer")
+
+
+@dataclass
+class _Reader:
+    """One source being tokenised: its tokens go to one file a part, the documents' lengths stay in memory."""
+
+    source: Source
+    documents: Iterator[Document]
+    files: dict[str, BinaryIO]
+    lengths: dict[str, array] = field(default_factory=lambda: {part: array("q") for part in PARTS})
+    digest: Any = field(default_factory=hashlib.sha256)
+    seen: int = 0
+    done: bool = False
+
+    def tokens(self, part: str = "train") -> int:
+        return sum(self.lengths[part])
+
+    def take(self, characters: int, period: int, encode: Encode, room: int | None) -> int:
+        """Tokenises the next documents; returns the training tokens won, at most `room`."""
+        texts, parts = [], []
+        for document in self.documents:
+            if not (text := clean(document.text)):
+                continue
+            self.digest.update(text.encode() + b"\0")
+            if document.test:
+                part = "test"
+            else:
+                part = {0: "test", 1: "selection"}.get(self.seen % period, "train")
+                self.seen += 1
+            texts.append(text)
+            parts.append(part)
+            characters -= len(text)
+            if characters <= 0:
+                break
+        else:
+            self.done = True
+        won = 0
+        for ids, part in zip(encode(texts), parts, strict=True):
+            if part == "train":
+                ids = ids if room is None else ids[: room - won]
+                won += len(ids)
+            if len(ids):
+                self.files[part].write(ids.tobytes())  # numpy's tofile hides why a write failed
+                self.lengths[part].append(len(ids))
+        return won
+
+
+def pack(
+    sources: list[Source],
+    tokenizer: PreTrainedTokenizerBase,
+    max_tokens: int | None,
+    period: int,
+    progress: Progress | None,
+    folder: Path,
+) -> None:
+    """Tokenises `sources` into `folder`: train.npy, heldout.npy (uint16, or uint32 for a large vocabulary) and
+    meta.json.
+
+    Raises:
+        UserError: a source is empty, or has too few documents to hold whole ones out.
+    """
+    separator = document_separator(tokenizer)
+    dtype = np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32)
+
+    def encode(texts: list[str]) -> list[np.ndarray]:
+        if not texts:
+            return []
+        ids = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        return [np.array([separator, *document], dtype=dtype) for document in ids]
+
+    with ExitStack() as stack:
+        readers = []
+        for number, source in enumerate(sources):
+            parts = {part: (folder / f"{number}.{part}") for part in PARTS}
+            files: dict[str, BinaryIO] = {part: stack.enter_context(path.open("wb")) for part, path in parts.items()}
+            readers.append(_Reader(source, source.documents(), files))
+        won = [0] * len(readers)
+        while active := [n for n, reader in enumerate(readers) if not reader.done]:
+            room = None if max_tokens is None else max_tokens - sum(won)
+            if room == 0:
+                break
+            reader_number = min(active, key=won.__getitem__)
+            # Small turns near the end of a budget, so that a small budget is shared as fairly as a large one.
+            turn = _TURN_CHARACTERS if room is None else min(_TURN_CHARACTERS, room // len(active) + 1)
+            won[reader_number] += readers[reader_number].take(turn, period, encode, room)
+            if progress is not None:
+                progress(sum(won), max_tokens)
+    for reader in readers:
+        documents = sum(map(len, reader.lengths.values()))
+        if reader.done and not documents:
+            raise UserError(f"the text '{reader.source.name}' is empty")
+        if reader.done and not reader.tokens():
+            raise UserError(
+                f"the text '{reader.source.name}' has {documents} documents: at least three are needed, "
+                "as whole documents are held out"
+            )
+    _write_train(folder, readers, dtype)
+    segments = _write_heldout(folder, readers, dtype)
+    meta = {
+        "format": FORMAT,
+        "separator": separator,
+        "dtype": dtype.name,
+        "max_tokens": max_tokens,
+        "tokens": {"train": sum(won), "heldout": segments[-1]["stop"]},
+        "sources": [
+            {
+                "name": reader.source.name,
+                "license": reader.source.license,
+                "sha256": reader.digest.hexdigest(),
+                "documents": {part: len(lengths) for part, lengths in reader.lengths.items()},
+                "tokens": {part: reader.tokens(part) for part in reader.lengths},
+            }
+            for reader in readers
+        ],
+        "heldout": segments,
+    }
+    (folder / "meta.json").write_text(json.dumps(meta, indent=2), encoding="utf-8")
+
+
+def _write_train(folder: Path, readers: list[_Reader], dtype: np.dtype) -> None:
+    """train.npy: every source's documents spread evenly over the whole length."""
+    lengths = [np.array(reader.lengths["train"], dtype=np.int64) for reader in readers]
+    ends = [np.cumsum(sizes) for sizes in lengths]
+    middles = np.concatenate([(end - size / 2) / max(1, size.sum()) for end, size in zip(ends, lengths, strict=True)])
+    owners = np.repeat(np.arange(len(readers)), [len(sizes) for sizes in lengths])[np.argsort(middles, kind="stable")]
+    tokens = [_spilled(folder, number, "train", dtype) for number in range(len(readers))]
+
+    def in_order() -> Iterator[np.ndarray]:
+        at = [0] * len(readers)
+        document = [0] * len(readers)
+        for owner in owners:  # within a source the order is kept, so its file is read from front to back
+            start, document[owner] = at[owner], document[owner] + 1
+            at[owner] = ends[owner][document[owner] - 1]
+            yield tokens[owner][start : at[owner]]
+
+    _write_npy(folder / "train.npy", dtype, sum(map(len, tokens)), in_order())
+    _remove_spilled(folder, "train")
+
+
+def _write_heldout(folder: Path, readers: list[_Reader], dtype: np.dtype) -> list[dict[str, Any]]:
+    """heldout.npy: one stretch for each part of each source; returns the stretches."""
+    segments, at, tokens = [], 0, []
+    for part in ("test", "selection"):
+        for number, reader in enumerate(readers):
+            if size := reader.tokens(part):
+                segments.append({"source": reader.source.name, "part": part, "start": at, "stop": at + size})
+                tokens.append(_spilled(folder, number, part, dtype))
+                at += size
+    _write_npy(folder / "heldout.npy", dtype, at, tokens)
+    for part in ("test", "selection"):
+        _remove_spilled(folder, part)
+    return segments
+
+
+def _write_npy(path: Path, dtype: np.dtype, length: int, stretches: Iterable[np.ndarray]) -> None:
+    """A 1-D .npy file, written from front to back: on a full disk a memory map kills the process, a write raises."""
+    with path.open("wb", buffering=1 << 20) as file:
+        header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (length,)}
+        np.lib.format.write_array_header_1_0(file, header)
+        for stretch in stretches:
+            file.write(stretch.tobytes())
+
+
+def _spilled(folder: Path, number: int, part: str, dtype: np.dtype) -> np.ndarray:
+    path = folder / f"{number}.{part}"
+    return np.memmap(path, dtype, "r") if path.stat().st_size else np.empty(0, dtype)  # an empty file cannot be mapped
+
+
+def _remove_spilled(folder: Path, part: str) -> None:
+    for path in folder.glob(f"*.{part}"):
+        path.unlink()

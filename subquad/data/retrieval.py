@@ -1,0 +1,209 @@
+"""Synthetic retrieval: can a model fetch a token from far back in its context?
+
+Likelihood hides the loss of recall: a student may match its teacher on running text and still be unable to look
+anything up. Three probes for any tokenizer, each row exactly `context` tokens long with the answer at its very end:
+
+- `copy`: a random token sequence, twice. Nothing but looking back predicts the second copy.
+- `dictionary`: key-value pairs, then one key; the prompt of Retrieval-Aware Distillation (arXiv 2602.11374): English
+  words as keys, distinct integers 0-99 as values, and as many pairs as fit. Past 100 pairs text fills the room between
+  the dictionary and the question, so that the distance grows with the context.
+- `passkey`: five digits hidden in a haystack of text, then asked for. From row to row the depth goes over all of it.
+
+Notable:
+- Row i depends on (name, context, seed, i) alone: asking for more rows leaves the first ones as they were.
+- Document separators are taken out of the haystack: they tell a model to forget what it read.
+- Nothing here knows of models; `subquad.evaluate.retrieval` scores the probes.
+
+Shapes: N rows, T tokens (the context).
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from subquad.errors import UserError, nearest
+
+MAX_PAIRS = 100  # values are distinct integers of 0-99
+GOLDEN = 0.6180339887498949  # steps of this share of the haystack spread the depths evenly for any number of rows
+
+FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
+
+WORDS = """
+    actor anchor angle animal apple apron arrow autumn badge bakery balloon bamboo banana barrel basket beach beacon
+    bishop blanket blossom bottle boulder branch bread breeze brick bridge bronze bucket butter button cabin cactus
+    camera camp canal candle canoe canvas carpet castle cattle cave cellar chain chair chapel cheese cherry chimney
+    circle circus cliff clock cloud coach coast coffee comet copper coral corner cotton cradle crane crown crystal
+    curtain dancer desert diamond dinner doctor donkey dragon drawer dream eagle elbow engine falcon farmer feather
+    fence ferry festival fiddle field finger flame flower forest fountain fox garden garlic gate ghost giant ginger
+    glacier glass globe goat grape gravel guitar hammer harbor harvest hat hawk helmet hill honey horse hotel island
+    ivory jacket jewel jungle kettle kitchen kitten knife ladder lake lantern leaf lemon letter library lion lobster
+    magnet maple marble market meadow melon mirror monkey morning mountain museum needle nest novel oak ocean olive
+    onion orange orchard owl palace paper parrot pepper piano pillow pirate planet pocket potato prince puzzle rabbit
+    radio rain ribbon river road robin rocket rope salmon sand school shadow shell shield ship silver snow soldier
+    spider spoon spring square stable statue stone storm stream sugar summer table temple tent thunder tiger tower
+    train tulip tunnel turtle valley velvet village violin wagon wheel window winter wolf yard zebra
+""".split()
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Rows of one retrieval task at one context length.
+
+    `input_ids` (N, T) int64. `answer_mask` (N, T) bool marks the tokens that are scored: the one at p is predicted by
+    the logits at p - 1. `per_token`: accuracy is counted token by token (copying) rather than answer by answer.
+    """
+
+    input_ids: Tensor
+    answer_mask: Tensor
+    per_token: bool = False
+
+    def __post_init__(self) -> None:
+        if self.input_ids.ndim != 2 or self.input_ids.shape != self.answer_mask.shape:
+            raise ValueError("a Probe needs input_ids and answer_mask of the same shape (rows, context)")
+        if self.answer_mask[:, 0].any() or not self.answer_mask.any(dim=1).all():
+            raise ValueError("every row of a Probe needs an answer, and its first token cannot be one")
+
+
+def make_probe(
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    context: int,
+    count: int,
+    seed: int = 0,
+    haystack_ids: Tensor | None = None,
+) -> Probe:
+    """Make `count` rows of the task `name` ("copy", "dictionary" or "passkey"), each exactly `context` tokens long.
+
+    `haystack_ids`: tokens of real text (any shape, read flat) that fill the room between a fact and its question; a row
+    takes a stretch from a random place, starting over at the end. Without it a plain text is tiled. If the tokenizer
+    starts its texts with a special token (`<bos>`), so does every row.
+    Raises `UserError` for an unknown task, a context too short for the task, a haystack without text, or a tokenizer
+    that has no tokens for the answers.
+    """
+    if name not in _ROWS:
+        raise UserError(f"unknown retrieval task '{name}': {nearest(name, _ROWS)}")
+    if count < 1:
+        raise UserError(f"a retrieval probe needs at least one row, not {count}: raise the count")
+    text = _Text(tokenizer, haystack_ids)
+    rows, answers = [], []
+    for row in range(count):
+        ids, answer = _ROWS[name](text, context, random.Random(f"{name} {context} {seed} {row}"), row)
+        rows.append(ids)
+        answers.append([False] * (context - len(answer)) + answer)
+    return Probe(torch.tensor(rows), torch.tensor(answers), per_token=name == "copy")
+
+
+class _Text:
+    """A tokenizer's view of the probes: how they start, what fills them, which tokens are plain ones."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, haystack_ids: Tensor | None):
+        self.tokenizer = tokenizer
+        self.special = set(tokenizer.all_special_ids)
+        self.special |= {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+        plain = self.encode("a")
+        full = tokenizer("a")["input_ids"]
+        self.start: list[int] = full[: full.index(plain[0])] if plain and plain[0] in full else []
+        self.newline = self.encode("\n")
+        self.haystack_ids = haystack_ids
+
+    @cached_property
+    def haystack(self) -> list[int]:
+        """What fills a row, without the separators of documents."""
+        ids = self.encode(FILLER * 8) if self.haystack_ids is None else self.haystack_ids.flatten().tolist()
+        ids = [index for index in ids if index not in self.special]
+        if not ids:
+            raise UserError(
+                "the haystack of the retrieval probes holds no text: give more of it, or none to use our own"
+            )
+        return ids
+
+    @cached_property
+    def plain(self) -> list[int]:
+        """Every token id that is not special, in order."""
+        return sorted(set(self.tokenizer.get_vocab().values()) - self.special)
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def question(self, question: str, answer: str) -> tuple[list[int], list[bool]]:
+        """Tokens of the question with its answer, and which of them are scored: those after the question, from the
+        first that is not just a space (a separate space before a number tells nothing about recall)."""
+        alone, ids = self.encode(question), self.encode(f"{question} {answer}")
+        first = next((i for i, (a, b) in enumerate(zip(alone, ids, strict=False)) if a != b), len(alone))
+        while first < len(ids) - 1 and not str(self.tokenizer.decode([ids[first]])).strip():
+            first += 1
+        if first >= len(ids) or self.tokenizer.unk_token_id in ids[first:]:
+            raise UserError(f"this tokenizer has no tokens for '{answer}': leave out the retrieval tasks about numbers")
+        return ids, [False] * first + [True] * (len(ids) - first)
+
+    def fill(self, length: int, rng: random.Random) -> list[int]:
+        """`length` tokens of haystack from a random place, closed by a newline as far as there is room."""
+        start = rng.randrange(len(self.haystack))
+        ids = [self.haystack[(start + i) % len(self.haystack)] for i in range(length)]
+        return (ids + self.newline)[len(self.newline) :]
+
+
+def _copy_row(text: _Text, context: int, rng: random.Random, row: int) -> tuple[list[int], list[bool]]:
+    length = (context - len(text.start)) // 2
+    if length < 2:
+        raise UserError(_too_short("copy", context, len(text.start) + 4))
+    # Each token once, if the vocabulary allows: then the token before names its successor, and copying is unambiguous.
+    sequence = rng.sample(text.plain, length) if length <= len(text.plain) else rng.choices(text.plain, k=length)
+    odd = rng.choices(text.plain, k=context - len(text.start) - 2 * length)
+    # The first token of the second copy is anybody's guess.
+    return text.start + odd + sequence + sequence, [True] * (length - 1)
+
+
+def _dictionary_row(text: _Text, context: int, rng: random.Random, row: int) -> tuple[list[int], list[bool]]:
+    pairs = list(zip(rng.sample(WORDS, MAX_PAIRS), rng.sample(range(100), MAX_PAIRS), strict=True))
+    target = rng.random()
+
+    def build(count: int) -> tuple[list[int], list[int], list[bool]]:
+        key, value = pairs[int(target * count)]
+        lines = "".join(f"{k}:{v}\n" for k, v in pairs[:count])
+        dictionary = text.encode(f"Memorize the following dictionary:\n{lines}")
+        return text.start + dictionary, *text.question(f"The value of the key '{key}' is", str(value))
+
+    def length(count: int) -> int:
+        dictionary, question, _ = build(count)
+        return len(dictionary) + len(question)
+
+    if length(2) > context:
+        raise UserError(_too_short("dictionary", context, length(2)))
+    low, high = 2, MAX_PAIRS
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if length(middle) <= context else (low, middle - 1)
+    dictionary, question, answer = build(low)
+    return dictionary + text.fill(context - len(dictionary) - len(question), rng) + question, answer
+
+
+def _passkey_row(text: _Text, context: int, rng: random.Random, row: int) -> tuple[list[int], list[bool]]:
+    key = str(rng.randrange(10_000, 100_000))
+    intro = text.start + text.encode(
+        "There is a pass key hidden in a lot of irrelevant text. Find it and memorize it.\n"
+    )
+    needle = text.encode(f"The pass key is {key}. Remember it. {key} is the pass key.\n")
+    question, answer = text.question("What is the pass key? The pass key is", key)
+    room = context - len(intro) - len(needle) - len(question)
+    if room < 0:
+        raise UserError(_too_short("passkey", context, context - room))
+    before = int((rng.random() / 8 + row * GOLDEN) % 1 * (room + 1))
+    return intro + text.fill(before, rng) + needle + text.fill(room - before, rng) + question, answer
+
+
+def _too_short(name: str, context: int, needed: int) -> str:
+    return f"a context of {context} tokens is too short for the retrieval task '{name}': give it {needed} or more"
+
+
+_ROWS: dict[str, Callable[[_Text, int, random.Random, int], tuple[list[int], list[bool]]]] = {
+    "copy": _copy_row,
+    "dictionary": _dictionary_row,
+    "passkey": _passkey_row,
+}
+TASKS: Sequence[str] = tuple(_ROWS)

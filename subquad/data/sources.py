@@ -1,0 +1,234 @@
+"""Documents from what a user has: files, folders, and data sets on the Hub.
+
+Notable:
+- A `Source` yields whole documents lazily, so a file larger than memory and a streamed data set work alike.
+- A long .txt is cut at blank lines into documents of at most a sixteenth of the source, so that whole documents can be
+  held out of a single book as well.
+- Every complaint names the file, and the byte or line in it.
+"""
+
+import codecs
+import gzip
+import hashlib
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from subquad.errors import UserError, nearest
+from subquad.files import first_line
+
+SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
+LONGEST_TXT_DOCUMENT = 256 * 1024  # bytes; longer ones are cut
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[^:]*){0,3}")
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text, raw: whoever tokenises it cleans it. `test` marks one that is always held out for the test part."""
+
+    text: str
+    test: bool = False
+
+
+@dataclass(frozen=True)
+class Source:
+    """Texts of one kind.
+
+    Attributes:
+        name: what the report calls it.
+        license: of the texts, in words.
+        signature: changes when the contents change (paths, sizes and times, or a data set's id): part of the cache's
+            key.
+        documents: starts a new pass over the documents, in a fixed order.
+        endless: a stream whose length is not known beforehand.
+    """
+
+    name: str
+    license: str
+    signature: str
+    documents: Callable[[], Iterator[Document]]
+    endless: bool = False
+
+
+def clean(text: str) -> str:
+    """Unix line ends, no blanks at line ends, no byte-order mark or NUL, at most one blank line in a row.
+
+    Indentation stays: it means something in code.
+    """
+    text = text.replace("\ufeff", "").replace("\0", "").replace("\r\n", "\n").replace("\r", "\n")
+    text = re.sub(r"[^\S\n]+\n", "\n", text)
+    return re.sub(r"\n{3,}", "\n\n", text).strip("\n").rstrip()
+
+
+def open_source(spec: str) -> Source:
+    """The source a user names: a file, a folder of files, or `org/name[:config[:split[:column]]]` on the Hub.
+
+    Raises:
+        UserError: no such file, an unknown extension, an empty file, a folder without text files.
+    """
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        files = [file for file in path.rglob("*") if file.is_file() and _suffix(file)]
+        if not files:
+            raise UserError(f"the folder {path} holds no text: expected files ending in {', '.join(SUFFIXES)}")
+        # In an order that has nothing to do with the names, so that a prefix is a fair sample.
+        files.sort(key=lambda file: hashlib.sha256(str(file.relative_to(path)).encode()).digest())
+        return _files_source(path, files)
+    if path.is_file():
+        if not _suffix(path):
+            raise UserError(f"the text file {path} has an unknown extension: {nearest(path.suffix, SUFFIXES)}")
+        if path.stat().st_size == 0:
+            raise UserError(f"the text file {path} is empty")
+        return _files_source(path, [path])
+    if _HUB_ID.fullmatch(spec) and not _suffix(path):
+        return _hub_source(spec)
+    raise UserError(f"no text at '{spec}': there is no such file or folder, and it is no data set id like org/name")
+
+
+def stat_signature(files: Iterable[Path]) -> str:
+    """Names, sizes and modification times of files, as one string."""
+    stats = ((file, file.stat()) for file in files)
+    return "\n".join(f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns}" for file, stat in stats)
+
+
+def _suffix(path: Path) -> str | None:
+    return next((suffix for suffix in reversed(SUFFIXES) if path.name.lower().endswith(suffix)), None)
+
+
+def _files_source(path: Path, files: list[Path]) -> Source:
+    txt_bytes = sum(file.stat().st_size for file in files if _suffix(file) == ".txt")
+    longest = min(LONGEST_TXT_DOCUMENT, max(1, txt_bytes // 16))
+
+    def documents() -> Iterator[Document]:
+        for file in files:
+            try:
+                for text in _read(file, longest):
+                    yield Document(text)
+            except PermissionError as error:
+                raise UserError(f"the text file {file} may not be read: change its permissions") from error
+
+    return Source(str(path), "not stated (the user's own text)", stat_signature(files), documents)
+
+
+def _read(file: Path, longest: int) -> Iterator[str]:
+    match _suffix(file):
+        case ".txt":
+            with file.open("rb") as lines:
+                yield from _pieces(_decoded(file, lines), longest)
+        case ".jsonl":
+            with file.open("rb") as lines:
+                yield from _json_texts(file, _decoded(file, lines))
+        case ".jsonl.gz":
+            try:
+                with gzip.open(file) as lines:
+                    yield from _json_texts(file, _decoded(file, lines))
+            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+                raise UserError(f"the text file {file} is damaged or cut short ({error}): copy it again") from error
+        case ".parquet":
+            yield from _parquet_texts(file)
+
+
+def _decoded(file: Path, lines: Iterable[bytes]) -> Iterator[str]:
+    """Lines as text; a newline never lies inside a UTF-8 sequence, so each line can be decoded alone."""
+    offset = 0
+    for line in lines:
+        try:
+            yield line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            wide = offset == 0 and line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+            raise UserError(
+                f"the text file {file} is not UTF-8: byte 0x{line[error.start]:02x} at offset {offset + error.start} "
+                f"cannot be read: convert it first, e.g. iconv -f {'utf-16' if wide else 'latin1'} -t utf-8"
+            ) from error
+        offset += len(line)
+
+
+def _pieces(lines: Iterable[str], longest: int) -> Iterator[str]:
+    """Joins lines into texts of half `longest` to `longest` characters that end at a blank line where there is one."""
+    parts: list[str] = []
+    size = 0
+    for line in lines:
+        if parts and size + len(line) > longest:
+            yield "".join(parts)
+            parts, size = [], 0
+        parts.append(line)
+        size += len(line)
+        if size > longest:  # one line alone is too long: cut it between words
+            yield from _cut(line, longest)
+            parts, size = [], 0
+        elif size > longest // 2 and not line.strip():
+            yield "".join(parts)
+            parts, size = [], 0
+    yield "".join(parts)
+
+
+def _cut(text: str, longest: int) -> Iterator[str]:
+    start = 0
+    while len(text) - start > longest:
+        blank = text.rfind(" ", start + 1, start + longest)
+        stop = blank if blank > start else start + longest
+        yield text[start:stop]
+        start = stop
+    yield text[start:]
+
+
+def _json_texts(file: Path, lines: Iterable[str]) -> Iterator[str]:
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line.lstrip("\ufeff"))
+        except json.JSONDecodeError as error:
+            raise UserError(f"line {number} of {file} is not JSON ({error.msg} at column {error.colno})") from error
+        yield _text_of(record, "text", f"line {number} of {file}")
+
+
+def _text_of(record: Any, column: str, where: str) -> str:
+    if not isinstance(record, dict):
+        raise UserError(f"{where} is not a JSON object with a field '{column}'")
+    if column not in record:
+        raise UserError(f"{where} has no field '{column}': {nearest(column, map(str, record))}")
+    if not isinstance(record[column], str):
+        raise UserError(f"field '{column}' in {where} is not a text")
+    return record[column]
+
+
+def _parquet_texts(file: Path) -> Iterator[str]:
+    import pyarrow  # type: ignore[import-untyped]
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(file) as table:
+            if "text" not in table.schema_arrow.names:
+                raise UserError(f"the table {file} has no column 'text': {nearest('text', table.schema_arrow.names)}")
+            for rows in table.iter_batches(batch_size=1024, columns=["text"]):
+                for text in rows.column(0).to_pylist():
+                    if text is not None:
+                        yield _text_of({"text": text}, "text", str(file))
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"the table {file} is damaged or cut short ({error}): copy it again") from error
+
+
+def _hub_source(spec: str) -> Source:
+    name, config, split, column = (spec.split(":") + ["", "", ""])[:4]
+    column = column or "text"
+
+    def documents() -> Iterator[Document]:
+        import datasets
+
+        try:
+            for record in datasets.load_dataset(name, config or None, split=split or "train", streaming=True):
+                yield Document(_text_of(record, column, f"the data set '{name}'"))
+        except UserError:
+            raise
+        except (OSError, ValueError, RuntimeError, LookupError) as error:
+            raise UserError(
+                f"the data set '{spec}' cannot be streamed ({first_line(error)}): check its name "
+                "(org/name:config:split:column), the network and your access"
+            ) from error
+
+    return Source(spec, "see the data set's card on the Hub", spec, documents, endless=True)

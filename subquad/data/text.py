@@ -1,0 +1,162 @@
+"""Text as tokens: packed once, cached, and drawn from without state.
+
+Notable:
+- Whole documents are held out, in two parts that never meet: `test` for what is reported, `selection` for choosing
+  layers. The two together are `heldout`; training never sees either.
+- A batch is a function of (seed, step) alone: to resume, ask for the next step.
+- Tokens are memory-mapped, so a corpus larger than memory works. packing.py says how they are laid out.
+
+Shape suffixes: B rows, T positions.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from subquad.data.corpora import default_sources
+from subquad.data.packing import FORMAT, Progress, pack, tokenizer_hash
+from subquad.data.sources import open_source
+from subquad.errors import UserError
+from subquad.files import build_once, cache_dir
+
+DEFAULT_MAX_TOKENS = 4_000_000  # of the default corpora; a user's own text is taken whole
+Part = Literal["test", "selection"]
+
+
+@dataclass
+class Corpus:
+    """Packed tokens of several sources.
+
+    Attributes:
+        train, heldout: 1-D memory-mapped token ids.
+        meta: `tokens` in train and heldout, the `separator` id, `sources` (name, license, SHA-256 of the texts used,
+            documents and tokens by part), and `heldout`: which stretch belongs to which source and part.
+    """
+
+    train: np.ndarray
+    heldout: np.ndarray
+    meta: dict[str, Any]
+
+    @classmethod
+    def open(cls, folder: Path) -> "Corpus":
+        """The corpus that `load_corpus` wrote to `folder`."""
+        train, heldout = (np.load(folder / name, mmap_mode="r") for name in ("train.npy", "heldout.npy"))
+        return cls(train, heldout, json.loads((folder / "meta.json").read_text(encoding="utf-8")))
+
+    def batch(self, step: int, *, batch: int, sequence_length: int, seed: int) -> torch.Tensor:
+        """Training rows of one step: ids_BT, int64.
+
+        The rows are non-overlapping windows of `train` in an order drawn from (seed, epoch), so each is seen once an
+        epoch.
+
+        Raises:
+            UserError: the training text is shorter than one sequence.
+        """
+        windows = len(self.train) // sequence_length
+        if not windows:
+            raise UserError(
+                f"the training text has {len(self.train)} tokens, fewer than one sequence of {sequence_length}: "
+                "give more text or a smaller sequence_length"
+            )
+        starts = []
+        for row in range(step * batch, (step + 1) * batch):
+            epoch, position = divmod(row, windows)
+            starts.append(int(_window_order(windows, seed, epoch)[position]) * sequence_length)
+        return self._rows(self.train, starts, sequence_length)
+
+    def heldout_batch(self, count: int, sequence_length: int, *, part: Part = "test") -> torch.Tensor:
+        """Held-out rows, always the same: ids_BT, int64, from the sources in turn.
+
+        Of each source come first the documents that fill a row alone, then short documents joined, each row starting at
+        a document start; only when these run out, further stretches of the long documents. No two rows of a part
+        overlap. There are fewer than `count` rows when the held-out text is short.
+
+        Raises:
+            UserError: the held-out text is shorter than one sequence.
+        """
+        segments = [segment for segment in self.meta["heldout"] if segment["part"] == part]
+        by_source = [self._row_starts(segment["start"], segment["stop"], sequence_length) for segment in segments]
+        in_turn = [starts[turn] for turn in range(count) for starts in by_source if turn < len(starts)]
+        if not in_turn:
+            longest = max((segment["stop"] - segment["start"] for segment in segments), default=0)
+            raise UserError(
+                f"the text held out for {part} has at most {longest} tokens of a kind, fewer than one sequence "
+                f"of {sequence_length}: give more text, hold out a larger share (data.heldout_fraction) or ask for "
+                "shorter contexts"
+            )
+        return self._rows(self.heldout, in_turn[:count], sequence_length)
+
+    def _row_starts(self, start: int, stop: int, length: int) -> list[int]:
+        is_start = np.asarray(self.heldout[start:stop]) == self.meta["separator"]
+        documents = [start + int(offset) for offset in np.flatnonzero(is_start)]
+        whole: list[int] = []
+        joined: list[int] = []
+        further: list[int] = []
+        free = start  # where the joined row that is being filled ends
+        for begin, end in zip(documents, [*documents[1:], stop], strict=True):
+            if end - begin >= length:
+                if joined and free > begin:  # the row before would run into this document
+                    joined.pop()
+                whole.append(begin)
+                further += range(begin + length, end - length + 1, length)
+                free = end
+            elif begin >= free and begin + length <= stop:
+                joined.append(begin)
+                free = begin + length
+        return whole + joined + further
+
+    @staticmethod
+    def _rows(tokens: np.ndarray, starts: list[int], length: int) -> torch.Tensor:
+        return torch.from_numpy(np.stack([tokens[start : start + length] for start in starts]).astype(np.int64))
+
+
+@lru_cache(maxsize=4)
+def _window_order(windows: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(windows)
+
+
+def load_corpus(
+    sources: list[str] | None,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_tokens: int | None = None,
+    heldout_fraction: float = 0.02,
+    progress: Progress | None = None,
+) -> Corpus:
+    """Tokens of `sources`, packed once and cached under `cache_dir()/tokens`.
+
+    Args:
+        sources: files (.txt, .jsonl, .jsonl.gz, .parquet), folders of them, or data set ids
+            `org/name[:config[:split[:column]]]`; None for the default corpora (corpora.py).
+        max_tokens: of training text; None takes all of the user's files, and 4 million of the default corpora.
+        heldout_fraction: share of each source's documents kept out of training, half for `test`, half for `selection`;
+            at least one document each.
+        progress: called with (training tokens so far, max_tokens) as the work goes on.
+
+    Raises:
+        UserError: text that is missing, empty, damaged, not UTF-8 or too little, or a stream without `max_tokens`.
+    """
+    if not 0 < heldout_fraction <= 0.5:
+        raise UserError(f"heldout_fraction is {heldout_fraction}: it must be above 0 and at most 0.5")
+    if max_tokens is not None and max_tokens < 1:
+        raise UserError(f"max_tokens is {max_tokens}: it must be at least 1")
+    opened = default_sources() if sources is None else [open_source(source) for source in sources]
+    if not opened:
+        raise UserError("no text was named: give files, folders or data set ids, or none at all for the default text")
+    if sources is None and max_tokens is None:
+        max_tokens = DEFAULT_MAX_TOKENS
+    for source in opened:
+        if source.endless and max_tokens is None:
+            raise UserError(f"the data set '{source.name}' is streamed: say how many tokens to take (data.max_tokens)")
+    period = round(2 / heldout_fraction)  # of so many documents two are held out, one for each part
+    key = [FORMAT, tokenizer_hash(tokenizer), max_tokens, period, *([s.name, s.signature] for s in opened)]
+    folder = cache_dir() / "tokens" / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:20]
+    build_once(folder, partial(pack, opened, tokenizer, max_tokens, period, progress))
+    return Corpus.open(folder)

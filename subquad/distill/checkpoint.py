@@ -1,0 +1,200 @@
+"""Checkpoints that survive a kill at any moment, and hold safetensors and JSON only.
+
+    checkpoints/
+      latest.json                        {"folder": "stage-0-step-000120"}
+      stage-0-step-000120/
+        trainable.safetensors            the tensors that this stage trains
+        optimizer.safetensors            AdamW's moments, "exp_avg/<parameter>", and torch's random state, "torch_rng"
+        state.json                       stage, step, losses so far, and what the run is: seed, teacher, plan, text ...
+      stage-0.safetensors                the trained tensors of a finished stage; its header holds the state
+
+Notable:
+- A checkpoint is written under a temporary name, synced to disk and renamed, and only then `latest.json` is replaced,
+  in the same way. Whatever is interrupted, `latest.json` names a whole checkpoint.
+- A run may be resumed only as what it was: `Checkpoints.identity` is compared, and what differs is named.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from subquad.distill.trainable import Parameters
+from subquad.errors import UserError
+
+KEEP = 2  # step checkpoints that are kept
+RNG = "torch_rng"
+State = dict[str, Any]
+
+
+@dataclass
+class Checkpoints:
+    """The checkpoints of one stage of a run."""
+
+    folder: Path
+    stage: int
+    identity: dict[str, str] = field(default_factory=dict)  # what the run is: {"seed": "0", "teacher": "3f1c...", ...}
+
+    @property
+    def finished_path(self) -> Path:
+        """The tensors of this stage, once it is done."""
+        return self.folder / f"stage-{self.stage}.safetensors"
+
+    def start_over(self) -> None:
+        """Removes what an earlier run left of this stage and all later ones."""
+        for path in {*self.folder.glob("stage-*"), *self.folder.glob("*.tmp")}:
+            stage = path.name.removeprefix("stage-").partition("-")[0].partition(".")[0]
+            if path.suffix == ".tmp" or int(stage) >= self.stage:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        self._latest.unlink(missing_ok=True)
+
+    # Steps -------------------------------------------------------------------------------------------------------
+
+    def save(self, parameters: Parameters, optimizer: torch.optim.Optimizer, state: State) -> None:
+        """Writes the checkpoint of `state["step"]`. Raises UserError if the disk fails; older checkpoints stay."""
+        folder = self.folder / f"stage-{self.stage}-step-{state['step']:06d}"
+        moments = {
+            f"{kind}/{name}": value
+            for name, parameter in parameters.items()
+            for kind, value in optimizer.state[parameter].items()
+        }
+        with self._writing(f"the checkpoint of step {state['step']}"):
+            aside = folder.with_name(folder.name + ".tmp")
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+            save_file(_plain(parameters), aside / "trainable.safetensors")
+            save_file(_plain(moments) | {RNG: torch.get_rng_state()}, aside / "optimizer.safetensors")
+            (aside / "state.json").write_text(json.dumps(self._signed(state)), encoding="utf-8")
+            for path in [*aside.iterdir(), aside]:
+                _sync(path)
+            shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed before latest.json named it
+            os.replace(aside, folder)
+            self._replace(self._latest, json.dumps({"folder": folder.name}))
+        for old in self._steps()[:-KEEP]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def load(self, parameters: Parameters, optimizer: torch.optim.Optimizer) -> State | None:
+        """Puts the latest checkpoint of this stage in place and returns its state; None if there is none.
+
+        Raises UserError if the checkpoint is of another run, or damaged.
+        """
+        if not self._latest.exists():
+            return None
+        with self._reading():
+            folder = self.folder / json.loads(self._latest.read_text(encoding="utf-8"))["folder"]
+            state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+            if state["stage"] != self.stage:
+                return None
+            self._check(state)
+            _restore(parameters, load_file(folder / "trainable.safetensors"))
+            moments = load_file(folder / "optimizer.safetensors")
+            torch.set_rng_state(moments.pop(RNG))
+            for key, value in moments.items():
+                kind, _, name = key.partition("/")
+                optimizer.state[parameters[name]][kind] = value.to(parameters[name].device)
+        return state
+
+    # Stages ------------------------------------------------------------------------------------------------------
+
+    def finish(self, parameters: Parameters, state: State) -> None:
+        """Writes the trained tensors of the finished stage, and removes its step checkpoints."""
+        header = json.dumps(self._signed(state) | {RNG: torch.get_rng_state().numpy().tobytes().hex()})
+        with self._writing(f"the weights of stage {self.stage}"):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            aside = self.finished_path.with_name(self.finished_path.name + ".tmp")
+            save_file(_plain(parameters), aside, metadata={"state": header})
+            _sync(aside)
+            os.replace(aside, self.finished_path)
+            _sync(self.folder)
+        self._latest.unlink(missing_ok=True)
+        for old in self._steps():
+            shutil.rmtree(old, ignore_errors=True)
+
+    def load_finished(self, parameters: Parameters) -> State | None:
+        """Puts the tensors of the finished stage in place and returns its state; None if it is not finished."""
+        if not self.finished_path.exists():
+            return None
+        with self._reading():
+            with safe_open(self.finished_path, "pt") as file:
+                state = json.loads(file.metadata()["state"])
+            self._check(state)
+            _restore(parameters, load_file(self.finished_path))
+            torch.set_rng_state(torch.frombuffer(bytearray.fromhex(state[RNG]), dtype=torch.uint8))
+        return state
+
+    # Shared ------------------------------------------------------------------------------------------------------
+
+    @property
+    def _latest(self) -> Path:
+        return self.folder / "latest.json"
+
+    def _steps(self) -> list[Path]:
+        return sorted(path for path in self.folder.glob(f"stage-{self.stage}-step-*") if path.suffix != ".tmp")
+
+    def _signed(self, state: State) -> State:
+        return state | {"stage": self.stage, "identity": self.identity}
+
+    def _check(self, state: State) -> None:
+        other = [what for what, value in self.identity.items() if state["identity"].get(what) != value]
+        if other:
+            raise UserError(
+                f"cannot resume: the checkpoints in '{self.folder}' were made with another "
+                f"{' and another '.join(other)}; resume with the same settings, or start over in another folder."
+            )
+
+    def _replace(self, path: Path, text: str) -> None:
+        aside = path.with_name(path.name + ".tmp")
+        aside.write_text(text, encoding="utf-8")
+        _sync(aside)
+        os.replace(aside, path)
+        _sync(path.parent)
+
+    @contextmanager
+    def _writing(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            for aside in self.folder.glob("*.tmp"):
+                shutil.rmtree(aside, ignore_errors=True) if aside.is_dir() else aside.unlink(missing_ok=True)
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            raise UserError(
+                f"could not write {what} to '{self.folder}' ({reason}): free some space and go on with --resume; "
+                "the checkpoint before it is intact."
+            ) from None
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise UserError(
+                f"the checkpoint in '{self.folder}' is damaged ({error}): start over without --resume."
+            ) from None
+
+
+def _plain(tensors: dict[str, Any]) -> dict[str, Tensor]:
+    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+
+
+@torch.no_grad()
+def _restore(parameters: Parameters, tensors: dict[str, Tensor]) -> None:
+    for name, parameter in parameters.items():
+        parameter.copy_(tensors[name])
+
+
+def _sync(path: Path) -> None:
+    """Flush a file or a folder's entries to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

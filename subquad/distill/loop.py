@@ -1,0 +1,255 @@
+"""The training loop: one stage, from its first step or from a checkpoint, on one process or many.
+
+Notable:
+- A step depends on nothing but its number and the state it starts from: the batch is a function of (seed, step), the
+  learning rate of the step. So a run that was killed and resumed ends with the same bits as one that was not.
+- The batch of a step is the whole run's. Each process takes its slice, gradients are averaged in one place
+  (`average_gradients`) after the last backward pass, and the logged loss is the mean: two processes do what one does.
+- The models stay where their maker put them, and in evaluation mode: nothing here is random.
+- `accelerate` says which process this is, averages, autocasts, and feeds the trackers; checkpoints are our own, for
+  they hold only what is trained, as safetensors.
+"""
+
+import math
+import time
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from subquad.distill.checkpoint import Checkpoints
+from subquad.distill.ledger import Ledger, StageResult, TokenSource, identity, mean
+from subquad.distill.log import RunLog, StageProgress
+from subquad.distill.passes import TrainingPass, bare_forward_speed, make_pass
+from subquad.distill.schedule import learning_rate_factor, warmup_steps
+from subquad.distill.trainable import Parameters, choose_parameters, make_optimizer, trained_in_float32
+from subquad.errors import UserError
+from subquad.recipe import Stage
+from subquad.student import Student
+
+RECENT = 20  # the final loss is the mean over a tenth of the steps, but no more than these
+BARE_TOKENS = 1024  # tokens of one timed pass of the bare teacher on a CPU: seconds, not minutes
+
+
+def make_accelerator(out: Path, mixed_precision: Literal["no", "bf16"] | None = None) -> Accelerator:
+    """An Accelerator whose tracker writes TensorBoard events to `out`/tensorboard; `end_training()` closes them.
+
+    Without `mixed_precision` it is what `accelerate launch` was told, or none.
+    """
+    # Without cpu=True, processes that were launched on a machine with no GPU would not find each other.
+    on_cpu = not torch.accelerator.is_available()
+    accelerator = Accelerator(cpu=on_cpu, mixed_precision=mixed_precision, log_with="tensorboard", project_dir=out)
+    accelerator.init_trackers("tensorboard")
+    return accelerator
+
+
+def run_stage(
+    stage: Stage,
+    *,
+    index: int,
+    student: Student,
+    teacher_model: PreTrainedModel,
+    corpus: TokenSource,
+    seed: int,
+    out: Path,
+    accelerator: Accelerator,
+    progress: Console | None = None,
+    resume: bool = False,
+) -> StageResult:
+    """Train `student` in place, as stage number `index` of the run in folder `out`.
+
+    Writes `out`/log.jsonl and `out`/checkpoints/, and shows progress on the console `progress`, if there is one. With
+    `resume`, a finished stage is loaded and not run again, and an interrupted one goes on from its last checkpoint;
+    without, what an earlier run left of this and later stages is removed.
+    Raises UserError for a batch that does not divide by the processes, a loss that is not finite (naming stage, layer
+    and step), a full disk, or a checkpoint that was made with other settings.
+    """
+    steps = math.ceil(stage.tokens / (stage.batch * stage.sequence_length))
+    if stage.batch % (accelerator.num_processes * stage.accumulate):
+        raise UserError(
+            f"stage '{stage.name}' cannot cut its batch of {stage.batch} sequences into equal parts for "
+            f"{accelerator.num_processes} processes times accumulate = {stage.accumulate}: change 'batch'."
+        )
+    if accelerator.mixed_precision not in ("no", "bf16"):
+        raise UserError(f"training in {accelerator.mixed_precision} is not supported: use bf16 or no mixed precision.")
+    training_pass = make_pass(stage, student, teacher_model)
+    parameters = choose_parameters(student, stage, training_pass.reachable)
+    known = identity(stage, index, seed, student.plan, teacher_model, corpus, accelerator.mixed_precision)
+    checkpoints = Checkpoints(out / "checkpoints", index, known)
+    student.eval()
+    teacher_model.eval()
+    with trained_in_float32(parameters) as lowered:
+        optimizer = make_optimizer(parameters, stage)
+        ledger = Ledger()
+        if resume and (state := checkpoints.load_finished(parameters)):
+            return StageResult(**state["result"])
+        if resume and (state := checkpoints.load(parameters, optimizer)):
+            ledger = Ledger(**state["ledger"])
+        elif accelerator.is_main_process:
+            checkpoints.start_over()
+        accelerator.wait_for_everyone()
+
+        run = _Run(stage, index, steps, seed, training_pass, parameters, optimizer, accelerator, lowered, ledger)
+        speeds = []
+        log = RunLog(out / "log.jsonl", stage=index, step=ledger.step) if accelerator.is_main_process else None
+        with StageProgress(progress if log else None, stage.name, steps=steps, step=ledger.step) as bar:
+            started_at = ledger.step
+            while ledger.step < steps:
+                input_ids_BT = run.step(corpus)
+                if ledger.step in (started_at + 1, steps):  # warm; and twice, for other work on the machine varies
+                    speeds.append(run.bare_speed(teacher_model, input_ids_BT))
+                bar.update(ledger.step, run.total(ledger.recent[-1]), run.tokens(ledger.step) / ledger.seconds)
+                if ledger.step % stage.log_every == 0 or ledger.step == steps:
+                    run.write_log(log)
+                if ledger.step % stage.checkpoint_every == 0 and ledger.step < steps:
+                    if accelerator.is_main_process:
+                        checkpoints.save(parameters, optimizer, {"step": ledger.step, "ledger": asdict(ledger)})
+                    accelerator.wait_for_everyone()
+        result = run.result(sum(speeds) / len(speeds))
+        if accelerator.is_main_process:
+            checkpoints.finish(parameters, {"step": steps, "result": result.as_dict()})
+        accelerator.wait_for_everyone()
+        return result
+
+
+@dataclass
+class _Run:
+    """A stage under way."""
+
+    stage: Stage
+    index: int
+    steps: int
+    seed: int
+    training_pass: TrainingPass
+    parameters: Parameters
+    optimizer: torch.optim.Optimizer
+    accelerator: Accelerator
+    lowered: torch.dtype | None
+    ledger: Ledger
+    grad_norm: float = 0.0
+
+    def my_slice(self, corpus: TokenSource) -> Tensor:
+        """This process's part of the batch of the next step, on the device where the model reads it."""
+        stage, here = self.stage, self.accelerator
+        seed = self.seed + 1_000_003 * self.index  # each stage sees the text in an order of its own
+        batch_BT = corpus.batch(self.ledger.step, batch=stage.batch, sequence_length=stage.sequence_length, seed=seed)
+        return batch_BT.chunk(here.num_processes)[here.process_index].to(self.training_pass.device)
+
+    def step(self, corpus: TokenSource) -> Tensor:
+        """One optimiser step; returns what this process trained on.
+
+        Raises UserError, before it changes a weight, if a loss or a gradient is not finite.
+        """
+        start = time.perf_counter()
+        input_ids_BT = self.my_slice(corpus)
+        factor = self.factor(self.ledger.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base_lr"] * factor
+        self.optimizer.zero_grad(set_to_none=True)
+        parts: Tensor | float = 0.0
+        for micro_BT in input_ids_BT.chunk(self.stage.accumulate):
+            with self.autocast():
+                losses = self.training_pass(micro_BT, 1 / self.stage.accumulate)
+            named = [losses[name].to(self.accelerator.device) for name in self.training_pass.weights]
+            parts = parts + torch.stack(named) / self.stage.accumulate
+        average_gradients(self.parameters.values(), self.accelerator)
+        loss = self.accelerator.reduce(parts, reduction="mean").tolist()
+        self.check_finite(dict(zip(self.training_pass.weights, loss, strict=True)), "loss")
+        limit = math.inf if self.stage.clip is None else self.stage.clip
+        self.grad_norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), limit))
+        if not math.isfinite(self.grad_norm):
+            norms = {name: float(p.grad.norm()) for name, p in self.parameters.items() if p.grad is not None}
+            self.check_finite(norms, "gradient")
+        self.optimizer.step()
+        self.ledger.add(loss, time.perf_counter() - start, keep=min(RECENT, max(1, self.steps // 10)))
+        return input_ids_BT
+
+    def check_finite(self, values: dict[str, float], what: str) -> None:
+        bad = [name for name, value in values.items() if not math.isfinite(value)]
+        if bad:
+            others = f" (and of {len(bad) - 1} others)" if len(bad) > 1 else ""
+            raise UserError(
+                f"stage '{self.stage.name}' stopped at step {self.ledger.step + 1} of {self.steps}: the {what} of "
+                f"{bad[0]}{others} is {values[bad[0]]}; lower 'lr' (now {self.stage.lr:g}) or 'clip' and start again; "
+                "the last good checkpoint is kept."
+            )
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Mixed precision as accelerate was told to; for a model in half precision always, without loss scaling."""
+        if self.accelerator.mixed_precision == "no" and self.lowered is not None:
+            return torch.autocast(self.training_pass.device.type, torch.bfloat16)
+        return self.accelerator.autocast()
+
+    def factor(self, step: int) -> float:
+        stage = self.stage
+        warmup = warmup_steps(stage.warmup, self.steps)
+        return learning_rate_factor(
+            step, steps=self.steps, warmup=warmup, schedule=stage.schedule, min_ratio=stage.min_lr_ratio
+        )
+
+    def total(self, parts: list[float]) -> float:
+        """The loss that is minimised, from its parts."""
+        return sum(w * part for w, part in zip(self.training_pass.weights.values(), parts, strict=True))
+
+    def tokens(self, steps: int) -> int:
+        return steps * self.stage.batch * self.stage.sequence_length
+
+    def bare_speed(self, teacher: PreTrainedModel, input_ids_BT: Tensor) -> float:
+        """Tokens per second of the bare teacher, summed over processes, on a micro-batch (on a CPU a small one)."""
+        rows = len(input_ids_BT) // self.stage.accumulate
+        if input_ids_BT.device.type == "cpu":
+            rows = min(rows, max(1, BARE_TOKENS // input_ids_BT.shape[1]))
+        with self.autocast():
+            speed = bare_forward_speed(teacher, input_ids_BT[:rows])
+        return float(self.accelerator.reduce(torch.tensor(speed, device=self.accelerator.device), reduction="sum"))
+
+    def write_log(self, log: RunLog | None) -> None:
+        """A line of log.jsonl and a point in the trackers: means over the steps since the last."""
+        ledger, stage = self.ledger, self.stage
+        parts = mean(ledger.unlogged)
+        numbers = {
+            "loss": self.total(parts),
+            "lr": stage.lr * self.factor(ledger.step - 1),
+            "grad_norm": self.grad_norm,
+            "tokens_per_second": self.tokens(len(ledger.unlogged)) / (ledger.seconds - ledger.logged_seconds),
+        }
+        if log is not None:
+            where = {"stage": self.index, "name": stage.name, "step": ledger.step, "tokens": self.tokens(ledger.step)}
+            named = dict(zip(self.training_pass.weights, parts, strict=True))
+            log.write(where | numbers | {"seconds": ledger.seconds, "parts": named})
+        self.accelerator.log({f"{stage.name}/{key}": value for key, value in numbers.items()}, step=ledger.step)
+        ledger.unlogged, ledger.logged_seconds = [], ledger.seconds
+
+    def result(self, bare_speed: float) -> StageResult:
+        stage, ledger = self.stage, self.ledger
+        speed = self.tokens(self.steps) / ledger.seconds
+        parts = mean(ledger.recent)
+        return StageResult(
+            name=stage.name,
+            objective=stage.objective if isinstance(stage.objective, str) else " + ".join(stage.objective),
+            steps=self.steps,
+            tokens=self.tokens(self.steps),
+            seconds=ledger.seconds,
+            tokens_per_second=speed,
+            bare_forward_tokens_per_second=bare_speed,
+            share_of_bare_forward=speed / bare_speed,
+            first_loss=self.total(ledger.first),
+            final_loss=self.total(parts),
+            final_parts=dict(zip(self.training_pass.weights, parts, strict=True)),
+        )
+
+
+def average_gradients(parameters: Iterable[nn.Parameter], accelerator: Accelerator) -> None:
+    """Replace every gradient by its mean over the processes: the only place where they exchange gradients."""
+    if accelerator.num_processes == 1:
+        return
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.grad = accelerator.reduce(parameter.grad, reduction="mean")

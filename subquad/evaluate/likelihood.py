@@ -1,0 +1,116 @@
+"""How close students stay to their teacher on held-out text: KL, perplexity and agreement, by context length.
+
+Notable:
+- One pass at the longest context serves them all: the models are causal, so the first c positions of a row are what the
+  model says at context c.
+- The teacher runs once for all the models. A row at a time goes through the decoders, and the heads see `chunk`
+  positions at a time: a few (chunk, V) tensors are the most there is, never a (B, T, V) one.
+- KL sums differences of float32 log-probabilities, so it is exactly zero for a model that equals its teacher.
+
+Shapes: B rows, T tokens, C positions of a chunk, M model width, V vocabulary.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from subquad.distill.objectives import final_hidden, head_logits
+from subquad.errors import UserError
+
+Measures = dict[str, dict[int, float]]
+
+
+@torch.no_grad()  # not inference_mode: buffers a model makes on the way (rotary tables) must stay usable in training
+def likelihood(
+    models: Mapping[str, PreTrainedModel],
+    teacher: PreTrainedModel,
+    heldout_BT: Tensor,
+    contexts: Sequence[int],
+    *,
+    chunk: int = 256,
+) -> dict[str, Measures]:
+    """Compare every model of `models` with its teacher on the rows of `heldout_BT` (int64 token ids, no padding).
+
+    Returns, for "teacher" and for each name: `kl` (forward KL of the teacher from the model, nats per token),
+    `kl_stderr` (its standard error, over rows; over eight blocks of positions if there is one row), `top1` (share of
+    positions where both have the same likeliest token), `cross_entropy` (nats per token) and `perplexity`, each
+    {context: value}. At context c these are means over the first c positions of all rows; cross-entropy counts the
+    c - 1 of them whose next token lies within the context.
+    Raises `UserError` if a context is longer than the rows or below 2.
+    """
+    if "teacher" in models:
+        raise ValueError("'teacher' is the name of the teacher's own row: give the model another one")
+    rows, length = heldout_BT.shape
+    for context in contexts:
+        if not 2 <= context <= length:
+            raise UserError(
+                f"cannot measure likelihood at a context of {context} tokens, the held-out rows have {length}: "
+                "choose contexts from 2 to that length, or hold out more text"
+            )
+    everyone = {"teacher": teacher, **models}
+    longest = max(contexts, default=0)
+    kl = {name: torch.zeros(rows, longest) for name in everyone}
+    same = {name: torch.ones(rows, longest) for name in everyone}
+    surprise = {name: torch.zeros(rows, longest) for name in everyone}  # at p: of token p, so the first stays empty
+
+    with evaluating(*everyone.values()):
+        for row in range(rows):
+            ids_1T = heldout_BT[row : row + 1, :longest].to(teacher.device)
+            hidden = {name: final_hidden(model, ids_1T.to(model.device)) for name, model in everyone.items()}
+            for start in range(0, longest, chunk):
+                here = slice(start, min(start + chunk, longest))
+                targets_C = ids_1T[0, start + 1 : here.stop + 1]  # one less at the end of the row
+                after = slice(start + 1, start + 1 + len(targets_C))
+                teacher_CV = _log_probabilities(teacher, hidden["teacher"][:, here])
+                p_CV, best_C = teacher_CV.exp(), teacher_CV.argmax(-1)
+                surprise["teacher"][row, after] = -_of_targets(teacher_CV, targets_C)
+                for name, model in models.items():
+                    logp_CV = _log_probabilities(model, hidden[name][:, here]).to(teacher_CV.device)
+                    surprise[name][row, after] = -_of_targets(logp_CV, targets_C)
+                    same[name][row, here] = (logp_CV.argmax(-1) == best_C).float().cpu()
+                    difference_CV = torch.sub(teacher_CV, logp_CV, out=logp_CV)  # their last use: overwrite them
+                    kl[name][row, here] = torch.einsum("cv,cv->c", p_CV, difference_CV).cpu()
+
+    result: dict[str, Measures] = {}
+    for name in everyone:
+        result[name] = {measure: {} for measure in ("kl", "kl_stderr", "top1", "cross_entropy", "perplexity")}
+        for c in contexts:
+            cross_entropy = surprise[name][:, 1:c].double().mean().item()
+            result[name]["kl"][c] = kl[name][:, :c].double().mean().item()
+            result[name]["kl_stderr"][c] = _standard_error(kl[name][:, :c])
+            result[name]["top1"][c] = same[name][:, :c].double().mean().item()
+            result[name]["cross_entropy"][c] = cross_entropy
+            result[name]["perplexity"][c] = math.exp(cross_entropy) if cross_entropy < 700 else math.inf
+    return result
+
+
+def _log_probabilities(model: PreTrainedModel, hidden_1CM: Tensor) -> Tensor:
+    return head_logits(model, hidden_1CM)[0].float().log_softmax(-1)
+
+
+def _of_targets(logp_CV: Tensor, targets_C: Tensor) -> Tensor:
+    return logp_CV[: len(targets_C)].gather(-1, targets_C[:, None])[:, 0].cpu()
+
+
+@contextmanager
+def evaluating(*models: PreTrainedModel) -> Iterator[None]:
+    """Put models in evaluation mode (no dropout), and every module back in its own mode afterwards."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _standard_error(values_BT: Tensor) -> float:
+    """Of the mean of all values. Neighbouring tokens hang together: rows are the samples, or blocks of a single row."""
+    groups = values_BT if len(values_BT) > 1 else values_BT[0].tensor_split(min(8, values_BT.shape[1]))
+    means = torch.stack([group.double().mean() for group in groups])
+    return (means.std() / math.sqrt(len(means))).item()

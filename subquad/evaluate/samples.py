@@ -1,0 +1,34 @@
+"""Text to read: greedy continuations, so that teacher and student differ by their weights and not by luck."""
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from subquad.evaluate.likelihood import evaluating
+
+
+def samples(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], max_new_tokens: int = 64
+) -> list[dict[str, str]]:
+    """Continue each prompt greedily by up to `max_new_tokens` tokens.
+
+    Returns [{"prompt", "text"}], `text` being the new part alone, without special tokens.
+    """
+    generate = cast(Any, model).generate  # of GenerationMixin, which every causal LM has and its types hide
+    result = []
+    with evaluating(model), torch.no_grad():
+        for prompt in prompts:
+            encoded = tokenizer(prompt, return_tensors="pt").to(model.device)
+            ids_BT = generate(
+                input_ids=encoded["input_ids"],
+                attention_mask=encoded["attention_mask"],
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                num_beams=1,
+                pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+            )
+            new = ids_BT[0, encoded["input_ids"].shape[1] :]
+            result.append({"prompt": prompt, "text": str(tokenizer.decode(new, skip_special_tokens=True))})
+    return result

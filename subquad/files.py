@@ -1,0 +1,89 @@
+"""The cache folder, folders that are built once, and files of installed packages.
+
+Notable:
+- A cached folder appears whole or not at all: it is built under a temporary name beside its place and renamed. Two
+  processes that build the same folder at once (as under `accelerate launch`) do the work twice; the first to finish
+  wins.
+"""
+
+import errno
+import hashlib
+import importlib.util
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from subquad.errors import UserError
+
+
+def cache_dir() -> Path:
+    """Where converted teachers and token files are kept: `$SUBQUAD_CACHE`, or `~/.cache/subquad`."""
+    return Path(os.environ.get("SUBQUAD_CACHE") or "~/.cache/subquad").expanduser()
+
+
+def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
+    """`folder`, after `build(temporary folder)` has filled it if it did not exist yet.
+
+    Raises:
+        UserError: the disk is full or the place cannot be written. Nothing is left behind.
+    """
+    if folder.is_dir():
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f"{folder.name}.tmp-", dir=folder.parent))
+    except OSError as error:
+        raise UserError(
+            f"the cache folder {folder.parent} cannot be written ({error.strerror}): set SUBQUAD_CACHE to another one"
+        ) from error
+    try:
+        build(aside)
+        aside.chmod(0o755)  # mkdtemp makes it private to the user; a cache may be shared
+        try:
+            os.replace(aside, folder)
+        except OSError:
+            if not folder.is_dir():  # otherwise another process was faster, and its folder is as good
+                raise
+    except Exception as error:
+        if not is_disk_full(error):
+            raise
+        raise UserError(
+            f"the disk is full while writing {folder}: free some space, or set SUBQUAD_CACHE to another disk"
+        ) from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return folder
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an exception says that the disk is full; safetensors' own error type says so in words only."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return "No space left on device" in str(error)
+
+
+def sha256_of_file(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def package_file(package: str, inside: str) -> Path | None:
+    """A file or folder of an installed top-level package, or None if it is not there.
+
+    The package is not imported: that might need what it depends on, and its data does not.
+    """
+    spec = importlib.util.find_spec(package)
+    folders = (spec.submodule_search_locations or []) if spec else []
+    return next((path for folder in folders if (path := Path(folder) / inside).exists()), None)
+
+
+def first_line(error: BaseException) -> str:
+    """The gist of a library's exception, short enough to stand inside a sentence."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__

@@ -1,0 +1,381 @@
+"""A recipe: teacher, data, mixer, selector and budget, training stages and evaluation, as one readable YAML file.
+
+Notable:
+- The models below *are* the reference of the file format: every key, its default and its unit stands here.
+- Unknown keys, unknown recipes and values of a wrong kind are a `UserError` of one sentence that names the key.
+- `extends: quick` takes another recipe as the base. Mappings are merged key by key, lists (such as `stages`) are
+  replaced whole. Another `mixer.name` or `selector.by` than the base's drops the options meant for the old one.
+- Numbers may be written `1e-3`, token counts also `50k`, `1.5M`, `2B` (powers of ten).
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeAlias, get_args
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from subquad.errors import UserError, nearest
+
+RECIPES = Path(__file__).parent / "recipes"
+
+Objective: TypeAlias = Literal["mixer_output", "logits", "labels"]
+Task: TypeAlias = Literal["copy", "dictionary", "passkey"]
+
+
+def _count(value: object) -> object:
+    """`50k` -> 50000. What is not such a text is left for pydantic to judge."""
+    if isinstance(value, str) and (match := re.fullmatch(r"([0-9.]+)\s*([kKmMbB])", value.strip())):
+        number = float(match[1]) * {"k": 1e3, "m": 1e6, "b": 1e9}[match[2].lower()]
+        return round(number)
+    return value
+
+
+def _text(value: object) -> object:
+    """A bare `15` or `0.5` in YAML is a number; where a text is meant, take it as one."""
+    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+Count = Annotated[int, BeforeValidator(_count), Field(gt=0)]
+Length = Annotated[int, Field(gt=0)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
+
+
+class DataConfig(_Section):
+    """The text to train on and to measure with."""
+
+    sources: list[str] | None = None
+    """Files (.txt, .jsonl, .jsonl.gz, .parquet), folders of them, or `datasets` ids; none: the default corpora."""
+    max_tokens: Count | None = None
+    """Tokens to read at most; none: all of a local source."""
+    heldout_fraction: float = Field(default=0.02, gt=0, lt=1)
+    """Share of the tokens that training never sees."""
+
+
+class MixerConfig(_Section):
+    """What takes the place of attention."""
+
+    name: str = "hedgehog"
+    options: dict[str, Any] = {}
+    """Keyword arguments of the mixer, such as `window: 64`."""
+
+
+class SelectorConfig(_Section):
+    """Which layers keep attention."""
+
+    by: str = "kl"
+    budget: Annotated[str, BeforeValidator(_text)] = "50%"
+    """What may keep attention: layers (`15`), a share of them (`50%`), or cache bytes (`64MiB@32k`)."""
+    tokens: Count = 8192
+    """Training tokens, not held-out ones, that the layers are scored on."""
+    sequence_length: Length = 1024
+    options: dict[str, Any] = {}
+    """Keyword arguments of the selector."""
+
+
+class Stage(_Section):
+    """One phase of training: an objective, what is trainable, and how long."""
+
+    name: str
+    objective: Objective | dict[str, float] = "logits"
+    """`mixer_output` (teacher-forced, every layer on its own), `logits` (KL to the teacher), `labels` (next token), or
+    a weighted sum of the last two: `{logits: 1.0, labels: 0.1}`."""
+    scope: Literal["all-linear", "plan"] = "plan"
+    """The student that is trained: the all-linear one that the selector starts from, or the selected plan."""
+    trainable: Literal["mixers", "all"] | list[str] = "mixers"
+    """The new weights of the mixers, all weights, or those whose names match one of these globs."""
+    tokens: Count
+    sequence_length: Length = 512
+    batch: Length = 1
+    """Sequences in one optimiser step, over all processes and micro-batches."""
+    accumulate: Length = 1
+    """Micro-batches that one optimiser step is cut into; less memory, same result."""
+    lr: float = Field(default=1e-3, gt=0)
+    lr_groups: dict[str, Annotated[float, Field(ge=0)]] = {}
+    """Other learning rates for parameters whose names match a glob; the first match counts."""
+    schedule: Literal["constant", "cosine", "wsd"] = "cosine"
+    """`wsd`: warm-up, stable, and a linear decay over the last tenth."""
+    warmup: float = Field(default=0.05, ge=0)
+    """Warm-up: a share of the steps if below 1, else a number of steps."""
+    min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
+    """Learning rate at the end of the schedule, as a share of `lr`."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = Field(default=0.0, ge=0)
+    eps: float = Field(default=1e-8, gt=0)
+    clip: float | None = Field(default=1.0, gt=0)
+    """Norm that the gradient is clipped to; none: no clipping."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Temperature of the logits in the KL."""
+    loss: Literal["norm", "squared"] = "norm"
+    """Distance of mixer outputs, averaged over tokens: the L2 norm over the model width, or the squared error."""
+    log_every: Length = 1
+    """Steps between two lines of log.jsonl."""
+    checkpoint_every: Length = 100
+    """Steps between two checkpoints."""
+
+    @field_validator("objective", mode="before")
+    @classmethod
+    def _known_objective(cls, value: object) -> object:
+        names = [*value] if isinstance(value, Mapping) else [value]
+        for name in names:
+            if name not in get_args(Objective):
+                raise ValueError(f"names no objective with '{name}': {nearest(str(name), get_args(Objective))}")
+        if isinstance(value, Mapping) and (not value or "mixer_output" in value):
+            raise ValueError("should weigh logits and labels only: mixer_output is teacher-forced and stands alone")
+        if isinstance(value, Mapping) and not all(_is_number(weight) and weight > 0 for weight in value.values()):
+            raise ValueError("should give every objective a positive number as its weight")
+        return value
+
+    @field_validator("trainable", mode="before")
+    @classmethod
+    def _known_trainable(cls, value: object) -> object:
+        globs = isinstance(value, list) and value and all(isinstance(glob, str) for glob in value)
+        if value not in ("mixers", "all") and not globs:
+            raise ValueError("should be mixers, all, or a list of globs over parameter names")
+        return value
+
+    @model_validator(mode="after")
+    def _whole_micro_batches(self) -> "Stage":
+        if self.batch % self.accumulate:
+            raise ValueError(f"cannot cut a batch of {self.batch} into accumulate = {self.accumulate} equal parts")
+        return self
+
+
+class RetrievalConfig(_Section):
+    """Can the student still fetch what stands far back?"""
+
+    tasks: list[Task] = ["copy", "dictionary", "passkey"]
+    contexts: list[Length] = [256, 1024, 2048]
+    count: Length = 8
+    """Prompts for each task and context length."""
+
+
+class EvaluateConfig(_Section):
+    """What is measured at the end; lengths are tokens."""
+
+    contexts: list[Length] = Field(default=[256, 1024, 2048], min_length=1)
+    """Context lengths of KL, perplexity and top-1 agreement; one pass at the longest gives all."""
+    rows: Length = 8
+    """Held-out sequences of the longest of `contexts`."""
+    retrieval: RetrievalConfig = RetrievalConfig()
+    cache_contexts: list[Length] = [2048, 4096, 8192, 16384, 32768, 65536, 131072]
+    """Context lengths that cache bytes are given for."""
+    prompts: list[str] = [
+        "The most important thing about the sea is",
+        "My fellow citizens, the year that lies behind us",
+    ]
+    """Prompts of the sample generations."""
+    max_new_tokens: Length = 48
+
+
+class Recipe(_Section):
+    """A whole conversion. `load_recipe` reads one; `to_yaml` writes it with every default filled in."""
+
+    name: str
+    description: str = ""
+    teacher: str = "default"
+    """Hub id, folder or GGUF file; `default` is SmolLM2-135M-Instruct."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the models; weights in bfloat16 are float32 while they are trained."""
+    seed: int = Field(default=0, ge=0)
+    data: DataConfig = DataConfig()
+    mixer: MixerConfig = MixerConfig()
+    selector: SelectorConfig = SelectorConfig()
+    stages: list[Stage] = []
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+    @model_validator(mode="after")
+    def _stages_in_order(self) -> "Recipe":
+        names = [stage.name for stage in self.stages]
+        if len({*names}) < len(names):
+            raise ValueError(f"gives two stages the same name: {', '.join(names)}")
+        scopes = [stage.scope for stage in self.stages]
+        if scopes != sorted(scopes):  # "all-linear" < "plan"
+            raise ValueError("trains an all-linear stage after a plan stage: put all-linear stages first")
+        return self
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that ship with Subquad."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def load_recipe(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read a recipe, shipped (`quick`) or from a file (`my.yaml`), and apply overrides (`stages.0.tokens=50k`).
+
+    A stage is addressed by its position or its name (`stages.align.tokens=50k`); values are read as YAML.
+    Raises UserError for an unknown recipe, key or kind of value.
+    """
+    path = _find(name_or_path)
+    data = _read(path, seen=())
+    for override in sorted(overrides, key=_is_choice, reverse=True):
+        _override(data, override)
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        raise UserError(_sentence(error, data, str(name_or_path))) from None
+
+
+# Reading ---------------------------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1, but `1e-3` is a number as everywhere else."""
+
+
+_Loader.yaml_implicit_resolvers = {key: [*value] for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), [*"-+0123456789"]
+)
+
+
+def _parse(text: str) -> Any:
+    return yaml.load(text, Loader=_Loader)  # a SafeLoader
+
+
+def _find(name_or_path: str | Path, beside: Path = Path()) -> Path:
+    """The file of a shipped name, or of a path relative to the folder `beside`."""
+    text = str(name_or_path)
+    if text in recipe_names():
+        return RECIPES / f"{text}.yaml"
+    if Path(text).suffix in (".yaml", ".yml") or "/" in text:
+        path = beside / text
+        if not path.is_file():
+            raise UserError(f"recipe file '{path}' does not exist; shipped recipes are {', '.join(recipe_names())}")
+        return path
+    raise UserError(f"unknown recipe '{text}': {nearest(text, recipe_names())}; a recipe file's name ends in .yaml")
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    """The raw mapping of a recipe file, merged over what it extends."""
+    if path.resolve() in seen:
+        raise UserError(f"recipe '{path}' extends itself, through {' -> '.join(p.name for p in seen)}")
+    try:
+        data = _parse(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"recipe '{path}' is not valid YAML: {' '.join(str(error).split())}") from None
+    except OSError as error:
+        raise UserError(f"recipe '{path}' cannot be read: {error.strerror}") from None
+    data = {} if data is None else data
+    if not isinstance(data, dict):
+        raise UserError(f"recipe '{path}' should be a mapping of keys to values, not a {type(data).__name__}")
+    data.setdefault("name", path.stem)
+    base = data.pop("extends", None)
+    if base is None:
+        return data
+    return _merge(_read(_find(base, beside=path.parent), (*seen, path.resolve())), data)
+
+
+# Which option set belongs to which choice: another choice drops the options of the former.
+_CHOICES = {"mixer": "name", "selector": "by"}
+
+
+def _merge(base: dict[str, Any], over: Mapping[str, Any], section: str = "") -> dict[str, Any]:
+    choice = _CHOICES.get(section, "")
+    if over.get(choice, base.get(choice)) != base.get(choice):
+        base = {key: value for key, value in base.items() if key != "options"}
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(merged.get(key), dict) and isinstance(value, dict)
+        merged[key] = _merge(merged[key], value, section=str(key)) if both else value
+    return merged
+
+
+def _is_choice(override: str) -> bool:
+    """Choices go first, whatever their order on the command line: they drop options."""
+    return override.partition("=")[0].strip() in {f"{section}.{choice}" for section, choice in _CHOICES.items()}
+
+
+def _override(data: dict[str, Any], override: str) -> None:
+    """Set one dotted key of the raw recipe, in place."""
+    key, equals, text = override.partition("=")
+    path = key.strip().split(".")
+    if not equals or not all(path):
+        raise UserError(f"override '{override}' should look like stages.0.tokens=50k")
+    try:
+        value = _parse(text)
+    except yaml.YAMLError:
+        value = text
+    here: Any = data
+    for depth, part in enumerate(path[:-1]):
+        if isinstance(here, dict) and here.get(part) is None:
+            here[part] = {}
+        here = here[_index(here, part, override, path[:depth])]
+    if _is_choice(override) and isinstance(here, dict) and here.get(path[-1]) != value:
+        here.pop("options", None)
+    if isinstance(here, dict):
+        here[path[-1]] = value
+    else:
+        here[_index(here, path[-1], override, path[:-1])] = value
+
+
+def _index(here: Any, part: str, override: str, path: Sequence[str]) -> Any:
+    """The key of a mapping, or the position in a list of an item that is given by number or by name."""
+    where = ".".join(path)
+    if isinstance(here, dict):
+        return part
+    if not isinstance(here, list):
+        raise UserError(f"override '{override}': '{where}' is a single value and has no key '{part}'")
+    if part.isdecimal() and int(part) < len(here):
+        return int(part)
+    names = [item.get("name") if isinstance(item, dict) else None for item in here]
+    if part in names:
+        return names.index(part)
+    known = ", ".join([str(i) for i in range(len(here))] + [name for name in names if name]) or "none"
+    raise UserError(f"override '{override}': '{where}' has no item '{part}' (valid: {known})")
+
+
+# Explaining ------------------------------------------------------------------------------------------------------
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _sentence(error: ValidationError, data: Mapping[str, Any], recipe: str) -> str:
+    """The first thing wrong, in one sentence that names the key."""
+    first = error.errors()[0]
+    loc, kind, value = first["loc"], first["type"], first["input"]
+    key = ".".join(map(str, _inside(data, loc)))
+    if kind == "extra_forbidden":
+        valid = _model_at(loc[:-1]).model_fields
+        return f"unknown key '{key}' in recipe '{recipe}': {nearest(str(loc[-1]), valid)}"
+    if kind == "missing":
+        return f"recipe '{recipe}' lacks the key '{'.'.join(map(str, loc))}'"
+    if kind == "value_error":
+        reason = str(first["ctx"]["error"])
+        blamed = f", not {value!r}" if reason.startswith("should") else ""
+        return f"'{key}' in recipe '{recipe}' {reason}{blamed}" if key else f"recipe '{recipe}' {reason}"
+    if kind == "model_type":
+        reason = f"should be a mapping with the keys {', '.join(_model_at(loc).model_fields)}"
+    else:
+        reason = first["msg"].partition(", unable")[0].replace("Input should", "should")
+        reason = reason[0].lower() + reason[1:]
+    return f"'{key}' in recipe '{recipe}' {reason}, not {value!r}"
+
+
+def _inside(data: Any, loc: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    """The part of an error's location that is really in the data: pydantic appends the branches of a union."""
+    for depth, part in enumerate(loc):
+        keys = data.keys() if isinstance(data, dict) else range(len(data)) if isinstance(data, list) else ()
+        if part not in keys:
+            return loc[:depth]
+        data = data[part]
+    return loc
+
+
+def _model_at(loc: tuple[int | str, ...]) -> type[BaseModel]:
+    """The section of a recipe that a location such as ('stages', 0) lies in."""
+    model: type[BaseModel] = Recipe
+    for part in loc:
+        if isinstance(part, str):
+            kind = model.model_fields[part].annotation
+            model = next(arg for arg in (kind, *get_args(kind)) if isinstance(arg, type) and issubclass(arg, BaseModel))
+    return model

@@ -1,0 +1,12 @@
+"""A run as people read it: one HTML page, a model card, a picture, a table in the terminal.
+
+Everything is read back from the files of the run folder, so that a report can be made again at any time, from a
+finished run or from one that only got so far. Every number comes from those files (or is the ratio of two that do).
+"""
+
+from subquad.report.card import write_model_card
+from subquad.report.page import write_report
+from subquad.report.plots import plan_picture, write_picture
+from subquad.report.table import print_table
+
+__all__ = ["plan_picture", "print_table", "write_model_card", "write_picture", "write_report"]

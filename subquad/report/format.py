@@ -1,0 +1,79 @@
+"""Numbers as people read them; shared by the page, the model card, the pictures and the terminal table.
+
+Every function takes a plain number (NaN where a file had none) and returns text. A number and its unit are held
+together by a no-break space, and what is not a number is shown as a dash, so that no table ever breaks or lies.
+"""
+
+import math
+
+DASH = "–"
+NBSP = "\N{NO-BREAK SPACE}"
+
+
+def nats(value: float) -> str:
+    """A divergence or a loss in nats, three decimals where that says enough."""
+    if not math.isfinite(value):
+        return DASH if math.isnan(value) else "∞"
+    return f"{value:.3f}" if value == 0 or abs(value) >= 0.001 else f"{value:.1g}"
+
+
+def logprob(value: float) -> str:
+    """A log-probability in nats, with a true minus sign."""
+    return f"{value:.2f}".replace("-", "−") if math.isfinite(value) else DASH
+
+
+def perplexity(value: float) -> str:
+    """A perplexity, with the decimals its size deserves."""
+    if not math.isfinite(value):
+        return DASH if math.isnan(value) else "∞"
+    return f"{value:.2f}" if value < 100 else f"{value:,.0f}" if value < 1e6 else f"{value:.1e}"
+
+
+def percent(value: float, digits: int = 1) -> str:
+    """A fraction as a percentage."""
+    return f"{100 * value:.{digits}f}{NBSP}%" if math.isfinite(value) else DASH
+
+
+def integer(value: float) -> str:
+    """A count with thousands separated, or a dash."""
+    return f"{value:,.0f}" if math.isfinite(value) else DASH
+
+
+def count(number: int, noun: str) -> str:
+    """`1 layer`, `15 layers`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def size(value: float) -> str:
+    """Bytes in binary units, three significant figures."""
+    if not math.isfinite(value):
+        return DASH
+    units = ["B", "KiB", "MiB", "GiB", "TiB"]
+    while abs(value) >= 1024 and len(units) > 1:
+        value, units = value / 1024, units[1:]
+    return f"{value:,.0f}{NBSP}{units[0]}" if value >= 100 or value == int(value) else f"{value:.3g}{NBSP}{units[0]}"
+
+
+def context(tokens: int) -> str:
+    """A context length: 256, 1024, then 2k, 32k, 128k where it is a whole number of 1024s."""
+    return f"{tokens // 1024}k" if tokens >= 2048 and tokens % 1024 == 0 else str(tokens)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as `3.2 s`, `4 min 05 s` or `2 h 10 min`."""
+    if not math.isfinite(seconds):
+        return DASH
+    if seconds < 60:
+        return f"{seconds:.{1 if seconds < 10 else 0}f}{NBSP}s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes}{NBSP}min{NBSP}{rest:02d}{NBSP}s"
+    return f"{minutes // 60}{NBSP}h{NBSP}{minutes % 60:02d}{NBSP}min"
+
+
+def objective(value: str | dict[str, float]) -> str:
+    """A stage's objective: its name, or the weighted sum `logits + 0.1 labels`."""
+    if isinstance(value, str):
+        return value.replace("_", " ")
+    terms = (name if weight == 1 else f"{weight:g} {name}" for name, weight in value.items())
+    return " + ".join(terms).replace("_", " ")

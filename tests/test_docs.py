@@ -1,0 +1,32 @@
+"""The Python examples of the documentation run, in order, page by page."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def examples(page: Path) -> str:
+    """All Python blocks of a page, as one program."""
+    return "\n".join(re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL))
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if examples(page)], ids=lambda page: page.name)
+def test_examples_run(page, tmp_path, monkeypatch):
+    program = examples(page)
+    if "runs/quick" in program:  # the folder that `make convert` leaves, here a tiny one
+        from test_pipeline import make_run
+
+        make_run(tmp_path / "runs" / "quick")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(program, str(page), "exec"), {"__name__": "__main__"})
+
+
+def test_links_lead_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+            if not target.startswith(("http://", "https://", "mailto:")):
+                assert (page.parent / target).exists(), f"{page.name} links to {target}"

@@ -1,0 +1,146 @@
+"""The objectives against their plain forms, in float64, value and gradient."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GPT2Config, GraniteConfig, LlamaConfig
+
+from subquad.distill.objectives import (
+    Head,
+    check_head,
+    chunked_loss,
+    final_hidden,
+    head_logits,
+    mixer_output,
+    next_token_labels,
+)
+from subquad.errors import UserError
+
+SMALL = dict(
+    vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    intermediate_size=48, pad_token_id=0,
+)  # fmt: skip
+HEADS = {
+    "llama": lambda: LlamaConfig(**SMALL),
+    "gemma2, soft-cap": lambda: Gemma2Config(**SMALL, head_dim=8, final_logit_softcapping=0.3),
+    "cohere, scale": lambda: CohereConfig(**SMALL, logit_scale=0.2),
+    "granite, divisor": lambda: GraniteConfig(**SMALL, logits_scaling=7.0),
+    "gpt2": lambda: GPT2Config(vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=64),
+}
+
+
+def tiny(config):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def problem(*, bias=False, scale=1.0, softcap=None, B=2, T=9, M=8, V=23):
+    """Random student and teacher states and heads in float64, and labels with some positions unlabelled."""
+    torch.manual_seed(1)
+    draw = lambda *shape: torch.randn(*shape, dtype=torch.float64)  # noqa: E731
+    student_BTM = draw(B, T, M).requires_grad_()
+    weight_VM = draw(V, M).requires_grad_()
+    bias_V = draw(V).requires_grad_() if bias else None
+    labels_BT = next_token_labels(torch.randint(0, V, (B, T)))
+    head = Head(weight_VM, bias_V, scale, softcap)
+    return student_BTM, head, draw(B, T, M + 4), Head(draw(V, M + 4)), labels_BT
+
+
+def plain_loss(student_BTM, head, teacher_BTM, teacher_head, labels_BT, weights, tau):
+    student_BTV, teacher_BTV = head(student_BTM), teacher_head(teacher_BTM)
+    kl = F.kl_div(
+        F.log_softmax(student_BTV / tau, -1), F.softmax(teacher_BTV / tau, -1), reduction="none"
+    ).sum(-1).mean()  # fmt: skip
+    ce = F.cross_entropy(student_BTV.flatten(0, 1), labels_BT.flatten(), ignore_index=-100)
+    return weights.get("logits", 0.0) * tau**2 * kl + weights.get("labels", 0.0) * ce
+
+
+@pytest.mark.parametrize("weights", [{"logits": 1.0}, {"labels": 1.0}, {"logits": 0.7, "labels": 0.2}], ids=str)
+@pytest.mark.parametrize("form", [{}, {"bias": True}, {"scale": 0.3, "softcap": 2.0}], ids=str)
+@pytest.mark.parametrize("chunk", [1, 4, 18, 100])
+def test_chunked_loss_equals_the_plain_form(weights, form, chunk):
+    student_BTM, head, teacher_BTM, teacher_head, labels_BT = problem(**form)
+    leaves = [student_BTM, head.weight_VM] + ([head.bias_V] if head.bias_V is not None else [])
+    loss = chunked_loss(
+        student_BTM, head, weights=weights, teacher_BTM=teacher_BTM, teacher_head=teacher_head,
+        labels_BT=labels_BT, temperature=1.7, chunk=chunk,
+    )  # fmt: skip
+    plain = plain_loss(student_BTM, head, teacher_BTM, teacher_head, labels_BT, weights, 1.7)
+    torch.testing.assert_close(loss.total, plain, rtol=1e-12, atol=1e-12)
+    assert set(loss.parts()) == set(weights)
+    weighted = sum(weights[name] * part for name, part in loss.parts().items())
+    torch.testing.assert_close(weighted, plain, rtol=1e-12, atol=1e-12)
+    ours = torch.autograd.grad(3.0 * loss.total, leaves)
+    for mine, theirs in zip(ours, torch.autograd.grad(3.0 * plain, leaves), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
+
+
+def test_frozen_head_gets_no_gradient_and_no_grad_mode_computes_none():
+    student_BTM, head, teacher_BTM, teacher_head, _ = problem()
+    frozen = Head(head.weight_VM.detach())
+    inputs = dict(weights={"logits": 1.0}, teacher_BTM=teacher_BTM, teacher_head=teacher_head)
+    loss = chunked_loss(student_BTM, frozen, **inputs)
+    loss.total.backward()
+    assert student_BTM.grad is not None and frozen.weight_VM.grad is None
+    with torch.no_grad():
+        again = chunked_loss(student_BTM, frozen, **inputs)
+    assert not again.total.requires_grad
+    torch.testing.assert_close(again.total, loss.total.detach(), rtol=0, atol=0)
+
+
+def test_kl_of_a_model_to_itself_is_zero_and_its_gradient_too():
+    student_BTM, head, *_ = problem()
+    loss = chunked_loss(
+        student_BTM, head, weights={"logits": 1.0}, teacher_BTM=student_BTM, teacher_head=Head(head.weight_VM.detach())
+    )
+    loss.total.backward()
+    assert loss.total.item() == 0.0
+    assert student_BTM.grad.abs().max() < 1e-15
+
+
+def test_half_precision_states_give_a_float32_loss():
+    student_BTM, head, teacher_BTM, teacher_head, _ = problem()
+    half = Head(head.weight_VM.detach().bfloat16().requires_grad_())
+    states_BTM = student_BTM.detach().bfloat16().requires_grad_()
+    teacher_float = Head(teacher_head.weight_VM.float())
+    loss = chunked_loss(
+        states_BTM, half, weights={"logits": 1.0}, teacher_BTM=teacher_BTM.float(), teacher_head=teacher_float
+    )
+    loss.total.backward()
+    exact = plain_loss(student_BTM, head, teacher_BTM, teacher_head, torch.zeros(2, 9).long(), {"logits": 1.0}, 1.0)
+    assert loss.total.dtype == torch.float32
+    assert states_BTM.grad.dtype == half.weight_VM.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(loss.total.double(), exact, rtol=0.03, atol=0)
+
+
+@pytest.mark.parametrize("kind, plain", [
+    ("norm", lambda s, t: ((s - t).square().sum(-1).sqrt() / s.shape[-1] ** 0.5).mean()),
+    ("squared", lambda s, t: (s - t).square().sum() / s.numel()),
+])  # fmt: skip
+def test_mixer_output(kind, plain):
+    torch.manual_seed(0)
+    student_BTM, teacher_BTM = torch.randn(2, 2, 5, 6, dtype=torch.float64).unbind()
+    torch.testing.assert_close(mixer_output(student_BTM, teacher_BTM, kind), plain(student_BTM, teacher_BTM))
+    equal_BTM = student_BTM.clone().requires_grad_()
+    mixer_output(equal_BTM, student_BTM, kind).backward()
+    assert equal_BTM.grad.abs().max() == 0  # and no NaN at the kink of the norm
+
+
+@pytest.mark.parametrize("family", HEADS)
+def test_head_of_a_family_is_its_logits(family):
+    model = tiny(HEADS[family]())
+    check_head(model)
+    input_ids_BT = torch.randint(1, 61, (2, 7))
+    with torch.no_grad():
+        logits_BTV = head_logits(model, final_hidden(model, input_ids_BT))
+        torch.testing.assert_close(logits_BTV, model(input_ids_BT).logits, rtol=1e-5, atol=1e-6)
+
+
+def test_a_head_that_does_something_else_is_named():
+    model = tiny(HEADS["llama"]())
+    model.lm_head.register_forward_hook(lambda module, inputs, output: output * 1.1)
+    with pytest.raises(UserError, match="LlamaForCausalLM"):
+        check_head(model)
+    model.lm_head = torch.nn.Sequential(torch.nn.Linear(32, 61))
+    with pytest.raises(UserError, match="LlamaForCausalLM"):
+        Head.of(model)

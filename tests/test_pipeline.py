@@ -1,0 +1,238 @@
+"""The whole path: from a teacher to a folder that transformers loads, by the same code as `make convert`."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from subquad import pipeline
+from subquad.errors import UserError
+from subquad.evaluate import cache_table
+from subquad.plan import AttentionShape, Plan
+from subquad.recipe import Recipe, load_recipe
+from subquad.student import Student
+
+STAGE = {"sequence_length": 32, "batch": 2, "lr": 1e-2, "checkpoint_every": 1000}
+RECIPE = {
+    "name": "tiny",
+    "mixer": {"name": "hedgehog", "options": {"window": 8, "sinks": 1}},
+    "selector": {"by": "kl", "budget": "1", "tokens": 64, "sequence_length": 32},
+    "stages": [
+        {"name": "align", "objective": "mixer_output", "scope": "all-linear", "tokens": 512, **STAGE},
+        {"name": "logits", "objective": "logits", "tokens": 256, **STAGE},
+    ],
+    "evaluate": {
+        "contexts": [16, 48],
+        "rows": 2,
+        "retrieval": {"tasks": ["copy"], "contexts": [32], "count": 2},
+        "cache_contexts": [64, 1024],
+        "prompts": ["a b c"],
+        "max_new_tokens": 4,
+    },
+}
+FILES = {"config.json", "model.safetensors", "tokenizer.json", "plan.yaml", "scores.json", "metrics.json", "log.jsonl"}
+
+
+@pytest.fixture(scope="module")
+def teacher_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("teacher")
+    tiny("llama").save_pretrained(folder)
+    words = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(93))]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("text")
+    for document in range(60):
+        words = " ".join(f"w{int(i)}" for i in torch.randint(0, 93, (120,)))
+        (folder / f"{document}.txt").write_text(words, encoding="utf-8")
+    return [str(folder)]
+
+
+@pytest.fixture(scope="module")
+def finished(teacher_folder, text, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "tiny"
+    student = pipeline.convert(teacher_folder, Recipe(**RECIPE), out, data=text, command="subquad convert ...")
+    return out, student
+
+
+def test_convert_leaves_what_it_promises(finished):
+    out, student = finished
+    names = {path.name for path in out.iterdir()}
+    assert FILES | {"report.html", "README.md", "recipe.yaml"} <= names
+    assert not [name for name in names if name.endswith(".tmp")]
+    metrics = json.loads((out / "metrics.json").read_text())
+    for name in ("teacher", "student", "aligned", "uniform", "untrained", "window"):
+        row = metrics[name]
+        assert row["kl"].keys() == row["perplexity"].keys() == row["top1"].keys() == {"16", "48"}
+        assert row["retrieval"]["copy"]["32"].keys() == {"accuracy", "logprob"}
+        assert row["cache_bytes"].keys() == {"64", "1024"}
+    assert metrics["teacher"]["kl"]["48"] == 0 < metrics["student"]["kl"]["48"] < metrics["untrained"]["kl"]["48"]
+    assert [stage["name"] for stage in metrics["stages"]] == ["align", "logits"]
+    assert {"align", "logits", "select", "evaluate", "total"} <= metrics["seconds"].keys()
+    assert metrics["tokens"] == {"align": 512, "logits": 256}
+    assert metrics["peak_rss_bytes"] > 0 and metrics["seed"] == 0 and metrics["versions"]["torch"]
+    scores = json.loads((out / "scores.json").read_text())
+    assert scores["chosen"] == student.plan.attention_layers and len(scores["chosen"]) == 1
+
+
+def test_the_folder_loads_with_transformers(finished):
+    """In a new process: after `import subquad`, and without it by trust_remote_code."""
+    out, student = finished
+    tokens = torch.tensor([[5, 6, 7, 8]])
+    wanted = student(tokens, use_cache=False).logits
+    loaded = Student.from_pretrained(out)
+    assert torch.equal(loaded(tokens, use_cache=False).logits, wanted)
+    for line, argument in (("import subquad", ""), ("", ", trust_remote_code=True")):
+        program = (
+            f"{line}\nimport torch\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n"
+            f"model = AutoModelForCausalLM.from_pretrained({str(out)!r}{argument})\n"
+            f"AutoTokenizer.from_pretrained({str(out)!r}{argument})\n"
+            "print(type(model).__name__, model(torch.tensor([[5, 6, 7, 8]]), use_cache=False).logits.sum().item())\n"
+        )
+        ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+        assert ran.returncode == 0, ran.stderr
+        name, total = ran.stdout.split()
+        assert name == "Student" and float(total) == pytest.approx(wanted.sum().item(), rel=1e-5)
+
+
+def test_the_teacher_is_left_as_it_was(finished, teacher_folder, text, tmp_path):
+    """Training all weights trains the student's own copies."""
+    recipe = Recipe(**RECIPE).model_copy(deep=True)
+    recipe.stages[1].trainable = "all"
+    source = pipeline.load_teacher(teacher_folder)
+    before = {name: parameter.clone() for name, parameter in source.model.named_parameters()}
+    plan = Plan.by_layer(pipeline._shapes(source.model), [1], "hedgehog", RECIPE["mixer"]["options"])
+    run = pipeline._start(recipe, tmp_path / "run", resume=False, overwrite=False)
+    corpus = pipeline.load_corpus(text, source.tokenizer)
+    student = Student.from_teacher(source.model, plan)
+    pipeline._train(run, student, source, corpus, scope="plan")
+    trained = dict(student.backbone.named_parameters())
+    assert all(torch.equal(parameter, before[name]) for name, parameter in source.model.named_parameters())
+    assert not torch.equal(trained["model.layers.0.mlp.up_proj.weight"], before["model.layers.0.mlp.up_proj.weight"])
+
+
+def test_an_interrupted_run_ends_the_same(finished, teacher_folder, text, tmp_path, monkeypatch):
+    """Stopped after selection and resumed: the same weights, bit for bit, with nothing done twice."""
+    out, student = finished
+    again = tmp_path / "again"
+
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "_measure", stop)
+        with pytest.raises(KeyboardInterrupt):
+            pipeline.convert(teacher_folder, Recipe(**RECIPE), again, data=text)
+    with monkeypatch.context() as patch:
+        patch.setitem(pipeline.SELECTORS, "kl", stop)
+        resumed = pipeline.convert(teacher_folder, Recipe(**RECIPE), again, data=text, resume=True)
+    mine, theirs = dict(student.mixer_parameters()), dict(resumed.mixer_parameters())
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def test_a_given_plan_is_used(teacher_folder, text, tmp_path):
+    shapes = pipeline._shapes(tiny("llama"))
+    Plan.by_layer(shapes, [0, 2], "gla").save(tmp_path / "mine.yaml")
+    recipe = Recipe(**{**RECIPE, "mixer": {"name": "gla"}, "stages": RECIPE["stages"][1:]})
+    student = pipeline.convert(teacher_folder, recipe, tmp_path / "run", plan=tmp_path / "mine.yaml", data=text)
+    assert student.plan.attention_layers == [0, 2]
+    assert not (tmp_path / "run" / "scores.json").exists()
+
+
+def test_select_writes_a_plan(teacher_folder, text, tmp_path):
+    plan = pipeline.select(teacher_folder, Recipe(**RECIPE), tmp_path / "plan.yaml", data=text)
+    assert Plan.load(tmp_path / "plan.yaml") == plan
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["plan.yaml", "scores.json"]
+    with pytest.raises(UserError, match="exists"):
+        pipeline.select(teacher_folder, Recipe(**RECIPE), tmp_path / "plan.yaml", data=text)
+
+
+def test_eval_and_generate(finished, tmp_path):
+    out, _ = finished
+    metrics = pipeline.evaluate_model(out, json_path=tmp_path / "numbers.json")
+    told = json.loads((out / "metrics.json").read_text())
+    assert metrics["student"]["kl"] == pytest.approx(told["student"]["kl"], rel=1e-4)
+    assert json.loads((tmp_path / "numbers.json").read_text()) == metrics
+    first = pipeline.generate(out, "w1 w2 w3", max_new_tokens=5)
+    assert first == pipeline.generate(out, "w1 w2 w3", max_new_tokens=5) and first
+    with pytest.raises(UserError, match="no chat template"):
+        pipeline.generate(out, "w1", chat=True)
+
+
+def test_folders_of_something_else_are_left_alone(finished, teacher_folder, tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    for arguments in ({}, {"overwrite": True}, {"resume": True}):
+        with pytest.raises(UserError, match="something other than a run"):
+            pipeline.convert(teacher_folder, Recipe(**RECIPE), tmp_path, **arguments)
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
+    out, _ = finished
+    with pytest.raises(UserError, match="earlier run"):
+        pipeline.convert(teacher_folder, Recipe(**RECIPE), out)
+    with pytest.raises(UserError, match="other settings"):
+        pipeline.convert(teacher_folder, Recipe(**{**RECIPE, "seed": 1}), out, resume=True)
+
+
+def test_what_only_the_parts_know_is_checked_before_anything_is_loaded(tmp_path):
+    for change, message in (
+        ({"mixer": {"name": "hegdehog"}}, "did you mean 'hedgehog'"),
+        ({"mixer": {"name": "attention"}}, "nothing to convert"),
+        ({"selector": {"by": "klm", "budget": "1"}}, "did you mean 'kl'"),
+        ({"selector": {"budget": "lots"}}, "not a budget"),
+    ):
+        with pytest.raises(UserError, match=message):
+            pipeline.convert("nowhere", Recipe(**{**RECIPE, **change}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_window_rival_takes_the_same_bytes():
+    shape = AttentionShape(heads=9, kv_heads=3, head_dim=64, hidden_size=576)
+    for mixer in ("hedgehog", "gla", "mamba2"):
+        plan = Plan.by_layer([shape] * 6, [1, 4], mixer)
+        for dtype in ("float32", "bfloat16"):
+            rival = pipeline.window_plan(plan, dtype)
+            mine, theirs = (cache_table(p, [2048], dtype)[2048] for p in (plan, rival))
+            one_token = 4 * 2 * 3 * 64 * (4 if dtype == "float32" else 2)
+            assert rival.attention_layers == [1, 4]
+            assert theirs <= mine < theirs + one_token
+
+
+def test_the_real_teacher_cut_to_its_first_layers(tmp_path):
+    """SmolLM2 itself: its tokenizer, its corpora, the shipped recipe, at a hundredth of the tokens."""
+    recipe = load_recipe(
+        "quick",
+        [
+            "selector.budget=50%",
+            "selector.tokens=256",
+            "selector.sequence_length=256",
+            "stages.0.tokens=2k",
+            "stages.0.sequence_length=256",
+            "stages.1.tokens=512",
+            "stages.1.sequence_length=256",
+            "evaluate.contexts=[64, 256]",
+            "evaluate.rows=1",
+            "evaluate.retrieval.contexts=[256]",
+            "evaluate.retrieval.count=1",
+            "evaluate.max_new_tokens=4",
+        ],
+    )
+    torch.set_num_threads(2)
+    student = pipeline.convert("default", recipe, tmp_path / "run", layers=4)
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert len(student.plan.attention_layers) == 2
+    assert metrics["student"]["kl"]["256"] < metrics["untrained"]["kl"]["256"]
+    assert metrics["student"]["cache_bytes"]["131072"] < 0.55 * metrics["teacher"]["cache_bytes"]["131072"]
+    assert Path(tmp_path / "run" / "report.html").stat().st_size > 10_000

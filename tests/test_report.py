@@ -1,0 +1,340 @@
+"""The report of a made-up but lifelike run (30 layers, 9 heads): all is shown, nothing is loaded from elsewhere."""
+
+import io
+import json
+import math
+import random
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from rich.console import Console
+
+from subquad.errors import UserError
+from subquad.plan import AttentionShape, Plan
+from subquad.report import format as fmt
+from subquad.report import plan_picture, print_table, write_model_card, write_picture, write_report
+from subquad.report.run import read_run
+
+KEPT = [0, 1, 4, 5, 9, 10, 12, 14, 15, 18, 20, 22, 24, 27, 29]
+CACHE_CONTEXTS = (2048, 8192, 32768, 65536, 131072)
+VARIANT_KL = {"teacher": 0.0, "student": 0.0432, "aligned": 0.0581, "uniform": 0.0794, "untrained": 0.7461}
+VARIANT_KL["window"] = 0.3127
+HOSTILE = "<script>alert(1)</script> & <b>bold</b> \ud83d half a pair"
+
+
+def make_plan(layers: int = 30, heads: int = 9, mixed: bool = False) -> Plan:
+    shape = AttentionShape(heads=heads, kv_heads=3, head_dim=64, hidden_size=576, window=None)
+    rows = [{"attention" if layer in KEPT else "hedgehog": list(range(heads))} for layer in range(layers)]
+    if mixed:
+        rows[2] = {"attention": [0, 3], "hedgehog": [1, 2, *range(5, heads)], "sliding_window": [4]}
+    mixers = {"attention": {}, "hedgehog": {"window": 64, "sinks": 4}, "sliding_window": {"window": 64, "sinks": 4}}
+    return Plan(shapes=[shape] * layers, mixers=mixers, layers=rows)
+
+
+def make_variant(name: str) -> dict:
+    kl, kept = VARIANT_KL[name], 30 if name == "teacher" else 0 if name == "window" else 15
+    by_context = {256: 0.45 * kl, 1024: kl, 2048: 1.6 * kl}
+    answers = {str(c): {"accuracy": max(0.0, 0.75 - 4 * k), "logprob": -0.4 - 9 * k} for c, k in by_context.items()}
+    grows, fixed = kept * 2 * 3 * 64 * 4, (30 - kept) * (9 * 64 * 129 * 4 + 68 * 2 * 3 * 64 * 4)
+    return {
+        "kl": {str(c): value for c, value in by_context.items()},
+        "kl_stderr": {str(c): 0.04 * value for c, value in by_context.items()},
+        "perplexity": {str(c): 16.2 * math.exp(value + 80 / c) for c, value in by_context.items()},
+        "top1": {str(c): math.exp(-1.9 * value) for c, value in by_context.items()},
+        "retrieval": {task: answers for task in ("copy", "dictionary", "passkey")},
+        "cache_bytes": {str(c): grows * c + fixed for c in CACHE_CONTEXTS},
+        "attention_layers": KEPT if kept == 15 else list(range(kept)),
+        "plan_pattern": "".join("A" if layer in KEPT else "H" for layer in range(30)),
+    }
+
+
+def make_metrics() -> dict:
+    rates = {"align": (61_440, 171.0, 0.44), "align uniform": (15_360, 178.0, 0.46), "logits": (20_480, 78.0, 0.2)}
+    return {
+        **{name: make_variant(name) for name in VARIANT_KL},
+        "stages": [
+            {
+                "name": name,
+                "objective": {"logits": 1.0, "labels": 0.1} if name == "logits" else "mixer_output",
+                "seconds": tokens / rate,
+                "tokens": tokens,
+                "tokens_per_second": rate,
+                "share_of_bare_forward": share,
+                "bare_forward_tokens_per_second": rate / share,
+                "final_loss": 0.112 if name != "logits" else 0.0513,
+            }
+            for name, (tokens, rate, share) in rates.items()
+        ],
+        "selection": {"by": "kl", "budget": "50%", "seconds": 61.4, "tokens": 4096},
+        "seconds": {"load": 2.2, "data": 9.1, "align": 359.3, "logits": 262.6, "total": 577.0},
+        "tokens": {"align": 61_440, "logits": 20_480},
+        "tokens_per_second": {"align": 171.0, "logits": 78.0},
+        "peak_rss_bytes": 3_221_225_472,
+        "seed": 0,
+        "versions": {"subquad": "0.1.0", "torch": "2.13.0+cpu", "transformers": "5.23.0", "python": "3.11.2"},
+        "machine": {"cpu": "AMD EPYC 7763", "cores": 2, "memory": "6 GiB", "device": "cpu"},
+        "command": "subquad convert default --recipe quick --out runs/quick",
+        "commit": "0123abc",
+        "samples": [
+            {
+                "prompt": "Gravity is",
+                "teacher": "the force that pulls two masses towards each other.\nIt is the weakest of the four forces.",
+                "student": "the force which pulls objects towards the Earth. It is the reason that an apple falls.",
+            },
+            {"prompt": "The state of the union", "teacher": "is strong.\n\nMy fellow Americans,", "student": HOSTILE},
+        ],
+        "teacher_name": "SmolLM2-135M-Instruct",
+        "verdicts": [
+            "The selected plan beats the uniform plan at the same budget: KL 0.058 against 0.079 at 1024.",
+            "The student beats the untrained student (0.746) and the training-free window (0.313).",
+        ],
+    }
+
+
+def make_run(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    draw = random.Random(1)
+    make_plan().save(folder / "plan.yaml")
+    scores = [0.02 + 0.03 * draw.random() + (0.06 * draw.random() if layer in KEPT else 0) for layer in range(30)]
+    order = sorted(range(30), key=lambda layer: -scores[layer])
+    chosen = {"by": "kl", "unit": "layer", "mixer": "hedgehog", "scores": scores, "order": order}
+    chosen |= {"kl_all_linear": 0.4127, "tokens": 4096, "seconds": 61.4, "seed": 0, "budget": "50%", "chosen": KEPT}
+    (folder / "scores.json").write_text(json.dumps(chosen))
+    (folder / "metrics.json").write_text(json.dumps(make_metrics()))
+    (folder / "recipe.yaml").write_text("name: quick\nteacher: default\nseed: 0\nmixer:\n  name: hedgehog\n")
+    with (folder / "log.jsonl").open("w") as log:
+        stages = (("align", 0.9, 0.11, 120), ("align uniform", 0.9, 0.13, 60), ("logits", 0.075, 0.051, 40))
+        for stage, (name, start, end, steps) in enumerate(stages):
+            for step in range(1, steps + 1):
+                loss = (end + (start - end) * math.exp(-6 * step / steps)) * (1 + 0.1 * draw.gauss(0, 1))
+                line = {"stage": stage, "name": name, "step": step, "tokens": 512 * step, "loss": loss, "lr": 1e-3}
+                log.write(json.dumps(line) + "\n")
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return make_run(tmp_path / "quick")
+
+
+class Page(HTMLParser):
+    """Collects tags with their attributes, ids, and visible text; checks that tags close in order."""
+
+    VOID = {"meta", "br", "path", "use", "rect"}
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict]] = []
+        self.open: list[str] = []
+        self.text = ""
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert tag in self.VOID or self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.text += data
+
+
+def test_page_shows_what_the_files_hold(run):
+    html = write_report(run).read_text(encoding="utf-8")
+    text = Page(html).text.replace(fmt.NBSP, " ")
+    metrics = make_metrics()
+    assert "15 of 30 layers keep attention; the other layers run hedgehog, whose cost per token" in text
+    assert "1024 tokens the student is 0.043 nats per token from its teacher" in text
+    student, teacher = metrics["student"]["cache_bytes"], metrics["teacher"]["cache_bytes"]
+    assert f"at 128k tokens of context its cache takes {100 * student['131072'] / teacher['131072']:.1f} %" in text
+    for name, kl in VARIANT_KL.items():
+        assert name in text and f"{kl:.3f}" in text
+        assert f"{metrics[name]['perplexity']['2048']:.2f}" in text
+        assert fmt.logprob(metrics[name]["retrieval"]["copy"]["1024"]["logprob"]) in text
+    assert all(verdict in text for verdict in metrics["verdicts"])
+    for words in (
+        metrics["command"],
+        "0123abc",
+        "AMD EPYC 7763",
+        "2.13.0+cpu",
+        "61,440",
+        "44 %",
+        "logits + 0.1 labels",
+    ):
+        assert words in text
+    assert "9 min 37 s in all" in text and "Peak memory 3 GiB" in text and "name: hedgehog" in text
+    assert html.count("<svg") == 4 + 3  # plan, scores, KL, cache, and a loss curve for each of three stages
+
+
+def test_page_is_self_contained_and_adapts(run):
+    html = write_report(run).read_text(encoding="utf-8")
+    page = Page(html)
+    assert not {tag for tag, _ in page.tags} & {"script", "link", "img", "iframe", "object", "image"}
+    for _, attributes in page.tags:
+        for name in ("src", "href", "xlink:href"):
+            assert attributes.get(name, "#").startswith("#"), "something is loaded from elsewhere"
+    assert "@import" not in html and "http://" not in html and "https://" not in html
+    assert not re.search(r"url\((?!#)", html)
+    assert "prefers-color-scheme: dark" in html and 'name="viewport"' in html and "currentColor" in html
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    used = set(re.findall(r'(?:url\(#|href="#)([^)"]+)', html))
+    assert used and used <= set(ids)
+
+
+def test_text_of_models_is_escaped(run):
+    html = write_report(run).read_text(encoding="utf-8")
+    assert "<script>alert" not in html and "<b>bold" not in html
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; &lt;b&gt;bold&lt;/b&gt; ? half a pair" in html
+
+
+def test_same_files_same_page(run):
+    first = write_report(run).read_bytes()
+    assert write_report(run).read_bytes() == first
+    assert not list(run.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("keep", ["plan.yaml", "scores.json", "metrics.json", "log.jsonl"])
+def test_parts_that_are_missing_are_left_out(run, keep):
+    for file in run.iterdir():
+        if file.name != keep:
+            file.unlink()
+    page = Page(write_report(run).read_text(encoding="utf-8"))
+    drawings = sum(tag == "svg" for tag, _ in page.tags)
+    assert drawings == {"plan.yaml": 1, "scores.json": 1, "metrics.json": 2, "log.jsonl": 3}[keep]
+    assert ("On text it has not seen" in page.text) == (keep == "metrics.json")
+    assert ("What was converted" in page.text) == (keep in ("plan.yaml", "scores.json"))
+    write_model_card(run)
+
+
+def test_unknown_numbers_are_dashes(run):
+    metrics = make_metrics()
+    metrics["student"]["kl"] = {"256": None, "1024": math.nan, "2048": math.inf}
+    metrics["stages"][0]["share_of_bare_forward"] = None
+    del metrics["uniform"], metrics["window"]["retrieval"], metrics["seconds"]
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    text = Page(write_report(run).read_text(encoding="utf-8")).text
+    assert "–" in text and "∞" in text and not re.search(r"\b(nan|inf|None)\b", text)
+    assert "the same budget spread evenly" not in text
+    write_model_card(run)
+    write_picture(run, run / "picture.png")
+
+
+def test_torn_last_log_line_is_ignored(run):
+    with (run / "log.jsonl").open("a") as log:
+        log.write('{"stage": 2, "name": "logi')
+    assert [len(points) for points in read_run(run).curves.values()] == [120, 60, 40]
+
+
+@pytest.mark.parametrize(
+    "file, content, words",
+    [
+        ("metrics.json", "{", "metrics.json is damaged"),
+        ("metrics.json", '{"student": {"kl": {"long": 1}}}', "student.kl.long"),
+        ("scores.json", '{"by": "kl"}', "scores"),
+        ("log.jsonl", "torn\n{}\n", "line 1"),
+    ],
+)
+def test_damaged_files_are_named(run, file, content, words):
+    (run / file).write_text(content)
+    with pytest.raises(UserError, match=words):
+        write_report(run)
+
+
+def test_no_run_at_all(tmp_path):
+    with pytest.raises(UserError, match="no run to report"):
+        write_report(tmp_path / "nowhere")
+
+
+def test_plan_picture_has_one_square_a_head():
+    axes = plan_picture(make_plan(mixed=True)).axes[0]
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert labels == [f"attention ({15 * 9 + 2} heads)", f"hedgehog ({14 * 9 + 6} heads)", "sliding_window (1 head)"]
+    squares = [len(patch.get_path().vertices) / 5 for patch in axes.patches]
+    assert squares == [15 * 9 + 2, 14 * 9 + 6, 1]
+    assert axes.get_xlim()[1] > 29 and axes.get_ylim()[0] > 8
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("layers, heads", [(1, 1), (2, 2), (80, 64)])
+def test_plan_picture_fits_any_size(layers, heads):
+    names = ["attention", "gated_deltanet", "sliding_window", "mamba2"]
+    shape = AttentionShape(heads=heads, kv_heads=1, head_dim=8, hidden_size=8 * heads, window=None)
+    rows = [{name: list(range(heads))[i::4] for i, name in enumerate(names) if i < heads} for _ in range(layers)]
+    mixers = {"attention": {}, "gated_deltanet": {}, "sliding_window": {"window": 64, "sinks": 4}, "mamba2": {}}
+    figure = plan_picture(Plan(shapes=[shape] * layers, mixers=mixers, layers=rows))
+    figure.savefig(io.BytesIO(), format="svg")  # warns when the layout collapses
+    assert figure.axes[0].get_position().width > 0.8 and figure.axes[0].get_position().height > 0.3
+
+
+def test_summary_picture(run):
+    path = write_picture(run, run / "picture.png")
+    header = path.read_bytes()[:24]
+    assert header[:8] == b"\x89PNG\r\n\x1a\n" and int.from_bytes(header[16:20], "big") == 1800
+    (run / "plan.yaml").unlink()
+    with pytest.raises(UserError, match="plan.yaml"):
+        write_picture(run, run / "picture.png")
+
+
+def test_model_card_has_hub_metadata(run):
+    card = ModelCard.load(write_model_card(run))
+    assert card.data.library_name == "transformers" and card.data.pipeline_tag == "text-generation"
+    assert card.data.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct" and card.data.license == "apache-2.0"
+    assert {"subquad", "hedgehog"} <= set(card.data.tags)
+    assert "import subquad" in card.text and 'from_pretrained("quick")' in card.text and "4-bit" in card.text
+    tables = [block.splitlines() for block in re.findall(r"(?:^\|.*\n)+", card.text, flags=re.MULTILINE)]
+    assert [len(table) for table in tables] == [8, 8, 5]
+    for table in tables:
+        assert len({row.count("|") for row in table}) == 1, "a row has too few or too many cells"
+
+
+@pytest.mark.parametrize("teacher, base", [("Qwen/Q-1.5B", "Qwen/Q-1.5B"), ("/models/mine", None), ("mine.gguf", None)])
+def test_model_card_claims_only_known_base_models(run, teacher, base):
+    (run / "recipe.yaml").write_text(yaml.safe_dump({"name": "x", "teacher": teacher}))
+    card = ModelCard.load(write_model_card(run))
+    assert card.data.base_model == base and card.data.license is None
+    assert "4-bit" not in card.text
+
+
+def test_table_in_the_terminal():
+    console = Console(width=100, record=True, file=open("/dev/null", "w"))
+    print_table(make_metrics(), console)
+    text = console.export_text().replace(fmt.NBSP, " ")
+    rows = [line.split()[0] for line in text.splitlines() if line.strip()]
+    assert [row for row in rows if row in VARIANT_KL] == list(VARIANT_KL)
+    assert "0.043" in text and "44 %" in text and "beats the uniform plan" in text
+    with pytest.raises(UserError, match="stages"):
+        print_table({"stages": 3}, console)
+
+
+@pytest.mark.parametrize(
+    "written, expected",
+    [
+        (fmt.nats(0.00042), "0.0004"),
+        (fmt.nats(math.nan), "–"),
+        (fmt.logprob(-0.5), "−0.50"),
+        (fmt.perplexity(12345.6), "12,346"),
+        (fmt.percent(0.5049), "50.5 %"),
+        (fmt.size(90 * 2**20), "90 MiB"),
+        (fmt.size(1.5 * 2**30), "1.5 GiB"),
+        (fmt.size(2**50), "1,024 TiB"),
+        (fmt.context(131072), "128k"),
+        (fmt.context(1024), "1024"),
+        (fmt.duration(577), "9 min 37 s"),
+        (fmt.duration(7300), "2 h 01 min"),
+        (fmt.objective("mixer_output"), "mixer output"),
+    ],
+)
+def test_formats(written, expected):
+    assert written.replace(fmt.NBSP, " ") == expected
