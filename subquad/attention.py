@@ -240,6 +240,8 @@ def find_attention(model: PreTrainedModel) -> list[AttentionSite]:
     arguments on to it, attends across sequences, or has keys and values of different width (MLA).
     """
     family = type(model).__name__
+    if model.config.model_type == "subquad":
+        raise UserError("this model is a student already: convert its teacher, with another plan")
     if model.config.is_encoder_decoder:
         raise UserError(f"{family} is an encoder-decoder model; Subquad converts decoder-only models")
     paths = {module: path for path, module in model.named_modules()}

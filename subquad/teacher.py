@@ -31,6 +31,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from subquad.errors import UserError, nearest
 from subquad.files import cache_dir, first_line, package_file, sha256_of_file
 from subquad.gguf import converted, quiet
+from subquad.student import StudentConfig
 
 __all__ = ["DEFAULT_TEACHER", "Teacher", "cache_dir", "load_teacher", "load_tokenizer"]
 
@@ -216,6 +217,8 @@ def _config(folder: Path, name: str, trust_remote_code: bool) -> PreTrainedConfi
             f"the model type '{described.get('model_type')}' in {file} is not one that transformers "
             f"{transformers.__version__} knows{hint} ({first_line(error)})"
         ) from error
+    if isinstance(config, StudentConfig):
+        return config
     if config.is_encoder_decoder:
         raise UserError(
             f"the teacher '{name}' is an encoder-decoder ({config.model_type}): give a decoder-only language model"
@@ -255,6 +258,8 @@ def _checked_weights(folder: Path, allow_pickle: bool) -> list[Path]:
             raise UserError(f"the file {index} is damaged: copy or download it again") from error
         files = [folder / file for file in names]
         for file in files:
+            if file.parent != folder:
+                raise UserError(f"the file {index} names weights outside its folder ({file}): do not trust it")
             if not file.is_file():
                 raise UserError(
                     f"the weights file {file}, named by {index.name}, is missing: copy or download it again"

@@ -219,6 +219,7 @@ def test_a_stage_trains_what_it_should_and_leaves_the_teacher_alone(tmp_path, se
 
 def test_log_says_what_happened(tmp_path):
     accelerator = make_accelerator(tmp_path)
+    accelerator.init_trackers("tensorboard")
     train(tmp_path, {**ALIGN, "log_every": 4, "schedule": "constant", "warmup": 0}, accelerator=accelerator)
     accelerator.end_training()
     first, last = lines(tmp_path)

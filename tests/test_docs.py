@@ -4,6 +4,10 @@ import re
 from pathlib import Path
 
 import pytest
+from test_pipeline import RECIPE, make_teacher, make_text
+
+from subquad import pipeline
+from subquad.recipe import Recipe
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -18,9 +22,10 @@ def examples(page: Path) -> str:
 def test_examples_run(page, tmp_path, monkeypatch):
     program = examples(page)
     if "runs/quick" in program:  # the folder that `make convert` leaves, here a tiny one
-        from test_pipeline import make_run
-
-        make_run(tmp_path / "runs" / "quick")
+        for name in ("teacher", "text"):
+            (tmp_path / name).mkdir()
+        teacher, text = make_teacher(tmp_path / "teacher"), make_text(tmp_path / "text")
+        pipeline.convert(teacher, Recipe(**RECIPE), tmp_path / "runs" / "quick", data=text)
     monkeypatch.chdir(tmp_path)
     exec(compile(program, str(page), "exec"), {"__name__": "__main__"})
 

@@ -1,6 +1,7 @@
 """The whole path: from a teacher to a folder that transformers loads, by the same code as `make convert`."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -39,9 +40,8 @@ RECIPE = {
 FILES = {"config.json", "model.safetensors", "tokenizer.json", "plan.yaml", "scores.json", "metrics.json", "log.jsonl"}
 
 
-@pytest.fixture(scope="module")
-def teacher_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("teacher")
+def make_teacher(folder):
+    """A tiny Llama with a tokenizer of words w0 ... w92."""
     tiny("llama").save_pretrained(folder)
     words = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(93))]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
@@ -52,14 +52,23 @@ def teacher_folder(tmp_path_factory):
     return str(folder)
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
+def make_text(folder):
+    """Sixty documents of random words."""
     torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("text")
     for document in range(60):
         words = " ".join(f"w{int(i)}" for i in torch.randint(0, 93, (120,)))
         (folder / f"{document}.txt").write_text(words, encoding="utf-8")
     return [str(folder)]
+
+
+@pytest.fixture(scope="module")
+def teacher_folder(tmp_path_factory):
+    return make_teacher(tmp_path_factory.mktemp("teacher"))
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return make_text(tmp_path_factory.mktemp("text"))
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +125,7 @@ def test_the_teacher_is_left_as_it_was(finished, teacher_folder, text, tmp_path)
     source = pipeline.load_teacher(teacher_folder)
     before = {name: parameter.clone() for name, parameter in source.model.named_parameters()}
     plan = Plan.by_layer(pipeline._shapes(source.model), [1], "hedgehog", RECIPE["mixer"]["options"])
-    run = pipeline._start(recipe, tmp_path / "run", resume=False, overwrite=False)
+    run = pipeline.start_run(recipe, tmp_path / "run", resume=False, overwrite=False)
     corpus = pipeline.load_corpus(text, source.tokenizer)
     student = Student.from_teacher(source.model, plan)
     pipeline._train(run, student, source, corpus, scope="plan")
@@ -184,6 +193,20 @@ def test_folders_of_something_else_are_left_alone(finished, teacher_folder, tmp_
         pipeline.convert(teacher_folder, Recipe(**RECIPE), out)
     with pytest.raises(UserError, match="other settings"):
         pipeline.convert(teacher_folder, Recipe(**{**RECIPE, "seed": 1}), out, resume=True)
+
+
+def test_a_student_is_no_teacher(finished, tmp_path):
+    with pytest.raises(UserError, match="student already"):
+        pipeline.convert(str(finished[0]), Recipe(**RECIPE), tmp_path / "run")
+
+
+def test_a_damaged_student_is_refused(finished, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(finished[0], broken)
+    whole = (broken / "model.safetensors").read_bytes()
+    (broken / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="damaged or cut short"):
+        pipeline.generate(broken, "w1")
 
 
 def test_what_only_the_parts_know_is_checked_before_anything_is_loaded(tmp_path):

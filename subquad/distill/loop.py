@@ -39,15 +39,14 @@ BARE_TOKENS = 1024  # tokens of one timed pass of the bare teacher on a CPU: sec
 
 
 def make_accelerator(out: Path, mixed_precision: Literal["no", "bf16"] | None = None) -> Accelerator:
-    """An Accelerator whose tracker writes TensorBoard events to `out`/tensorboard; `end_training()` closes them.
+    """This process among those that were launched, with its device; its tracker will write to `out`/tensorboard.
 
-    Without `mixed_precision` it is what `accelerate launch` was told, or none.
+    Nothing is written before `init_trackers("tensorboard")`; `end_training()` closes the tracker. Without
+    `mixed_precision` it is what `accelerate launch` was told, or none.
     """
     # Without cpu=True, processes that were launched on a machine with no GPU would not find each other.
     on_cpu = not torch.accelerator.is_available()
-    accelerator = Accelerator(cpu=on_cpu, mixed_precision=mixed_precision, log_with="tensorboard", project_dir=out)
-    accelerator.init_trackers("tensorboard")
-    return accelerator
+    return Accelerator(cpu=on_cpu, mixed_precision=mixed_precision, log_with="tensorboard", project_dir=out)
 
 
 def run_stage(

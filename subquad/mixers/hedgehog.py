@@ -7,11 +7,14 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from subquad.errors import UserError
 from subquad.mixers.base import HeadGroup, Mixer, MixerInputs, State
 from subquad.mixers.sliding_window import WindowOptions, window_bytes, window_of
 from subquad.ops import WindowSum, decay_chunk, decay_step
 from subquad.ops.common import wide
 from subquad.ops.window import first_real
+
+CAUTION = 2.0  # subtracted from log c at the start, see `Hedgehog.calibrate`
 
 
 class HedgehogOptions(WindowOptions):
@@ -21,13 +24,15 @@ class HedgehogOptions(WindowOptions):
 class FeatureMap(nn.Module):
     """phi(x) = [softmax(x W), softmax(-x W)] per head: positive features that can be as peaked as a softmax.
 
-    W starts as the identity (or its first columns), scaled so that q and k share the factor of q k^T evenly.
+    W starts as the identity (or some of its columns), scaled so that q and k share the factor of q k^T evenly.
     Source: Hedgehog (arXiv 2402.04347, eq. 6), in LoLCATs' form.
     """
 
     def __init__(self, heads: int, head_dim: int, features: int) -> None:
         super().__init__()
-        self.weight_HDF = nn.Parameter(torch.eye(head_dim, features).repeat(heads, 1, 1) * head_dim**-0.25)
+        columns = torch.arange(features) * head_dim // features  # spread, so that all rotary frequencies are seen
+        start_DF = torch.eye(head_dim)[:, columns]
+        self.weight_HDF = nn.Parameter(start_DF.repeat(heads, 1, 1) * head_dim**-0.25)
 
     def forward(self, x_BHTD: Tensor) -> Tensor:
         projected = wide(x_BHTD @ self.weight_HDF)
@@ -37,10 +42,9 @@ class FeatureMap(nn.Module):
 class Hedgehog(Mixer):
     """o_i = (sum_near e^{q k scale} v + c sum_far phi(q) phi(k) v) / (the same without v).
 
-    Near are the last `window` keys and the first `sinks`, far are all others; c > 0 is one learned factor per head,
-    started where the untrained output is nearest to the teacher's. The far sum's state is one matrix per key/value
-    head, F x (D + 1): its last column, the values being extended by a one, is the far part of the denominator.
-    Source: LoLCATs (arXiv 2410.10254, eq. 6: gamma on the near part is 1 / c here), with sinks.
+    Near are the last `window` keys and the first `sinks`, far are all others; c > 0 is one learned factor per head. The
+    far sum's state is one matrix per key/value head, F x (D + 1): its last column, the values being extended by a one,
+    is the far part of the denominator. Source: LoLCATs (arXiv 2410.10254, eq. 6: its gamma is 1 / c), with sinks.
     """
 
     options_class = HedgehogOptions
@@ -49,6 +53,8 @@ class Hedgehog(Mixer):
     def __init__(self, group: HeadGroup, options: HedgehogOptions) -> None:
         super().__init__(group, options)
         features = options.feature_dim or group.head_dim
+        if features > group.head_dim:
+            raise UserError(f"hedgehog's feature_dim of {features} is above the head width of {group.head_dim}")
         self.query_map = FeatureMap(len(group.heads), group.head_dim, features)
         self.key_map = FeatureMap(group.states(share=True), group.head_dim, features)
         self.log_far_H = nn.Parameter(torch.zeros(len(group.heads)))
@@ -88,8 +94,8 @@ class Hedgehog(Mixer):
         return y_BHTP, far_state + last_k.transpose(-1, -2) @ last_v
 
     def joined(self, near: WindowSum, far_BHTP: Tensor) -> Tensor:
-        """Both sums under one denominator, divided by the scale of the larger one: nothing over- or underflows."""
-        log_far_H11 = self.log_far_H[:, None, None]
+        """Both sums under one denominator, divided by the scale of the larger, so that nothing over- or underflows."""
+        log_far_H11 = wide(self.log_far_H)[:, None, None]
         far_size = far_BHTP[..., -1:].detach().log() + log_far_H11.detach()  # -inf where no token is far
         peak = torch.maximum(near.peak_BHT1, far_size)
         near_weight = (near.peak_BHT1 - peak).exp()
@@ -106,24 +112,34 @@ class Hedgehog(Mixer):
 
     @torch.no_grad()
     def calibrate(self, inputs: MixerInputs, target_BHTD: Tensor) -> None:
-        """Chooses each state's feature sharpness and each head's factor c from grids, by the output's error."""
+        """Takes the features' sharpness and c from a grid, by the norm of the output's error on every eighth token.
+
+        Then c is made e^CAUTION smaller: untrained features know little of where to look, and what they add to one
+        layer's output at the least local error leads the layers after it astray. On SmolLM2-135M with every second
+        layer replaced (window 128, length 1,024) the KL to the teacher was 0.071 at the least local error, 0.043 at
+        e^-2 of it, and 0.045 with the window alone.
+        """
         inputs = self.shared(inputs, share=True)
         near = window_of(inputs, {}, self.options)
-        weights = (self.query_map.weight_HDF, self.key_map.weight_HDF)
-        starts = [weight.clone() for weight in weights]
-        sharpness = torch.tensor([0.25, 0.5, 1.0, 2.0, 4.0]).to(self.log_far_H)
+        some = slice(None, None, 8)
+        near = WindowSum(*(x[:, :, some] for x in (near.numerator_BHTD, near.denominator_BHT1, near.peak_BHT1)), {})
+        maps = (self.query_map.weight_HDF, self.key_map.weight_HDF)
+        starts = [weight.clone() for weight in maps]
+        sharpness = torch.tensor([0.25, 0.5, 1.0, 2.0]).to(self.log_far_H)
         factors = torch.arange(-12.0, 9.0).to(self.log_far_H)
-        errors = []  # sharpness by factor by head
+        errors = []
         for sharp in sharpness:
-            for weight, start in zip(weights, starts, strict=True):
+            for weight, start in zip(maps, starts, strict=True):
                 weight.copy_(start * sharp)
-            far_BHTP, _ = self.far(inputs, {})
+            far_BHTP = self.far(inputs, {})[0][:, :, some]
             for factor in factors:
                 self.log_far_H.fill_(factor)
-                errors.append(wide(self.joined(near, far_BHTP) - target_BHTD).square().sum((0, 2, 3)))
+                error_BHTD = wide(self.joined(near, far_BHTP) - target_BHTD[:, :, some])
+                errors.append(error_BHTD.norm(dim=-1).sum((0, 2)))
         least_SH, factor_SH = torch.stack(errors).unflatten(0, (len(sharpness), -1)).min(1)
-        best_G = least_SH.unflatten(1, (len(starts[1]), -1)).sum(-1).argmin(0)  # one sharpness for the heads of a state
-        best_H = best_G.repeat_interleave(len(starts[0]) // len(starts[1]))
-        for weight, start, best in zip(weights, starts, (best_H, best_G), strict=True):
+        # Heads that share a state share its sharpness.
+        sharp_G = least_SH.unflatten(1, (len(starts[1]), -1)).sum(-1).argmin(0)
+        sharp_H = sharp_G.repeat_interleave(len(starts[0]) // len(starts[1]))
+        for weight, start, best in zip(maps, starts, (sharp_H, sharp_G), strict=True):
             weight.copy_(start * sharpness[best][:, None, None])
-        self.log_far_H.copy_(factors[factor_SH.gather(0, best_H[None])[0]])
+        self.log_far_H.copy_(factors[factor_SH.gather(0, sharp_H[None])[0]] - CAUTION)

@@ -1,0 +1,91 @@
+"""What a conversion is measured by: held-out text, retrieval, cache bytes, and the rivals of the same budget or bytes.
+
+Every number of metrics.json's rows is made here, and in the same pass for all models.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from subquad.data.retrieval import Probe, make_probe
+from subquad.data.text import Corpus
+from subquad.evaluate import cache_table, likelihood, retrieval
+from subquad.mixers.sliding_window import WindowOptions
+from subquad.plan import ATTENTION, ITEMSIZE, Plan
+from subquad.recipe import EvaluateConfig
+from subquad.teacher import Teacher
+
+
+def measured_rows(
+    models: Mapping[str, Any],
+    source: Teacher,
+    corpus: Corpus,
+    plans: Mapping[str, Plan],
+    config: EvaluateConfig,
+    dtype: str,
+) -> dict[str, Any]:
+    """Rows of metrics.json for the teacher and for `models`; `plans` gives the plan of each, the teacher's included."""
+    rows, probes = questions(config, source, corpus)
+    measured = likelihood(models, source.model, rows, config.contexts)
+    return {
+        name: {
+            **measured[name],
+            "retrieval": retrieval(model, probes),
+            "cache_bytes": cache_table(plans[name], config.cache_contexts, dtype),
+            "attention_layers": plans[name].attention_layers,
+            "plan_pattern": plans[name].pattern(),
+        }
+        for name, model in {"teacher": source.model, **models}.items()
+    }
+
+
+def questions(
+    config: EvaluateConfig, source: Teacher, corpus: Corpus
+) -> tuple[torch.Tensor, dict[str, dict[int, Probe]]]:
+    """The held-out rows, and the retrieval probes in text of the same kind."""
+    longest = max(config.contexts)
+    rows = corpus.heldout_batch(config.rows, longest)
+    probes: dict[str, dict[int, Probe]] = {
+        task: {
+            context: make_probe(task, source.tokenizer, context, config.retrieval.count, haystack_ids=rows.flatten())
+            for context in config.retrieval.contexts
+        }
+        for task in config.retrieval.tasks
+    }
+    return rows, probes
+
+
+def window_plan(plan: Plan, dtype: str) -> Plan:
+    """The training-free rival: sliding windows with sinks for the plan's mixers, at its cache bytes or just under."""
+    sinks = WindowOptions().sinks
+    per_token = sum(
+        2 * group.states(share=True) * group.head_dim * ITEMSIZE[dtype]
+        for layer in range(plan.num_layers)
+        for name, group in plan.groups(layer).items()
+        if name != ATTENTION
+    )
+    if per_token == 0:
+        return plan
+    window = max(1, plan.cache_bytes(0, dtype=dtype) // per_token - sinks + 1)
+    layers = []
+    for layer in plan.layers:
+        replaced = sorted(head for name, heads in layer.items() if name != ATTENTION for head in heads)
+        kept = {ATTENTION: layer[ATTENTION]} if ATTENTION in layer else {}
+        layers.append(kept | ({"sliding_window": replaced} if replaced else {}))
+    mixers: dict[str, dict[str, Any]] = {ATTENTION: {}, "sliding_window": {"window": window, "sinks": sinks}}
+    return Plan(shapes=plan.shapes, mixers=mixers, layers=layers)
+
+
+def verdicts(metrics: dict[str, Any], context: int) -> list[str]:
+    """In words, whether the student beats each baseline in held-out KL at `context` tokens, with the two values."""
+    said = []
+    for better, worse, what in (
+        ("aligned", "uniform", "the selected plan against the uniform one, both aligned"),
+        ("student", "untrained", "training against none"),
+        ("student", "window", "the student against a training-free window of the same cache bytes"),
+    ):
+        mine, theirs = metrics[better]["kl"][context], metrics[worse]["kl"][context]
+        word = "won" if mine < theirs else "LOST" if mine > theirs else "tied"
+        said.append(f"{what}: {word}, KL {mine:.4f} against {theirs:.4f} nats at {context} tokens")
+    return said
