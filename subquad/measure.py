@@ -77,15 +77,16 @@ def window_plan(plan: Plan, dtype: str) -> Plan:
     return Plan(shapes=plan.shapes, mixers=mixers, layers=layers)
 
 
-def verdicts(metrics: dict[str, Any], context: int) -> list[str]:
-    """In words, whether the student beats each baseline in held-out KL at `context` tokens, with the two values."""
+def verdicts(metrics: dict[str, Any], contexts: list[int]) -> list[str]:
+    """In words, whether the student beats each rival in held-out KL (nats per token), at the two longest contexts."""
     said = []
     for better, worse, what in (
         ("aligned", "uniform", "the selected plan against the uniform one, both aligned"),
         ("student", "untrained", "training against none"),
         ("student", "window", "the student against a training-free window of the same cache bytes"),
     ):
-        mine, theirs = metrics[better]["kl"][context], metrics[worse]["kl"][context]
-        word = "won" if mine < theirs else "LOST" if mine > theirs else "tied"
-        said.append(f"{what}: {word}, KL {mine:.4f} against {theirs:.4f} nats at {context} tokens")
+        for context in sorted(contexts)[-2:]:
+            mine, theirs = metrics[better]["kl"][context], metrics[worse]["kl"][context]
+            word = "won" if mine < theirs else "LOST" if mine > theirs else "tied"
+            said.append(f"{what}: {word} at {context} tokens, KL {mine:.4f} against {theirs:.4f}")
     return said

@@ -334,7 +334,7 @@ def _measure(run: Run, source: Teacher, corpus: Corpus, student: Student, linear
         {"prompt": one["prompt"], "teacher": other["text"], "student": one["text"]}
         for one, other in zip(mine, theirs, strict=True)
     ]
-    metrics["verdicts"] = verdicts(metrics, max(recipe.evaluate.contexts))
+    metrics["verdicts"] = verdicts(metrics, recipe.evaluate.contexts)
     return metrics
 
 

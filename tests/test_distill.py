@@ -191,7 +191,7 @@ def test_a_stage_trains_what_it_should_and_leaves_the_teacher_alone(tmp_path, se
     settings = {**settings, "tokens": 40 * BATCH * T}
     out = StringIO()
     student, result = train(tmp_path, settings, teacher=teacher, student=student, progress=Console(file=out))
-    assert result.final_loss < 0.9 * result.first_loss
+    assert result.final_loss < 0.95 * result.first_loss
     assert_same_bits(before, dict(teacher.state_dict()))
     assert not any(p.requires_grad or p.grad is not None for p in student.parameters())
 

@@ -238,12 +238,12 @@ def test_the_real_teacher_cut_to_its_first_layers(tmp_path):
     recipe = load_recipe(
         "quick",
         [
-            "selector.budget=50%",
+            "mixer.options.window=16",
             "selector.tokens=256",
             "selector.sequence_length=256",
             "stages.0.tokens=2k",
             "stages.0.sequence_length=256",
-            "stages.1.tokens=512",
+            "stages.1.tokens=8k",
             "stages.1.sequence_length=256",
             "evaluate.contexts=[64, 256]",
             "evaluate.rows=1",

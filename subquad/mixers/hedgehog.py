@@ -122,7 +122,9 @@ class Hedgehog(Mixer):
         inputs = self.shared(inputs, share=True)
         near = window_of(inputs, {}, self.options)
         some = slice(None, None, 8)
-        near = WindowSum(*(x[:, :, some] for x in (near.numerator_BHTD, near.denominator_BHT1, near.peak_BHT1)), {})
+        near = WindowSum(
+            near.numerator_BHTD[:, :, some], near.denominator_BHT1[:, :, some], near.peak_BHT1[:, :, some], state={}
+        )
         maps = (self.query_map.weight_HDF, self.key_map.weight_HDF)
         starts = [weight.clone() for weight in maps]
         sharpness = torch.tensor([0.25, 0.5, 1.0, 2.0]).to(self.log_far_H)
