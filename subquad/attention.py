@@ -75,7 +75,6 @@ class LayerMixer(nn.ModuleDict):
             }
         )
         self.layer = layer
-        self.shape = plan.shapes[layer]
 
     @property
     def by_name(self) -> dict[str, Mixer]:

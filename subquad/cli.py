@@ -2,8 +2,9 @@
 
 Notable:
 - torch and transformers are imported inside the commands, so that `--help` answers at once.
-- One place (`_Commands.invoke`) decides how a command ends: a `UserError` is one line on stderr and exit code 2, Ctrl-C
-  is 130 with the command that goes on from there, anything else is our fault: a traceback and exit code 1.
+- One place (`_Commands.invoke`) decides how a command ends: a `UserError` or a full disk is one line on stderr and exit
+  code 2, Ctrl-C is 130 with the command that goes on from there, anything else is our fault: a traceback and exit
+  code 1.
 - Under `accelerate launch --num_processes N -m subquad ...` every process runs the same command; what is printed for
   people comes from the pipeline, which knows the main process.
 """
@@ -17,6 +18,7 @@ import typer
 from typer.core import TyperGroup
 
 from subquad.errors import UserError
+from subquad.files import is_disk_full
 
 if TYPE_CHECKING:
     from subquad.recipe import Recipe
@@ -34,6 +36,12 @@ class _Commands(TyperGroup):
         except KeyboardInterrupt:
             print(f"\nsubquad: stopped{_how_to_resume(ctx.invoked_subcommand)}", file=sys.stderr)
             raise SystemExit(130) from None
+        except Exception as error:
+            if not is_disk_full(error):
+                raise
+            again = _how_to_resume(ctx.invoked_subcommand)
+            print(f"subquad: the disk is full ({error}): free some space{again}", file=sys.stderr)
+            raise SystemExit(2) from None
 
 
 app = typer.Typer(

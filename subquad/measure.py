@@ -4,13 +4,14 @@ Every number of metrics.json's rows is made here, and in the same pass for all m
 """
 
 from collections.abc import Mapping
+from statistics import fmean
 from typing import Any
 
 import torch
 
 from subquad.data.retrieval import Probe, make_probe
 from subquad.data.text import Corpus
-from subquad.evaluate import cache_table, likelihood, retrieval
+from subquad.evaluate import cache_table, likelihood, retrieval, standard_error
 from subquad.mixers.sliding_window import WindowOptions
 from subquad.plan import ATTENTION, ITEMSIZE, Plan
 from subquad.recipe import EvaluateConfig
@@ -78,7 +79,10 @@ def window_plan(plan: Plan, dtype: str) -> Plan:
 
 
 def verdicts(metrics: dict[str, Any], contexts: list[int]) -> list[str]:
-    """In words, whether the student beats each rival in held-out KL (nats per token), at the two longest contexts."""
+    """In words, whether the student beats each rival in held-out KL (nats per token), at the two longest contexts.
+
+    The models read the same text, so it is the differences, row by row, that have to stand out of their own spread.
+    """
     said = []
     for better, worse, what in (
         ("aligned", "uniform", "the selected plan against the uniform one, both aligned"),
@@ -86,7 +90,13 @@ def verdicts(metrics: dict[str, Any], contexts: list[int]) -> list[str]:
         ("student", "window", "the student against a training-free window of the same cache bytes"),
     ):
         for context in sorted(contexts)[-2:]:
-            mine, theirs = metrics[better]["kl"][context], metrics[worse]["kl"][context]
-            word = "won" if mine < theirs else "LOST" if mine > theirs else "tied"
-            said.append(f"{what}: {word} at {context} tokens, KL {mine:.4f} against {theirs:.4f}")
+            mine, theirs = (metrics[name]["kl_samples"][context] for name in (better, worse))
+            gains = [b - a for a, b in zip(mine, theirs, strict=True)]
+            gain, error = fmean(gains), standard_error(gains)
+            word = "tied" if gain == 0 else "won" if gain > 0 else "LOST"
+            doubt = ", which may be chance" if abs(gain) < 2 * error else ""
+            said.append(
+                f"{what}: {word} at {context} tokens by {abs(gain):.4f} ± {error:.4f} nats, "
+                f"KL {fmean(mine):.4f} against {fmean(theirs):.4f}{doubt}"
+            )
     return said

@@ -6,6 +6,7 @@ that an interrupted run goes on where it stopped.
 """
 
 import json
+import math
 import os
 import shutil
 import time
@@ -80,8 +81,9 @@ def convert(
 
     if run.main:
         metrics = _measure(run, source, corpus, student, linear)
-        student.save_pretrained(run.out)
-        source.tokenizer.save_pretrained(run.out)
+        with run.writing() as folder:
+            student.save_pretrained(folder)
+            source.tokenizer.save_pretrained(folder)
         run.seconds["total"] = time.perf_counter() - started
         metrics |= _bill(run, source, results, scores) | facts(run, command)
         run.write("metrics.json", json.dumps(metrics, indent=1))
@@ -285,7 +287,7 @@ def _select(run: Run, linear: Student, source: Teacher, corpus: Corpus) -> tuple
     if run.resume and plan_file.is_file() and scores_file.is_file():
         return Plan.load(plan_file), json.loads(scores_file.read_text(encoding="utf-8"))
     selector = run.recipe.selector
-    rows = max(1, selector.tokens // selector.sequence_length)
+    rows = math.ceil(selector.tokens / selector.sequence_length)
     tokens_BT = corpus.heldout_batch(rows, selector.sequence_length, part="selection")
     with run.timed("select"), Progress(console=run.console, transient=True) as bar:
         task = bar.add_task(f"select by {selector.by}", total=None)

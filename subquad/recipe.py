@@ -71,7 +71,7 @@ class SelectorConfig(_Section):
     budget: Annotated[str, BeforeValidator(_text)] = "50%"
     """What may keep attention: layers (`15`), a share of them (`50%`), or cache bytes (`64MiB@32k`)."""
     tokens: Count = 8192
-    """Training tokens, not held-out ones, that the layers are scored on."""
+    """Tokens that the layers are scored on, in whole rows: neither trained nor, later, measured on."""
     sequence_length: Length = 1024
     options: dict[str, Any] = {}
     """Keyword arguments of the selector."""

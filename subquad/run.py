@@ -57,6 +57,19 @@ class Run:
             aside.write_text(text, encoding="utf-8")
             os.replace(aside, self.out / name)
 
+    @contextmanager
+    def writing(self) -> Iterator[Path]:
+        """A folder aside; what is written into it moves into the run's folder when all of it is there."""
+        aside = self.out / "model.tmp"
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+        try:
+            yield aside
+            for path in aside.iterdir():
+                os.replace(path, self.out / path.name)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
     def end(self) -> None:
         """Waits for all processes and closes the trackers."""
         self.accelerator.wait_for_everyone()

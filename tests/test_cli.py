@@ -1,5 +1,6 @@
 """The command line and the package's front door: what is passed on, how commands end, and what importing costs."""
 
+import errno
 import importlib
 import subprocess
 import sys
@@ -185,6 +186,14 @@ def test_interrupted_elsewhere(run, called):
     called("generate").side_effect = KeyboardInterrupt
     result = run("generate", "folder", "Once")
     assert (result.exit_code, result.stderr) == (130, "\nsubquad: stopped\n")
+
+
+def test_a_full_disk_is_not_our_fault(run, called):
+    called("convert").side_effect = OSError(errno.ENOSPC, "No space left on device", "runs/quick/log.jsonl")
+    result = run("convert")
+    assert result.exit_code == 2
+    assert "disk is full" in result.stderr and "runs/quick/log.jsonl" in result.stderr and "--resume" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 # The front door ------------------------------------------------------------------------------------------------------

@@ -59,6 +59,7 @@ def test_likelihood_equals_its_definition(family, chunk):
     for c in (2, 17, 50):
         got = {measure: by_context[c] for measure, by_context in scores["student"].items()}
         assert got["kl"] == pytest.approx(kl[:, :c].mean().item(), rel=1e-4)
+        assert got["kl_samples"] == pytest.approx(kl[:, :c].mean(1).tolist(), rel=1e-4)
         assert got["kl_stderr"] == pytest.approx(kl[:, :c].mean(1).std().item() / math.sqrt(3), rel=1e-4)
         assert got["top1"] == pytest.approx(same[:, :c].mean().item())
         for name in logits:

@@ -153,6 +153,36 @@ def test_an_interrupted_run_ends_the_same(finished, teacher_folder, text, tmp_pa
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
+def test_a_model_that_cannot_be_written_whole_is_not_left_in_halves(finished, tmp_path):
+    run = pipeline.start_run(Recipe(**RECIPE), tmp_path / "run", resume=False, overwrite=False)
+    with pytest.raises(OSError, match="full"), run.writing() as folder:
+        finished[1].save_pretrained(folder)
+        raise OSError("full")
+    assert {path.name for path in run.out.iterdir()} == {"recipe.yaml", "tensorboard"}
+
+
+def test_the_command_in_two_processes_gives_the_same_losses(finished, teacher_folder, text, tmp_path):
+    (tmp_path / "tiny.yaml").write_text(Recipe(**RECIPE).to_yaml(), encoding="utf-8")
+    launch = "accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no"
+    command = f"convert {teacher_folder} --recipe {tmp_path}/tiny.yaml --data {text[0]} --out {tmp_path}/two"
+    ran = subprocess.run(
+        [sys.executable, "-m", *f"{launch} --dynamo_backend no --main_process_port 0 -m subquad {command}".split()],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert ran.returncode == 0, ran.stderr
+    out, student = finished
+    one, two = (
+        [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        for folder in (out, tmp_path / "two")
+    )
+    assert [(line["name"], line["step"]) for line in two] == [(line["name"], line["step"]) for line in one]
+    assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in one], rel=1e-4)
+    assert json.loads((tmp_path / "two" / "metrics.json").read_text())["machine"]["processes"] == 2
+    assert Student.from_pretrained(tmp_path / "two").plan == student.plan
+
+
 def test_a_given_plan_is_used(teacher_folder, text, tmp_path):
     shapes = pipeline._shapes(tiny("llama"))
     Plan.by_layer(shapes, [0, 2], "gla").save(tmp_path / "mine.yaml")

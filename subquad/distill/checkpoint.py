@@ -30,6 +30,7 @@ from torch import Tensor
 
 from subquad.distill.trainable import Parameters
 from subquad.errors import UserError
+from subquad.files import is_disk_full
 
 KEEP = 2  # step checkpoints that are kept
 RNG = "torch_rng"
@@ -166,8 +167,9 @@ class Checkpoints:
             for aside in self.folder.glob("*.tmp"):
                 shutil.rmtree(aside, ignore_errors=True) if aside.is_dir() else aside.unlink(missing_ok=True)
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            remedy = "free some space" if is_disk_full(error) else "make the folder writable"
             raise UserError(
-                f"could not write {what} to '{self.folder}' ({reason}): free some space and go on with --resume; "
+                f"could not write {what} to '{self.folder}' ({reason}): {remedy} and go on with --resume; "
                 "the checkpoint before it is intact."
             ) from None
 

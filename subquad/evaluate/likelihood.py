@@ -13,6 +13,8 @@ Shapes: B rows, T tokens, C positions of a chunk, M model width, V vocabulary.
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from statistics import stdev
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +23,7 @@ from transformers import PreTrainedModel
 from subquad.distill.objectives import final_hidden, head_logits
 from subquad.errors import UserError
 
-Measures = dict[str, dict[int, float]]
+Measures = dict[str, dict[int, Any]]
 
 
 @torch.no_grad()  # not inference_mode: buffers a model makes on the way (rotary tables) must stay usable in training
@@ -36,10 +38,10 @@ def likelihood(
     """Compare every model of `models` with its teacher on the rows of `heldout_BT` (int64 token ids, no padding).
 
     Returns, for "teacher" and for each name: `kl` (forward KL of the teacher from the model, nats per token),
-    `kl_stderr` (its standard error, over rows; over eight blocks of positions if there is one row), `top1` (share of
-    positions where both have the same likeliest token), `cross_entropy` (nats per token) and `perplexity`, each
-    {context: value}. At context c these are means over the first c positions of all rows; cross-entropy counts the
-    c - 1 of them whose next token lies within the context.
+    `kl_samples` (the means it is the mean of: one of each row, or of each eighth of the only row), `kl_stderr` (its
+    standard error over them), `top1` (share of positions where both have the same likeliest token), `cross_entropy`
+    (nats per token) and `perplexity`, each {context: value}. At context c these are means over the first c positions of
+    all rows; cross-entropy counts the c - 1 of them whose next token lies within the context.
     Raises `UserError` if a context is longer than the rows or below 2.
     """
     if "teacher" in models:
@@ -77,11 +79,13 @@ def likelihood(
 
     result: dict[str, Measures] = {}
     for name in everyone:
-        result[name] = {measure: {} for measure in ("kl", "kl_stderr", "top1", "cross_entropy", "perplexity")}
+        measures = ("kl", "kl_samples", "kl_stderr", "top1", "cross_entropy", "perplexity")
+        result[name] = {measure: {} for measure in measures}
         for c in contexts:
             cross_entropy = surprise[name][:, 1:c].double().mean().item()
             result[name]["kl"][c] = kl[name][:, :c].double().mean().item()
-            result[name]["kl_stderr"][c] = _standard_error(kl[name][:, :c])
+            result[name]["kl_samples"][c] = _sample_means(kl[name][:, :c])
+            result[name]["kl_stderr"][c] = standard_error(result[name]["kl_samples"][c])
             result[name]["top1"][c] = same[name][:, :c].double().mean().item()
             result[name]["cross_entropy"][c] = cross_entropy
             result[name]["perplexity"][c] = math.exp(cross_entropy) if cross_entropy < 700 else math.inf
@@ -109,8 +113,12 @@ def evaluating(*models: PreTrainedModel) -> Iterator[None]:
             module.training = training
 
 
-def _standard_error(values_BT: Tensor) -> float:
-    """Of the mean of all values. Neighbouring tokens hang together: rows are the samples, or blocks of a single row."""
+def _sample_means(values_BT: Tensor) -> list[float]:
+    """Neighbouring tokens hang together: rows are the samples, or blocks of a single row."""
     groups = values_BT if len(values_BT) > 1 else values_BT[0].tensor_split(min(8, values_BT.shape[1]))
-    means = torch.stack([group.double().mean() for group in groups])
-    return (means.std() / math.sqrt(len(means))).item()
+    return [group.double().mean().item() for group in groups]
+
+
+def standard_error(samples: Sequence[float]) -> float:
+    """Of the mean of at least two independent samples."""
+    return stdev(samples) / math.sqrt(len(samples))
