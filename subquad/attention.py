@@ -7,7 +7,8 @@ changes:
 - `find_attention` runs the model once on two tokens with a function that only looks, and so learns which modules call
   the interface, in what order and with what shapes. A model that never calls it is refused by its name.
 - `attach` gives each of those modules a `LayerMixer` and a hook that hands the function what it is not given (the
-  hidden states, for gates) as one more keyword argument; the modules pass keyword arguments on.
+  hidden states, for gates) as one more keyword argument; the modules pass keyword arguments on. For a mixer without
+  rotary embedding the hook gives the module cosines of 1 and sines of 0.
 - `mixed_attention` splits the heads by mixer and joins their outputs. What a forward pass needs beyond its inputs (the
   2D padding mask, the cache) comes in one `Pass`, as a keyword argument of the model. No module holds a mode.
 
@@ -100,12 +101,19 @@ def mixed_attention(
     scaling: float | None = None,
     student_pass: Pass | None = None,
     hidden_states_BTM: Tensor | None = None,
+    plain: tuple[Tensor, Tensor] | None = None,
+    look: list[tuple[Tensor, Tensor]] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention function of a student: query (B, H, T, D), key and value (B, G, T, D) -> (B, T, H, D).
 
     The cache has counted the new tokens already (the module called `update`) and holds one state for each mixer.
+    `plain`: query and key without rotary embedding, where a mixer wants them so. With `look` nothing is computed: the
+    query and the key are put there.
     """
+    if look is not None:
+        look.append((query, key))
+        return torch.zeros_like(query).transpose(1, 2), None
     layer = layer_mixer(module)
     mixers = layer.by_name
     student_pass = student_pass or Pass()
@@ -121,22 +129,26 @@ def mixed_attention(
         padding_BL=student_pass.padding_BL,
         attend=attend,
     )
+    cached = None if student_pass.cache is None else student_pass.cache.layers[layer.layer]
+    if cached is not None:
+        whole = replace(whole, past=cached.tokens - query.shape[2])
+    unrotated = whole if plain is None else replace(whole, q_BHTD=plain[0], k_BGTD=plain[1])
+
+    def inputs_of(mixer: Mixer) -> MixerInputs:
+        return _of_group(whole if mixer.rotary else unrotated, mixer.group)
+
     if student_pass.observer is not None:
         y_BHTD = attend(query, key, value)
         for name, mixer in mixers.items():
-            inputs = _of_group(whole, mixer.group)
-            student_pass.observer(layer, name, inputs, y_BHTD[:, list(mixer.group.heads)])
+            student_pass.observer(layer, name, inputs_of(mixer), y_BHTD[:, list(mixer.group.heads)])
         return y_BHTD.transpose(1, 2), None
     if layer.layer in student_pass.restored:
         return attend(query, key, value).transpose(1, 2), None
 
-    cached = None if student_pass.cache is None else student_pass.cache.layers[layer.layer]
-    if cached is not None:
-        whole = replace(whole, past=cached.tokens - query.shape[2])
     outputs = {}
     for name, mixer in mixers.items():
         state = None if cached is None else cached.states.get(name)
-        outputs[name], new_state = mixer(_of_group(whole, mixer.group), state)
+        outputs[name], new_state = mixer(inputs_of(mixer), state)
         if cached is not None:
             cached.store(name, new_state)
     if len(outputs) == 1:
@@ -197,7 +209,7 @@ def attach(model: PreTrainedModel, paths: Sequence[str], plan: Plan) -> None:
     for layer, path in enumerate(paths):
         module = model.get_submodule(path)
         module.mixer = keep_initialised(LayerMixer(plan, layer))
-        module.register_forward_pre_hook(_provide_hidden_states, with_kwargs=True)
+        module.register_forward_pre_hook(_provide, with_kwargs=True)
     set_attention(model, register(model.config._attn_implementation))
 
 
@@ -208,9 +220,25 @@ def keep_initialised(module: nn.Module) -> Any:
     return module
 
 
-def _provide_hidden_states(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    hidden_states = args[0] if args else kwargs["hidden_states"]
-    return args, {**kwargs, "hidden_states_BTM": hidden_states}
+def _provide(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Hands the attention function the hidden states, and queries and keys without rotary embedding where wanted."""
+    given = {**kwargs, "hidden_states_BTM": args[0] if args else kwargs["hidden_states"]}
+    layer = layer_mixer(module)
+    wishes = {mixer.rotary for mixer in layer.by_name.values()}
+    if False not in wishes or kwargs.get("position_embeddings") is None:
+        return args, given
+    cos, sin = kwargs["position_embeddings"]
+    unrotated = {**given, "position_embeddings": (torch.ones_like(cos), torch.zeros_like(sin))}
+    student_pass = kwargs.get("student_pass") or Pass()
+    attends = student_pass.observer is not None or layer.layer in student_pass.restored
+    if wishes == {False} and not attends:
+        return args, unrotated
+
+    # Both are needed: the module goes through its projections once more, as far as the attention function.
+    look: list[tuple[Tensor, Tensor]] = []
+    no_cache = {name: None if isinstance(value, StudentCache) else value for name, value in unrotated.items()}
+    module.forward(*args, **no_cache, look=look)
+    return args, {**given, "plain": look[0]}
 
 
 def set_attention(model: PreTrainedModel, name: str) -> None:

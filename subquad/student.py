@@ -94,6 +94,11 @@ class Student(PreTrainedModel, GenerationMixin):
             count = f"{plan.num_layers} layers against {len(shapes)}"
             where = count if wrong is None else f"they differ at layer {wrong}"
             raise UserError(f"the plan was made for a model of another shape than {type(teacher).__name__}'s: {where}")
+        for name, options in plan.mixers.items():
+            if options.get("bidirectional"):
+                raise UserError(
+                    f"mixer '{name}' is bidirectional, and {type(teacher).__name__} predicts the next token"
+                )
         config = StudentConfig(  # type: ignore[call-arg]  # takes any keyword; transformers' types do not say so
             text_config=teacher.config.to_dict(),
             plan=plan.to_yaml(),

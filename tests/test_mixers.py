@@ -3,29 +3,56 @@
 To test a new mixer, add a row to MIXERS.
 """
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 
 from subquad.errors import UserError
 from subquad.mixers import MIXERS as ALL
 from subquad.mixers import HeadGroup, MixerInputs, mixer_class, mixer_options
+from subquad.mixers.recurrent import low_rank
 
 MIXERS = [
     ("sliding_window", {"window": 12, "sinks": 3}),
     ("sliding_window", {"window": 1, "sinks": 0}),
+    ("linear", {}),
+    ("linear", {"feature": "elu", "share_state": True}),
+    ("linear", {"feature": "softmax", "bidirectional": True}),
+    ("linear", {"state_dim": 3}),
     ("hedgehog", {"window": 12, "sinks": 3}),
     ("hedgehog", {"window": 5, "sinks": 0, "feature_dim": 4}),
+    ("liger", {"window": 6, "sinks": 1}),
+    ("retention", {}),
+    ("retention", {"share_state": True, "bidirectional": True, "state_dim": 5}),
     ("gla", {}),
-    ("gla", {"share_state": True}),
-    ("gated_deltanet", {}),
-    ("gated_deltanet", {"share_state": True}),
+    ("gla", {"share_state": True, "state_dim": 3}),
+    ("gla", {"gate_rank": None, "bidirectional": True}),
     ("mamba2", {}),
     ("mamba2", {"share_state": True, "conv": 1}),
+    ("mamba2", {"activation": True, "gate_rank": None, "state_dim": 4}),
+    ("mamba2", {"bidirectional": True}),
+    ("discrete_mamba2", {}),
+    ("discrete_mamba2", {"share_state": True, "state_dim": 8, "rotary": True}),
+    ("discrete_mamba2", {"bidirectional": True, "gate_rank": 2}),
+    ("gated_deltanet", {}),
+    ("gated_deltanet", {"share_state": True, "state_dim": 3}),
+    ("gated_deltanet", {"conv": 4, "activation": True, "gate_rank": None}),
+    ("gated_deltanet", {"bidirectional": True}),
+    ("kda", {}),
+    ("kda", {"share_state": True, "conv": 3, "state_dim": 5}),
+    ("kda", {"bidirectional": True}),
+    ("rwkv7", {}),
+    ("rwkv7", {"share_state": True, "state_dim": 3}),
+    ("rwkv7", {"bidirectional": True}),
 ]
+CAUSAL = [row for row in MIXERS if not row[1].get("bidirectional")]
 WHOLE = HeadGroup(tuple(range(6)), queries_per_kv=3, head_dim=8, hidden_size=16)
 UNEVEN = HeadGroup((0, 3, 4, 5), queries_per_kv=3, head_dim=8, hidden_size=16)
 
-each = pytest.mark.parametrize(("name", "options"), MIXERS, ids=lambda value: str(value))
+each = pytest.mark.parametrize(("name", "options"), MIXERS, ids=str)
+each_causal = pytest.mark.parametrize(("name", "options"), CAUSAL, ids=str)
 
 
 def make(name, options, group=WHOLE):
@@ -57,7 +84,7 @@ def part(whole, start, stop):
     )
 
 
-@each
+@each_causal
 @pytest.mark.parametrize("group", [WHOLE, UNEVEN], ids=["whole", "uneven"])
 @pytest.mark.parametrize("pieces", [[70], [1] * 70, [33, 1, 1, 35], [64, 6], [3, 67]], ids=lambda p: f"{len(p)}-pieces")
 def test_forms_agree(name, options, group, pieces):
@@ -82,7 +109,8 @@ def test_matrix_is_the_mixing(name, options):
     matrix = mixer.matrix(whole)
     v = prepared.v_BGTD.repeat_interleave(matrix.shape[1] // prepared.v_BGTD.shape[1], 1)
     torch.testing.assert_close(matrix @ v, y, rtol=1e-7, atol=1e-7)
-    assert torch.equal(matrix, matrix.tril()), "a mixing matrix is causal"
+    causal = torch.equal(matrix, matrix.tril())
+    assert causal != bool(options.get("bidirectional")), "what comes later counts in both directions, or not at all"
 
 
 @each
@@ -111,12 +139,13 @@ def test_state_bytes(name, options, group):
     assert sum(tensor.nbytes for tensor in state.values()) == mixer.state_bytes(group, mixer.options, 40, 4)
 
 
-@pytest.mark.parametrize("name", ["gla", "gated_deltanet", "mamba2"])
-def test_calibration_fits_the_output_scale(name):
+SCALED = [row for row in MIXERS if row[0] not in ("sliding_window", "hedgehog", "liger")]
+
+
+@pytest.mark.parametrize(("name", "options"), SCALED, ids=str)
+def test_calibration_fits_the_output_scale(name, options):
     """Least squares: no factor on a channel of the output would bring it nearer to the target."""
-    mixer, whole = make(name, {}), inputs(60)
-    torch.nn.init.zeros_(mixer.output.gate_up.weight)
-    torch.nn.init.constant_(mixer.output.gate_up.bias, mixer.output.OPEN)
+    mixer, whole = make(name, options), inputs(60)
     target = 3.0 * torch.randn(2, 6, 60, 8, dtype=torch.float64) + 1.0
     before = (mixer(whole)[0] - target).square().mean()
     mixer.calibrate(whole, target)
@@ -151,6 +180,115 @@ def test_hedgehog_is_its_formula():
     torch.testing.assert_close(mixer.matrix(whole), weights / weights.sum(-1, keepdim=True))
 
 
+def truncated(scores, rank):
+    left, values, right = torch.linalg.svd(scores, full_matrices=False)
+    return left[..., :rank] * values[..., None, :rank] @ right[..., :rank, :]
+
+
+@pytest.mark.parametrize("rank", [1, 3, 8])
+def test_small_states_start_at_the_best_fit(rank):
+    """q A (k B)^T is the truncated SVD of all products with one key head, its queries stacked: no better one exists."""
+    whole = inputs(40, B=1)
+    query_map, key_map = low_rank(whole.q_BHTD, whole.k_BGTD, rank)
+    q = whole.q_BHTD[0].unflatten(0, (2, 3)).flatten(1, 2)  # of each key head, three query heads in a row
+    k = whole.k_BGTD[0]
+    fitted = (q @ query_map) @ (k @ key_map).transpose(-1, -2)
+    torch.testing.assert_close(fitted, truncated(q @ k.transpose(-1, -2), rank), rtol=1e-6, atol=1e-6)
+
+
+def test_small_states_fit_even_where_channels_are_dead():
+    whole = inputs(40, B=1)
+    whole.q_BHTD[..., 5:] = 0.0
+    query_map, key_map = low_rank(whole.q_BHTD, whole.k_BGTD, 8)
+    q, k = whole.q_BHTD.unflatten(1, (2, 3)), whole.k_BGTD.unsqueeze(2)
+    fitted = (q @ query_map[:, None]) @ (k @ key_map[:, None]).transpose(-1, -2)
+    torch.testing.assert_close(fitted, q @ k.transpose(-1, -2), rtol=1e-6, atol=1e-6)
+
+
+def test_calibration_of_a_small_state_beats_its_start_and_a_random_one():
+    """Of linear attention on queries and keys with few strong directions, which no choice of channels holds."""
+    torch.manual_seed(2)
+    whole = inputs(60)
+    mixing = torch.randn(8, 8, dtype=torch.float64) * 2.0 ** -torch.arange(8.0, dtype=torch.float64)[:, None]
+    whole.q_BHTD, whole.k_BGTD = whole.q_BHTD @ mixing, whole.k_BGTD @ mixing
+    k = whole.k_BGTD.repeat_interleave(3, 1)
+    wanted = whole.q_BHTD @ k.transpose(-1, -2) * whole.scale
+
+    def error(mixer):
+        return (mixer.matrix(whole) - wanted).tril().norm()
+
+    mixer = make("discrete_mamba2", {"state_dim": 2, "conv": 1, "share_state": True})
+    torch.nn.init.constant_(mixer.decay.bias, 30.0)  # no decay
+    torch.nn.init.zeros_(mixer.decay.weight)
+    torch.nn.init.zeros_(mixer.D_H)
+    random = error(mixer)
+    mixer.calibrate(whole, torch.randn_like(whole.q_BHTD))
+    assert error(mixer) < 0.2 * wanted.tril().norm() < random
+
+
+@pytest.mark.parametrize("name", ["retention", "gla", "discrete_mamba2"])
+def test_both_directions_are_two_triangles(name):
+    """Below the diagonal and on it the causal mixer's matrix, above it that of the sequence read backwards."""
+    options = {"conv": 1} if name == "discrete_mamba2" else {}
+    both, causal = make(name, options | {"bidirectional": True}), make(name, options)
+    whole = inputs(30)
+    backwards = MixerInputs(
+        *(x.flip(2) for x in (whole.q_BHTD, whole.k_BGTD, whole.v_BGTD)), whole.hidden_BTM.flip(1), whole.scale
+    )
+    matrix = both.matrix(whole)
+    torch.testing.assert_close(matrix.tril(), causal.matrix(whole), rtol=1e-7, atol=1e-9)
+    # A key that is d tokens away has been through d decays forwards and d - 1 backwards: the query's own comes last.
+    upper = causal.matrix(backwards).flip(-1, -2).triu(1)
+    assert ((matrix.triu(1) != 0) == (upper != 0)).all()
+    if name == "retention":
+        a = torch.exp(torch.log1p(-1 / torch.linspace(math.log(32), math.log(4096), 6, dtype=torch.float64).exp()))
+        torch.testing.assert_close(matrix.triu(1), upper / a[:, None, None], rtol=1e-6, atol=1e-9)
+
+
+def test_bidirectional_mixers_keep_no_state():
+    mixer, whole = make("gla", {"bidirectional": True}), inputs(10)
+    assert mixer(whole)[1] == {} and mixer.state_bytes(WHOLE, mixer.options, 99, 4) == 0
+    with pytest.raises(ValueError, match="bidirectional: it cannot go on"):
+        mixer(part(whole, 4, 10))
+
+
+@pytest.mark.parametrize("name", ["gla", "mamba2", "gated_deltanet", "kda", "rwkv7", "discrete_mamba2", "retention"])
+def test_states_and_outputs_under_autocast(name):
+    """Half precision around it: the state stays float32, and the output is near that of full precision."""
+    mixer = make(name, {}).float()
+    whole = inputs(50)
+    whole = MixerInputs(*(x.float() for x in (whole.q_BHTD, whole.k_BGTD, whole.v_BGTD, whole.hidden_BTM)), scale=0.3)
+    wanted, _ = mixer(whole)
+    half = MixerInputs(*(x.bfloat16() for x in (whole.q_BHTD, whole.k_BGTD, whole.v_BGTD)), whole.hidden_BTM, scale=0.3)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, state = mixer(half)
+    assert state["recurrent"].dtype == torch.float32
+    assert (y.float() - wanted).norm() < 0.05 * wanted.norm()
+
+
+def test_wrong_inputs_are_named():
+    mixer, whole = make("gla", {}), inputs(10)
+    with pytest.raises(ValueError, match=r"GLA was given keys of shape \(2, 6, 10, 8\), and takes \(2, 2, 10, 8\)"):
+        mixer(replace(whole, k_BGTD=whole.q_BHTD))
+    with pytest.raises(ValueError, match="hidden states of shape"):
+        mixer(replace(whole, hidden_BTM=whole.hidden_BTM[:, :, 1:]))
+    _, theirs = make("hedgehog", {})(part(whole, 0, 5))
+    with pytest.raises(ValueError, match="GLA was given the state of another mixer: .*window_k.*keeps .*recurrent"):
+        mixer(part(whole, 5, 10), theirs)
+    with pytest.raises(ValueError, match="state of another mixer"):
+        mixer(part(whole, 5, 10), {"recurrent": torch.zeros(2, 6, 8, 9)})
+
+
+def test_overflow_in_float16_is_an_error():
+    mixer = make("discrete_mamba2", {}).half()
+    whole = inputs(10)
+    whole = MixerInputs(
+        *(x.half() for x in (whole.q_BHTD, 300 * whole.k_BGTD, 300 * whole.v_BGTD, whole.hidden_BTM)), 0.3
+    )
+    with pytest.raises(UserError, match="DiscreteMamba2 overflows in float16: use bfloat16 or float32"):
+        mixer(whole)
+
+
 def test_every_mixer_has_a_row():
     assert {name for name, _ in MIXERS} == set(ALL) - {"attention"}
 
@@ -162,5 +300,8 @@ def test_errors_name_the_nearest():
         mixer_options("hedgehog", {"windw": 3})
     with pytest.raises(UserError, match="feature_dim of 9 is above"):
         make("hedgehog", {"feature_dim": 9})
+    for name in set(ALL) - {"attention", "sliding_window", "hedgehog", "liger"}:
+        with pytest.raises(UserError, match="state_dim of 9 is above the head width of 8"):
+            make(name, {"state_dim": 9})
     with pytest.raises(UserError, match="option 'window'.*greater than or equal to 1"):
         mixer_options("hedgehog", {"window": 0})

@@ -4,18 +4,25 @@ import pytest
 import torch
 from conftest import FAMILIES, tiny
 
-from subquad.attention import find_attention
+from subquad.attention import Pass, find_attention
 from subquad.errors import UserError
+from subquad.mixers import MIXERS as ALL_MIXERS
 from subquad.plan import Plan
 from subquad.student import Student
 from subquad.testing import ConformanceError, check_student
 
 MIXERS = {
     "sliding_window": {"window": 12, "sinks": 2},
+    "linear": {"feature": "elu"},
     "hedgehog": {"window": 12, "sinks": 2},
+    "liger": {"window": 12},
+    "retention": {"state_dim": 4},
     "gla": {},
-    "gated_deltanet": {},
-    "mamba2": {},
+    "gated_deltanet": {"conv": 3},
+    "mamba2": {"activation": True},
+    "discrete_mamba2": {"share_state": True},
+    "kda": {},
+    "rwkv7": {"rotary": False},
 }
 
 
@@ -55,6 +62,54 @@ def test_conformance_of_every_mixer(mixer):
     student = Student.from_teacher(teacher, mixed_plan(shapes_of(teacher), mixer))
     student.calibrate(torch.randint(3, 97, (2, 64)))
     check_student(student, batch=3)
+
+
+def test_every_mixer_has_a_conformance_row():
+    assert MIXERS.keys() == ALL_MIXERS.keys() - {"attention"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kept", [[], [0, 3]], ids=["no head attends", "some heads attend"])
+def test_a_mixer_may_go_without_rotary_embedding(family, kept):
+    """It gets the queries and keys of position 0, cached or not; the heads beside it get theirs as ever."""
+    teacher = tiny(family)
+    shapes = shapes_of(teacher)
+    others = [head for head in range(6) if head not in kept]
+    layer = {"discrete_mamba2": others} | ({"attention": kept} if kept else {})
+    plan = Plan(shapes=shapes, mixers={"attention": {}, "discrete_mamba2": {}}, layers=[layer] * 3)
+    student = Student.from_teacher(teacher, plan)
+    check_student(student)
+    seen = []
+    mixer = student.attention_modules()[0].mixer["discrete_mamba2"]
+    mixer.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    tokens = torch.full((1, 9), 7)  # the same token everywhere: only its position could tell its query apart
+    student(tokens, use_cache=False)
+    if family != "gpt2":  # whose positions are in the hidden states
+        torch.testing.assert_close(seen[0].q_BHTD, seen[0].q_BHTD[:, :, :1].expand(-1, -1, 9, -1))
+        torch.testing.assert_close(seen[0].k_BGTD, seen[0].k_BGTD[:, :, :1].expand(-1, -1, 9, -1))
+    rotated = Student.from_teacher(
+        teacher,
+        Plan(shapes=shapes, mixers={"attention": {}, "discrete_mamba2": {"rotary": True}}, layers=[layer] * 3),
+        mixers_from=student,
+    )
+    assert torch.equal(rotated(tokens).logits, student(tokens).logits) == (family == "gpt2")
+
+
+def test_restored_and_observed_layers_attend_with_rotary_embedding():
+    """Teacher-forced passes and restored layers are the teacher's, whatever the mixer of the layer wants."""
+    teacher = tiny("llama")
+    student = Student.from_teacher(teacher, Plan.by_layer(shapes_of(teacher), [], "discrete_mamba2"))
+    tokens = torch.randint(3, 97, (2, 30))
+    for how in (Pass(restored=frozenset(range(3))), Pass(observer=lambda *args: None)):
+        hidden = student.final_hidden(tokens, student_pass=how)
+        torch.testing.assert_close(student.backbone.lm_head(hidden), teacher(tokens).logits)
+
+
+def test_bidirectional_mixers_are_refused():
+    teacher = tiny("llama")
+    plan = Plan.by_layer(shapes_of(teacher), [1], "gla", {"bidirectional": True})
+    with pytest.raises(UserError, match="'gla' is bidirectional, and LlamaForCausalLM predicts"):
+        Student.from_teacher(teacher, plan)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -118,9 +173,11 @@ def test_mixers_are_taken_from_another_student():
 
 def test_calibration_brings_the_student_nearer():
     teacher = tiny("llama")
+    torch.manual_seed(0)
     tokens = torch.randint(3, 97, (2, 64))
-    for mixer in ("hedgehog", "gla", "gated_deltanet", "mamba2"):
-        student = Student.from_teacher(teacher, Plan.by_layer(shapes_of(teacher), [], mixer, MIXERS[mixer]))
+    for mixer in MIXERS.keys() - {"sliding_window", "liger"}:  # which have nothing to calibrate
+        options = MIXERS[mixer] if mixer == "hedgehog" else {}  # a window that does not hold the whole text
+        student = Student.from_teacher(teacher, Plan.by_layer(shapes_of(teacher), [], mixer, options))
         before = (student(tokens).logits - teacher(tokens).logits).square().mean()
         student.calibrate(tokens)
         assert (student(tokens).logits - teacher(tokens).logits).square().mean() < before, mixer

@@ -7,19 +7,31 @@ from pydantic import ValidationError
 from subquad.errors import UserError, nearest
 from subquad.mixers.attention import Attention
 from subquad.mixers.base import HeadGroup, Mixer, MixerInputs, Options, State
+from subquad.mixers.discrete_mamba2 import DiscreteMamba2
 from subquad.mixers.gated_deltanet import GatedDeltaNet
 from subquad.mixers.gla import GLA
 from subquad.mixers.hedgehog import Hedgehog
+from subquad.mixers.kda import KDA
+from subquad.mixers.liger import Liger
+from subquad.mixers.linear import Linear
 from subquad.mixers.mamba2 import Mamba2
+from subquad.mixers.retention import Retention
+from subquad.mixers.rwkv7 import RWKV7
 from subquad.mixers.sliding_window import SlidingWindow
 
 MIXERS: dict[str, type[Mixer]] = {
     "attention": Attention,
     "sliding_window": SlidingWindow,
+    "linear": Linear,
     "hedgehog": Hedgehog,
+    "liger": Liger,
+    "retention": Retention,
     "gla": GLA,
-    "gated_deltanet": GatedDeltaNet,
     "mamba2": Mamba2,
+    "discrete_mamba2": DiscreteMamba2,
+    "gated_deltanet": GatedDeltaNet,
+    "kda": KDA,
+    "rwkv7": RWKV7,
 }
 
 

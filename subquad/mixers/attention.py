@@ -6,7 +6,7 @@ Legend: B batch, H query heads, G key/value heads, T new tokens, L cached and ne
 import torch
 from torch import Tensor
 
-from subquad.mixers.base import HeadGroup, Mixer, MixerInputs, Options, State
+from subquad.mixers.base import HeadGroup, Held, Mixer, MixerInputs, Options, State
 
 
 class Attention(Mixer):
@@ -30,6 +30,6 @@ class Attention(Mixer):
         return x_BGLD if self.group.even else self.spread(x_BGLD)
 
     @classmethod
-    def state_bytes(cls, group: HeadGroup, options: Options, context: int, itemsize: int) -> int:
+    def held(cls, group: HeadGroup, options: Options, context: int) -> dict[str, Held]:
         tokens = context if group.window is None else min(context, group.window - 1)
-        return 2 * len(group.kv_heads) * tokens * group.head_dim * itemsize
+        return dict.fromkeys(("k", "v"), Held((len(group.kv_heads), tokens, group.head_dim)))

@@ -9,16 +9,17 @@ Legend: B batch, H query heads of this mixer, G key/value heads, T new tokens, L
 M hidden width of the model.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from subquad.ops.common import wide
+from subquad.errors import UserError
 
 State = dict[str, Tensor]
 
@@ -55,6 +56,13 @@ class HeadGroup:
         return len(self.kv_heads) if share and self.even else len(self.heads)
 
 
+class Held(NamedTuple):
+    """A tensor of a state, for one row of the batch."""
+
+    shape: tuple[int, ...]  # heads, rows, columns
+    wide: bool = False  # float32 or wider, whatever the model's dtype
+
+
 @dataclass
 class MixerInputs:
     """What a mixer is given for T new tokens."""
@@ -76,7 +84,7 @@ class MixerInputs:
 
 
 class Mixer(nn.Module):
-    """Base of all mixers; a subclass sets `options_class` and writes `mix` and `state_bytes`, the rest where needed."""
+    """Base of all mixers; a subclass sets `options_class` and writes `mix` and `held`, the rest where needed."""
 
     options_class: ClassVar[type[Options]] = Options
 
@@ -84,6 +92,11 @@ class Mixer(nn.Module):
         super().__init__()
         self.group = group
         self.options = options
+
+    @property
+    def rotary(self) -> bool:
+        """Whether it wants queries and keys with the teacher's rotary embedding, or without."""
+        return True
 
     def prepare(self, inputs: MixerInputs, state: State) -> tuple[MixerInputs, State]:
         """What comes before mixing; returns the inputs to mix and its own part of the new state."""
@@ -98,10 +111,35 @@ class Mixer(nn.Module):
         return y_BHTD
 
     def forward(self, inputs: MixerInputs, state: State | None = None) -> tuple[Tensor, State]:
-        """The mixer's output (B, H, T, D) and its new state; `state` is None at the start of a sequence."""
+        """The mixer's output (B, H, T, D) and its new state; `state` is None at the start of a sequence.
+
+        Raises ValueError for inputs of a wrong shape or the state of another mixer, UserError where float16 overflows.
+        """
+        self._check(inputs, state)
         prepared, prepared_state = self.prepare(inputs, state or {})
         y_BHTD, mixed_state = self.mix(prepared, state or {})
-        return self.finish(y_BHTD, prepared), prepared_state | mixed_state
+        y_BHTD = self.finish(y_BHTD, prepared)
+        if y_BHTD.dtype == torch.float16 and not y_BHTD.isfinite().all():
+            raise UserError(f"{type(self).__name__} overflows in float16: use bfloat16 or float32")
+        return y_BHTD, prepared_state | mixed_state
+
+    def _check(self, inputs: MixerInputs, state: State | None) -> None:
+        B, _, T, _ = inputs.q_BHTD.shape
+        group, name = self.group, type(self).__name__
+        keys = (B, len(group.kv_heads), T, group.head_dim)
+        for what, tensor, wanted in (
+            ("queries", inputs.q_BHTD, (B, len(group.heads), T, group.head_dim)),
+            ("keys", inputs.k_BGTD, keys),
+            ("values", inputs.v_BGTD, keys),
+            ("hidden states", inputs.hidden_BTM, (B, T, group.hidden_size)),
+        ):
+            if tensor.shape != wanted:
+                raise ValueError(f"{name} was given {what} of shape {tuple(tensor.shape)}, and takes {wanted}")
+        if state:
+            shapes = {key: tuple(tensor.shape[1:]) for key, tensor in state.items()}
+            wanted_state = {key: held.shape for key, held in self.held(group, self.options, inputs.past).items()}
+            if shapes != wanted_state:
+                raise ValueError(f"{name} was given the state of another mixer: {shapes}, and keeps {wanted_state}")
 
     def matrix(self, inputs: MixerInputs) -> Tensor:
         """The mixing matrix M, (B, H, T, T): what `mix` does to the identity. Row: query, column: key."""
@@ -111,12 +149,17 @@ class Mixer(nn.Module):
         return self.mix(replace(inputs, v_BGTD=identity), {})[0]
 
     @classmethod
-    def state_bytes(cls, group: HeadGroup, options: Any, context: int, itemsize: int) -> int:
-        """Bytes held for one row of the batch after `context` tokens.
-
-        `options` are of `options_class`; `itemsize` is that of the model's dtype.
-        """
+    def held(cls, group: HeadGroup, options: Any, context: int) -> dict[str, Held]:
+        """What the state holds for one row of the batch after `context` tokens; `options` are of `options_class`."""
         raise NotImplementedError
+
+    @classmethod
+    def state_bytes(cls, group: HeadGroup, options: Any, context: int, itemsize: int) -> int:
+        """Bytes held for one row of the batch after `context` tokens; `itemsize` is that of the model's dtype."""
+        return sum(
+            math.prod(held.shape) * (max(itemsize, 4) if held.wide else itemsize)
+            for held in cls.held(group, options, context).values()
+        )
 
     @torch.no_grad()
     def calibrate(self, inputs: MixerInputs, target_BHTD: Tensor) -> None:
@@ -134,44 +177,3 @@ class Mixer(nn.Module):
             return x_BGTD
         index = [self.group.kv_heads.index(head // self.group.queries_per_kv) for head in self.group.heads]
         return x_BGTD[:, index]
-
-
-def masked(x_BGT_: Tensor, real_BT: Tensor | None) -> Tensor:
-    """Zeros at pad positions: a zero key, write strength or log decay leaves a recurrent state untouched."""
-    if real_BT is None:
-        return x_BGT_
-    shape = (real_BT.shape[0], 1, real_BT.shape[1]) + (1,) * (x_BGT_.dim() - 3)
-    return x_BGT_ * real_BT.view(shape).to(x_BGT_.dtype)
-
-
-class ScaledNormGate(nn.Module):
-    """Per-head RMS norm, a learned scale, and an output gate silu(z) that starts fully open.
-
-    The gate's low-rank weights start at zero and its bias where silu is 1 (Phi-Mamba's open gate), so it changes
-    nothing at first.
-    """
-
-    OPEN = 1.278464542761  # silu(OPEN) = 1
-
-    def __init__(self, heads: int, head_dim: int, hidden_size: int, rank: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.scale_HD = nn.Parameter(torch.ones(heads, head_dim))
-        self.gate_down = nn.Linear(hidden_size, rank, bias=False)
-        self.gate_up = nn.Linear(rank, heads * head_dim)
-        nn.init.zeros_(self.gate_up.weight)
-        nn.init.constant_(self.gate_up.bias, self.OPEN)
-
-    @staticmethod
-    def normalised(y_BHTD: Tensor) -> Tensor:
-        return nn.functional.rms_norm(wide(y_BHTD), y_BHTD.shape[-1:], eps=1e-6).to(y_BHTD.dtype)
-
-    def forward(self, y_BHTD: Tensor, hidden_BTM: Tensor) -> Tensor:
-        gate_BTHD = nn.functional.silu(self.gate_up(self.gate_down(hidden_BTM))).unflatten(-1, (self.heads, -1))
-        return self.normalised(y_BHTD) * self.scale_HD[:, None] * gate_BTHD.transpose(1, 2)
-
-    @torch.no_grad()
-    def calibrate(self, y_BHTD: Tensor, target_BHTD: Tensor) -> None:
-        """Least squares of the scale, channel by channel, from the normalised output to the target."""
-        y, target = wide(self.normalised(y_BHTD)), wide(target_BHTD)
-        self.scale_HD.copy_((y * target).sum((0, 2)) / (y * y).sum((0, 2)).clamp_min(1e-6))

@@ -8,8 +8,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from subquad.errors import UserError
-from subquad.mixers.base import HeadGroup, Mixer, MixerInputs, State
-from subquad.mixers.sliding_window import WindowOptions, window_bytes, window_of
+from subquad.mixers.base import HeadGroup, Held, Mixer, MixerInputs, State
+from subquad.mixers.parts import FeatureMap
+from subquad.mixers.sliding_window import WindowOptions, window_held, window_of
 from subquad.ops import WindowSum, decay_chunk, decay_step
 from subquad.ops.common import wide
 from subquad.ops.window import first_real
@@ -19,24 +20,6 @@ CAUTION = 2.0  # subtracted from log c at the start, see `Hedgehog.calibrate`
 
 class HedgehogOptions(WindowOptions):
     feature_dim: int | None = Field(None, ge=1, description="half the number of features; default: the head width")
-
-
-class FeatureMap(nn.Module):
-    """phi(x) = [softmax(x W), softmax(-x W)] per head: positive features that can be as peaked as a softmax.
-
-    W starts as the identity (or some of its columns), scaled so that q and k share the factor of q k^T evenly.
-    Source: Hedgehog (arXiv 2402.04347, eq. 6), in LoLCATs' form.
-    """
-
-    def __init__(self, heads: int, head_dim: int, features: int) -> None:
-        super().__init__()
-        columns = torch.arange(features) * head_dim // features  # spread, so that all rotary frequencies are seen
-        start_DF = torch.eye(head_dim)[:, columns]
-        self.weight_HDF = nn.Parameter(start_DF.repeat(heads, 1, 1) * head_dim**-0.25)
-
-    def forward(self, x_BHTD: Tensor) -> Tensor:
-        projected = wide(x_BHTD @ self.weight_HDF)
-        return torch.cat([projected.softmax(-1), (-projected).softmax(-1)], -1)
 
 
 class Hedgehog(Mixer):
@@ -105,10 +88,10 @@ class Hedgehog(Mixer):
         return (numerator / denominator).to(near.numerator_BHTD.dtype)
 
     @classmethod
-    def state_bytes(cls, group: HeadGroup, options: HedgehogOptions, context: int, itemsize: int) -> int:
-        states = group.states(share=True)
-        far = states * 2 * (options.feature_dim or group.head_dim) * (group.head_dim + 1) * 4
-        return window_bytes(states, group.head_dim, options, itemsize) + far
+    def held(cls, group: HeadGroup, options: HedgehogOptions, context: int) -> dict[str, Held]:
+        states, features = group.states(share=True), 2 * (options.feature_dim or group.head_dim)
+        far = Held((states, features, group.head_dim + 1), wide=True)
+        return window_held(states, group.head_dim, options) | {"far": far}
 
     @torch.no_grad()
     def calibrate(self, inputs: MixerInputs, target_BHTD: Tensor) -> None:

@@ -6,7 +6,7 @@ Legend: B batch, H query heads, G key/value heads, T new tokens, D head width.
 from pydantic import Field
 from torch import Tensor
 
-from subquad.mixers.base import HeadGroup, Mixer, MixerInputs, Options, State
+from subquad.mixers.base import HeadGroup, Held, Mixer, MixerInputs, Options, State
 from subquad.ops import WindowSum, window_sum
 
 
@@ -31,9 +31,10 @@ def window_of(inputs: MixerInputs, state: State, options: WindowOptions) -> Wind
     )
 
 
-def window_bytes(kv_heads: int, head_dim: int, options: WindowOptions, itemsize: int) -> int:
-    """Bytes of the window's keys and values and the sinks', whatever the context."""
-    return 2 * kv_heads * (options.window - 1 + options.sinks) * head_dim * itemsize
+def window_held(states: int, head_dim: int, options: WindowOptions) -> dict[str, Held]:
+    """The window's keys and values and the sinks', whatever the context."""
+    window, sinks = Held((states, options.window - 1, head_dim)), Held((states, options.sinks, head_dim))
+    return {"window_k": window, "window_v": window, "sink_k": sinks, "sink_v": sinks}
 
 
 class SlidingWindow(Mixer):
@@ -50,5 +51,5 @@ class SlidingWindow(Mixer):
         return result.normalised(), result.state
 
     @classmethod
-    def state_bytes(cls, group: HeadGroup, options: WindowOptions, context: int, itemsize: int) -> int:
-        return window_bytes(group.states(share=True), group.head_dim, options, itemsize)
+    def held(cls, group: HeadGroup, options: WindowOptions, context: int) -> dict[str, Held]:
+        return window_held(group.states(share=True), group.head_dim, options)

@@ -1,7 +1,8 @@
 """The two recurrences behind all mixers, and windowed softmax attention.
 
-- `decay`: S_t = diag(a_t) S_{t-1} + k_t v_t^T (linear attention, GLA, Mamba-2)
-- `delta`: S_t = a_t (I - b_t k_t k_t^T) S_{t-1} + b_t k_t v_t^T (gated DeltaNet)
+- `decay`: S_t = diag(a_t) S_{t-1} + k_t v_t^T (linear attention, RetNet, GLA, Mamba-2)
+- `delta`: S_t = a_t (I - b_t k_t k_t^T) S_{t-1} + b_t k_t v_t^T (gated DeltaNet), and with a decay for every key
+  channel `dplr`: S_t = diag(a_t) S_{t-1} - w_t (e_t S_{t-1}) + k_t v_t^T (KDA, RWKV-7)
 - `window`: softmax over the last W keys and some sinks, as an unnormalised sum that can be joined with a linear one
 
 Each recurrence has three forms that agree: `*_loop` (step by step, the reference), `*_chunk` (parallel, for training
@@ -11,6 +12,7 @@ extra is installed (`ops.triton`). Ops know nothing of mixers.
 
 from subquad.ops.decay import decay_chunk, decay_loop, decay_step
 from subquad.ops.delta import delta_chunk, delta_loop, delta_step
+from subquad.ops.dplr import dplr_chunk, dplr_loop, dplr_step
 from subquad.ops.window import WindowSum, window_sum
 
 __all__ = [
@@ -21,5 +23,8 @@ __all__ = [
     "delta_chunk",
     "delta_loop",
     "delta_step",
+    "dplr_chunk",
+    "dplr_loop",
+    "dplr_step",
     "window_sum",
 ]

@@ -3,16 +3,34 @@
 Legend: B batch, G state heads, T time, K chunks, C time within a chunk, N key width, P value width.
 """
 
+import functools
 from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 
 def wide(x: Tensor) -> Tensor:
     """At least float32: decays and states lose too much in half precision."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def full_precision(form: Callable[P, R]) -> Callable[P, R]:
+    """Turns autocast off within a form of a recurrence: it would make half-precision products of states and decays."""
+
+    @functools.wraps(form)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        q = args[0]
+        assert isinstance(q, Tensor)
+        with torch.autocast(q.device.type, enabled=False):
+            return form(*args, **kwargs)
+
+    return run
 
 
 def initial_state(state_BGNP: Tensor | None, k_BGTN: Tensor, v_BGTP: Tensor) -> Tensor:
@@ -21,6 +39,12 @@ def initial_state(state_BGNP: Tensor | None, k_BGTN: Tensor, v_BGTP: Tensor) -> 
         return wide(state_BGNP)
     B, G, _, N = k_BGTN.shape
     return wide(v_BGTP.new_zeros(B, G, N, v_BGTP.shape[-1]))
+
+
+def decayed(state_BGNP: Tensor, log_a: Tensor) -> Tensor:
+    """The state after one token's decay: `log_a` is (B, G, 1), or (B, G, 1, N) for one a key channel."""
+    a = wide(log_a).exp()
+    return state_BGNP * (a.transpose(-1, -2) if log_a.dim() == 4 else a.unsqueeze(-1))
 
 
 def into_chunks(x: Tensor, size: int, dim: int = 2) -> Tensor:

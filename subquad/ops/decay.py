@@ -17,20 +17,21 @@ import torch
 from torch import Tensor
 
 from subquad.ops import triton
-from subquad.ops.common import initial_state, into_chunks, loop, wide
+from subquad.ops.common import decayed, full_precision, initial_state, into_chunks, loop, wide
+from subquad.ops.products import decayed_products
 
 SCALAR_CHUNK = 64
-VECTOR_CHUNK = 16  # the within-chunk products take C * C * N memory for each chunk
+VECTOR_CHUNK = 16  # the within-chunk products take C * C * N operations for each chunk
 
 
+@full_precision
 def decay_step(
     q_BH1N: Tensor, k_BG1N: Tensor, v_BG1P: Tensor, log_a: Tensor | None, state_BGNP: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """One token of the recurrence. Returns y (B, H, 1, P) and the new state (B, G, N, P)."""
     state = initial_state(state_BGNP, k_BG1N, v_BG1P)
     if log_a is not None:
-        a = wide(log_a).exp()
-        state = state * (a.transpose(-1, -2) if log_a.dim() == 4 else a.unsqueeze(-1))
+        state = decayed(state, log_a)
     state = torch.addcmul(state, wide(k_BG1N).transpose(-1, -2), wide(v_BG1P))
     q_BGRN = wide(q_BH1N).squeeze(2).unflatten(1, (k_BG1N.shape[1], -1))
     y_BGRP = q_BGRN @ state
@@ -44,6 +45,7 @@ def decay_loop(
     return loop(decay_step, q_BHTN, k_BGTN, v_BGTP, log_a, state=initial_state(state_BGNP, k_BGTN, v_BGTP))
 
 
+@full_precision
 def decay_chunk(
     q_BHTN: Tensor, k_BGTN: Tensor, v_BGTP: Tensor, log_a: Tensor | None = None, state_BGNP: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -63,9 +65,9 @@ def decay_chunk(
         q_read, k_write, decay_BGK = q, k_BGKCN, None
     elif vector:
         c_BGKCN = into_chunks(log_a, C).cumsum(-2)
-        difference = c_BGKCN.unsqueeze(-2) - c_BGKCN.unsqueeze(-3)  # B G K C(query) C(key) N
-        k_seen = difference.masked_fill(~causal_CC.unsqueeze(-1), -torch.inf).exp() * k_BGKCN.unsqueeze(-3)
-        scores = torch.einsum("bgrkin,bgkijn->bgrkij", q, k_seen)
+        q_LRCN, k_LCN, c_LCN = q.transpose(2, 3).flatten(0, 2), k_BGKCN.flatten(0, 2), c_BGKCN.flatten(0, 2)
+        scores = decayed_products(q_LRCN, c_LCN, k_LCN.unsqueeze(1), c_LCN).squeeze(2)
+        scores = scores.unflatten(0, c_BGKCN.shape[:3]).transpose(2, 3)  # B G R K C(query) C(key)
         q_read = q * c_BGKCN.exp().unsqueeze(2)
         k_write = k_BGKCN * (c_BGKCN[..., -1:, :] - c_BGKCN).exp()
         decay_BGK = c_BGKCN[..., -1, :].exp().unsqueeze(-1)

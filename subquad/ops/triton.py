@@ -61,19 +61,49 @@ def decay(
 
 
 def delta(
-    q_BHTN: Tensor, k_BGTN: Tensor, v_BGTP: Tensor, log_a_BGT: Tensor, b_BGT: Tensor, state_BGNP: Tensor | None
+    q_BHTN: Tensor, k_BGTN: Tensor, v_BGTP: Tensor, log_a: Tensor, b_BGT: Tensor, state_BGNP: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """`delta_chunk` on Triton."""
+    """`delta_chunk` on Triton; `log_a` (B, G, T) or (B, G, T, N)."""
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+    from fla.ops.kda import chunk_kda
 
+    kernel = chunk_kda if log_a.dim() == 4 else chunk_gated_delta_rule
     heads, groups = q_BHTN.shape[1], k_BGTN.shape[1]
     state = None if state_BGNP is None else state_BGNP.repeat_interleave(heads // groups, 1).contiguous()
-    y_BTHP, state_BHNP = chunk_gated_delta_rule(
+    y_BTHP, state_BHNP = kernel(
         _time_first(q_BHTN, heads),
         _time_first(k_BGTN, heads),
         _time_first(v_BGTP, heads),
-        g=_time_first(log_a_BGT, heads).float(),
+        g=_time_first(log_a, heads).float(),
         beta=_time_first(b_BGT, heads),
+        scale=1.0,
+        initial_state=state,
+        output_final_state=True,
+    )
+    return y_BTHP.transpose(1, 2), state_BHNP[:, :: heads // groups]
+
+
+def dplr(
+    q_BHTN: Tensor,
+    k_BGTN: Tensor,
+    v_BGTP: Tensor,
+    log_a_BGTN: Tensor,
+    e_BGTN: Tensor,
+    w_BGTN: Tensor,
+    state_BGNP: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """`dplr_chunk` on Triton, whose erasing key has the other sign."""
+    from fla.ops.generalized_delta_rule import chunk_dplr_delta_rule
+
+    heads, groups = q_BHTN.shape[1], k_BGTN.shape[1]
+    state = None if state_BGNP is None else state_BGNP.repeat_interleave(heads // groups, 1).contiguous()
+    y_BTHP, state_BHNP = chunk_dplr_delta_rule(
+        _time_first(q_BHTN, heads),
+        _time_first(k_BGTN, heads),
+        _time_first(v_BGTP, heads),
+        _time_first(-e_BGTN, heads),
+        _time_first(w_BGTN, heads),
+        _time_first(log_a_BGTN, heads).float(),
         scale=1.0,
         initial_state=state,
         output_final_state=True,

@@ -1,0 +1,156 @@
+"""What the mixers with a matrix for a state share: grouped heads, small states, both directions, the output's scale.
+
+Such a mixer writes `terms`: the queries, keys, values and gates of its recurrence. The rest is the same for all:
+
+- `share_state`: one state a key/value head instead of one a query head, which divides the state by the group's size.
+- `state_dim`: queries and keys pass through learned projections to fewer channels. These start where the products
+  q k^T of a calibration batch are kept best (`low_rank`), not from noise.
+- `bidirectional`: a second scan runs backwards over the tokens *after* each query, with the same gates, so that the
+  mixing matrix has both triangles and counts the diagonal once. It keeps no state: for encoders, not for generation.
+- `rotary`: whether queries and keys come with the teacher's rotary embedding.
+
+Legend: B batch, H query heads, G state heads, T new tokens, D head width, N key width of the state, P value width.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from subquad.errors import UserError
+from subquad.mixers.base import HeadGroup, Held, Mixer, MixerInputs, Options, State
+from subquad.mixers.parts import Scale
+from subquad.ops.common import wide
+
+Form = Callable[..., tuple[Tensor, Tensor]]
+
+
+class RecurrentOptions(Options):
+    share_state: bool = Field(False, description="one state a key/value head (smaller) instead of one a query head")
+    state_dim: int | None = Field(None, ge=1, description="key channels of the state; default: the head width")
+    bidirectional: bool = Field(False, description="also scan backwards (encoders and vision; no generation)")
+    rotary: bool = Field(True, description="queries and keys with the teacher's rotary embedding")
+
+
+class Recurrent(Mixer):
+    """Base of the recurrent mixers; a subclass sets `forms` writes `terms`, and builds its `output`.
+
+    Raises UserError for a `state_dim` above the head width.
+    """
+
+    options_class = RecurrentOptions
+    options: RecurrentOptions
+    forms: ClassVar[tuple[Form, Form]]  # chunk and step
+    output: Scale
+
+    def __init__(self, group: HeadGroup, options: RecurrentOptions) -> None:
+        super().__init__(group, options)
+        self.states = group.states(options.share_state)
+        self.state_dim = options.state_dim or group.head_dim
+        if self.state_dim > group.head_dim:
+            raise UserError(f"a state_dim of {self.state_dim} is above the head width of {group.head_dim}")
+        if options.state_dim is not None:
+            start_DN = torch.eye(group.head_dim)[:, : self.state_dim]
+            self.query_map_HDN = nn.Parameter(start_DN.repeat(len(group.heads), 1, 1))
+            self.key_map_GDN = nn.Parameter(start_DN.repeat(self.states, 1, 1))
+
+    @property
+    def rotary(self) -> bool:
+        return self.options.rotary
+
+    def terms(self, inputs: MixerInputs) -> tuple[Tensor | None, ...]:
+        """What the recurrence takes: q (B, H, T, N), k (B, G, T, N), v (B, G, T, P) and gates with time in dimension 2.
+
+        Keys and gates are masked, so that pads leave the state as it is. Queries and keys come projected already.
+        """
+        raise NotImplementedError
+
+    def convolved(self, inputs: MixerInputs, state: State) -> tuple[MixerInputs, State]:
+        """The inputs after short convolutions, for mixers that have them, and the state of these."""
+        return inputs, {}
+
+    def prepare(self, inputs: MixerInputs, state: State) -> tuple[MixerInputs, State]:
+        inputs, new = self.convolved(self.shared(inputs, self.options.share_state), state)
+        return self.reduced(inputs), new
+
+    def reduced(self, inputs: MixerInputs) -> MixerInputs:
+        """Queries and keys in `state_dim` channels."""
+        if self.options.state_dim is None:
+            return inputs
+        return replace(inputs, q_BHTD=inputs.q_BHTD @ self.query_map_HDN, k_BGTD=inputs.k_BGTD @ self.key_map_GDN)
+
+    def mix(self, inputs: MixerInputs, state: State) -> tuple[Tensor, State]:
+        terms = self.terms(inputs)
+        chunk, step = self.forms
+        if self.options.bidirectional:
+            if state or inputs.past:
+                raise ValueError(f"{type(self).__name__} is bidirectional: it cannot go on from a state")
+            return both_ways(chunk, terms), {}
+        y_BHTP, new = (step if inputs.q_BHTD.shape[2] == 1 else chunk)(*terms, state.get("recurrent"))
+        return y_BHTP, {"recurrent": new}
+
+    def finish(self, y_BHTD: Tensor, inputs: MixerInputs) -> Tensor:
+        return self.output(y_BHTD, inputs.hidden_BTM)
+
+    @classmethod
+    def held(cls, group: HeadGroup, options: RecurrentOptions, context: int) -> dict[str, Held]:
+        if options.bidirectional:
+            return {}
+        return {"recurrent": Held(cls.state_shape(group, options), wide=True)}
+
+    @classmethod
+    def state_shape(cls, group: HeadGroup, options: RecurrentOptions) -> tuple[int, int, int]:
+        """(G, N, P) of the recurrent state."""
+        return group.states(options.share_state), options.state_dim or group.head_dim, group.head_dim
+
+    @torch.no_grad()
+    def calibrate(self, inputs: MixerInputs, target_BHTD: Tensor) -> None:
+        """Projects to `state_dim` where least is lost of q k^T, then fits the output's scale."""
+        if self.options.state_dim is not None:
+            whole, _ = self.convolved(self.shared(inputs, self.options.share_state), {})
+            query_map_GDN, key_map_GDN = low_rank(whole.q_BHTD, whole.k_BGTD, self.state_dim)
+            self.query_map_HDN.copy_(query_map_GDN.repeat_interleave(len(self.group.heads) // self.states, 0))
+            self.key_map_GDN.copy_(key_map_GDN)
+        prepared, _ = self.prepare(inputs, {})
+        self.output.calibrate(self.mix(prepared, {})[0], prepared.hidden_BTM, target_BHTD)
+
+
+def both_ways(chunk: Form, terms: tuple[Tensor | None, ...]) -> Tensor:
+    """The sum of a scan forwards and one backwards over the tokens after each query: (B, H, T, P).
+
+    Backwards, a query is moved one token ahead, to where the state does not hold its own token yet.
+    """
+    forwards = chunk(*terms)[0]
+    if forwards.shape[2] == 1:
+        return forwards
+    q, *rest = (None if x is None else x.flip(2) for x in terms)
+    assert q is not None
+    after = chunk(q[:, :, 1:], *(None if x is None else x[:, :, :-1] for x in rest))[0]
+    return forwards + nn.functional.pad(after, (0, 0, 1, 0)).flip(2)
+
+
+def low_rank(q_BHTD: Tensor, k_BGTD: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Maps (G, D, N) of queries and of keys to `rank` channels that keep most of the products q k^T (least squares).
+
+    The best approximation of Q K^T is its truncated SVD (Eckart and Young). Q and K are long and thin, so it is taken
+    of the roots of their second moments, which has the same singular values. H / G neighbouring queries share a key.
+    """
+    G = k_BGTD.shape[1]
+    q_GLD = wide(q_BHTD).unflatten(1, (G, -1)).permute(1, 0, 2, 3, 4).flatten(1, 3)
+    k_GLD = wide(k_BGTD).transpose(0, 1).flatten(1, 2)
+    (q_root, q_inverse), (k_root, k_inverse) = (_roots(x.transpose(-1, -2) @ x) for x in (q_GLD, k_GLD))
+    left, values, right = torch.linalg.svd(q_root @ k_root)
+    half = values[:, None, :rank].sqrt()
+    return q_inverse @ left[:, :, :rank] * half, k_inverse @ right.transpose(-1, -2)[:, :, :rank] * half
+
+
+def _roots(moment_GDD: Tensor) -> tuple[Tensor, Tensor]:
+    """The symmetric square root of positive semidefinite matrices, and its (pseudo-)inverse."""
+    values, vectors = torch.linalg.eigh(moment_GDD)
+    kept = values > values[:, -1:] * values.shape[-1] * torch.finfo(values.dtype).eps
+    root = values.clamp_min(0).sqrt()
+    inverse = torch.where(kept, 1 / root.clamp_min(torch.finfo(values.dtype).tiny), 0.0)
+    return vectors * root[:, None] @ vectors.transpose(-1, -2), vectors * inverse[:, None] @ vectors.transpose(-1, -2)

@@ -1,0 +1,48 @@
+"""Retention: one fixed decay a head, as in RetNet.
+
+Legend: B batch, H query heads, G state heads, T new tokens, D head width.
+"""
+
+import math
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from subquad.mixers.base import HeadGroup, MixerInputs
+from subquad.mixers.parts import Output, masked
+from subquad.mixers.recurrent import Recurrent, RecurrentOptions
+from subquad.ops import decay_chunk, decay_step
+from subquad.ops.common import wide
+
+
+class RetentionOptions(RecurrentOptions):
+    gate_rank: int | None = Field(16, ge=1, description="rank of the output gate's projection; null: full")
+    shortest: float = Field(32.0, gt=1, description="memory of the first head, in tokens")
+    longest: float = Field(4096.0, gt=1, description="memory of the last head, in tokens")
+
+
+class Retention(Recurrent):
+    """S_t = a S_{t-1} + k_t v_t^T, y_t = gate * norm(q_t S_t), a = 1 - 1 / memory, a constant of the head.
+
+    The heads' memories are spaced evenly in their logarithm. RetNet's own are 32 to 512 tokens; the default goes
+    further, for the teacher's attention does. Starts with the gate open and the output scale fitted.
+    Source: RetNet (arXiv 2307.08621, eqs. 6 and 8); as a student SUPRA (arXiv 2405.06640).
+    """
+
+    options_class = RetentionOptions
+    options: RetentionOptions
+    forms = decay_chunk, decay_step
+
+    def __init__(self, group: HeadGroup, options: RetentionOptions) -> None:
+        super().__init__(group, options)
+        self.output = Output(len(group.heads), group.head_dim, group.hidden_size, rank=options.gate_rank)
+
+    def terms(self, inputs: MixerInputs) -> tuple[Tensor | None, ...]:
+        B, _, T, _ = inputs.q_BHTD.shape
+        first, last = math.log(self.options.shortest), math.log(self.options.longest)
+        memory_G = torch.linspace(first, last, self.states, device=inputs.q_BHTD.device, dtype=torch.float64).exp()
+        log_a_BGT = torch.log1p(-1 / memory_G).to(wide(inputs.v_BGTD).dtype)[None, :, None].expand(B, -1, T)
+        real = inputs.real_BT
+        k_BGTD = masked(inputs.k_BGTD, real)
+        return inputs.q_BHTD * inputs.scale, k_BGTD, inputs.v_BGTD, masked(log_a_BGT, real)
