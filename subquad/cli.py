@@ -120,7 +120,8 @@ MixerOption = Annotated[
         "--mixer",
         metavar="NAME",
         help="What takes the place of attention, instead of the recipe's: linear, hedgehog, liger, retention, gla, "
-        "mamba2, discrete_mamba2, gated_deltanet, kda, rwkv7 or sliding_window. Options of the mixer go through --set mixer.options.NAME=VALUE.",
+        "mamba2, discrete_mamba2, gated_deltanet, kda, rwkv7 or sliding_window. "
+        "Options of the mixer go through --set mixer.options.NAME=VALUE.",
     ),
 ]
 BudgetOption = Annotated[
