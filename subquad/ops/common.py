@@ -53,6 +53,19 @@ def into_chunks(x: Tensor, size: int, dim: int = 2) -> Tensor:
     return wide(pad(x, (0, 0) * (x.dim() - 1 - dim) + (0, extra))).unflatten(dim, (-1, size))
 
 
+def pair_decay(c_BGKC: Tensor | None, like: Tensor) -> Tensor:
+    """e^{c_i - c_j} where j <= i, else 0, from cumulated log decays; None: ones. (B, G, K, C, C) or (C, C).
+
+    `like` (.., C, N) gives length, dtype and device.
+    """
+    C = like.shape[-2]
+    if c_BGKC is None:
+        return like.new_ones(C, C).tril_()
+    later_CC = torch.ones(C, C, dtype=torch.bool, device=like.device).triu_(1)
+    difference = c_BGKC.unsqueeze(-1) - c_BGKC.unsqueeze(-2)
+    return difference.masked_fill_(later_CC, -torch.inf).exp_()
+
+
 def loop(step: Callable[..., tuple[Tensor, Tensor]], *inputs: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
     """Runs `step` token by token over inputs with time in dimension 2."""
     length = next(x.shape[2] for x in inputs if x is not None)

@@ -10,15 +10,17 @@ Sources: the chunked form for scalar decay is Mamba-2's SSD (arXiv 2405.21060, s
 (arXiv 2312.06635, section 4), with the within-chunk products taken exactly instead of by secondary chunks.
 
 Legend: B batch, H query heads, G state heads, R = H / G, T time, K chunks, C time within a chunk, N key width, P value
-width.
+width, L = B G K, Q = R C queries of a chunk.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from subquad.ops import triton
-from subquad.ops.common import decayed, full_precision, initial_state, into_chunks, loop, wide
-from subquad.ops.products import decayed_products
+from subquad.ops.common import decayed, full_precision, initial_state, into_chunks, loop, pair_decay, wide
+from subquad.ops.products import decayed_products, gradients
 
 SCALAR_CHUNK = 64
 VECTOR_CHUNK = 16  # the within-chunk products take C * C * N operations for each chunk
@@ -52,43 +54,107 @@ def decay_chunk(
     """The recurrence in parallel over chunks. Returns y (B, H, T, P) in v's dtype and the state (B, G, N, P)."""
     if triton.serves(q_BHTN):
         return triton.decay(q_BHTN, k_BGTN, v_BGTP, log_a, state_BGNP)
-    vector = log_a is not None and log_a.dim() == 4
-    C, T, G = VECTOR_CHUNK if vector else SCALAR_CHUNK, q_BHTN.shape[2], k_BGTN.shape[1]
-    state_BGNP = initial_state(state_BGNP, k_BGTN, v_BGTP)
-    q = into_chunks(q_BHTN, C).unflatten(1, (G, -1))  # B G R K C N
-    k_BGKCN = into_chunks(k_BGTN, C)
-    v_BGKCP = into_chunks(v_BGTP, C)
+    C = VECTOR_CHUNK if log_a is not None and log_a.dim() == 4 else SCALAR_CHUNK
+    T, G = q_BHTN.shape[2], k_BGTN.shape[1]
+    q_BGKRCN = into_chunks(q_BHTN, C).unflatten(1, (G, -1)).transpose(2, 3).contiguous()
+    k_BGKCN, v_BGKCP = into_chunks(k_BGTN, C), into_chunks(v_BGTP, C)
+    c = None if log_a is None else into_chunks(log_a, C).cumsum(3)
+    y_BGKRCP, state = _Decay.apply(q_BGKRCN, k_BGKCN, v_BGKCP, c, initial_state(state_BGNP, k_BGTN, v_BGTP))
+    return y_BGKRCP.transpose(2, 3).flatten(3, 4)[:, :, :, :T].flatten(1, 2).to(v_BGTP.dtype), state
 
-    causal_CC = torch.ones(C, C, dtype=torch.bool, device=q.device).tril()
-    if log_a is None:
-        scores = (q @ k_BGKCN.transpose(-1, -2).unsqueeze(2)).masked_fill(~causal_CC, 0.0)
-        q_read, k_write, decay_BGK = q, k_BGKCN, None
-    elif vector:
-        c_BGKCN = into_chunks(log_a, C).cumsum(-2)
-        q_LRCN, k_LCN, c_LCN = q.transpose(2, 3).flatten(0, 2), k_BGKCN.flatten(0, 2), c_BGKCN.flatten(0, 2)
-        scores = decayed_products(q_LRCN, c_LCN, k_LCN.unsqueeze(1), c_LCN).squeeze(2)
-        scores = scores.unflatten(0, c_BGKCN.shape[:3]).transpose(2, 3)  # B G R K C(query) C(key)
-        q_read = q * c_BGKCN.exp().unsqueeze(2)
-        k_write = k_BGKCN * (c_BGKCN[..., -1:, :] - c_BGKCN).exp()
-        decay_BGK = c_BGKCN[..., -1, :].exp().unsqueeze(-1)
-    else:
-        c_BGKC = into_chunks(log_a, C).cumsum(-1)
-        difference = c_BGKC.unsqueeze(-1) - c_BGKC.unsqueeze(-2)
-        weight = difference.masked_fill(~causal_CC, -torch.inf).exp()
-        scores = (q @ k_BGKCN.transpose(-1, -2).unsqueeze(2)) * weight.unsqueeze(2)
-        q_read = q * c_BGKC.exp().unsqueeze(2).unsqueeze(-1)
-        k_write = k_BGKCN * (c_BGKC[..., -1:] - c_BGKC).exp().unsqueeze(-1)
-        decay_BGK = c_BGKC[..., -1, None, None].exp()
 
-    written_BGKNP = k_write.transpose(-1, -2) @ v_BGKCP
-    if decay_BGK is None:
-        end_BGKNP = state_BGNP.unsqueeze(2) + written_BGKNP.cumsum(2)
-        start_BGKNP, state_BGNP = end_BGKNP - written_BGKNP, end_BGKNP[:, :, -1]
-    else:
-        starts = []  # the state at the start of each chunk; unbind, for the gradient of indexing fills all with zeros
-        for written_BGNP, decay in zip(written_BGKNP.unbind(2), decay_BGK.unbind(2), strict=True):
-            starts.append(state_BGNP)
-            state_BGNP = state_BGNP * decay + written_BGNP
-        start_BGKNP = torch.stack(starts, 2)
-    y = scores @ v_BGKCP.unsqueeze(2) + q_read @ start_BGKNP.unsqueeze(2)
-    return y.flatten(3, 4)[:, :, :, :T].flatten(1, 2).to(v_BGTP.dtype), state_BGNP
+class _Decay(torch.autograd.Function):
+    """All chunks, with the gradient by hand: a few matrix products more, instead of every step kept and traced back.
+
+    In a chunk the output depends on q_i e^{c_i} and k_j e^{-c_j}, and the state after it on k_j e^{c_C - c_j} and
+    e^{c_C}, with c the chunk's cumulated log decays (None: no decay). So dc = q dq - k dk, channel by channel, and
+    <state after it, its gradient> more at the last token.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, q_BGKRCN: Tensor, k_BGKCN: Tensor, v_BGKCP: Tensor, c: Tensor | None, state_BGNP: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        read, rest, total = _decays(c)
+        scores_BGKRCC = _scores(q_BGKRCN, k_BGKCN, c)
+        written_BGKNP = (k_BGKCN * rest).transpose(-1, -2) @ v_BGKCP
+        states_BGKNP = _scan(written_BGKNP, total, state_BGNP)  # one more than chunks: the first is at the start
+        y_BGKQP = scores_BGKRCC.flatten(3, 4) @ v_BGKCP
+        y_BGKQP += (q_BGKRCN * _for_queries(read)).flatten(3, 4) @ states_BGKNP[:, :, :-1]
+        ctx.save_for_backward(q_BGKRCN, k_BGKCN, v_BGKCP, c, scores_BGKRCC, states_BGKNP)
+        return y_BGKQP.unflatten(3, q_BGKRCN.shape[3:5]), states_BGKNP[:, :, -1].clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q_BGKRCN, k_BGKCN, v_BGKCP, c, scores_BGKRCC, states_BGKNP = ctx.saved_tensors
+        read, rest, total = _decays(c)
+        dy_BGKQP, dstate_BGNP = grads[0].flatten(3, 4), grads[1]
+        # the states' gradients, from the last backwards: what each chunk reads, and what the one after it passes on
+        reading_BGKNP = (q_BGKRCN * _for_queries(read)).flatten(3, 4).transpose(-1, -2) @ dy_BGKQP
+        total_backwards = total.flip(2) if isinstance(total, Tensor) else total
+        dstates_BGKNP = _scan(reading_BGKNP.flip(2), total_backwards, dstate_BGNP).flip(2)
+        # contiguous: a transposed slice is copied slowly
+        before_BGKNP, dafter_BGKNP = states_BGKNP[:, :, :-1].contiguous(), dstates_BGKNP[:, :, 1:].contiguous()
+
+        dscores_BGKRCC = (dy_BGKQP @ v_BGKCP.transpose(-1, -2)).unflatten(3, q_BGKRCN.shape[3:5])
+        dq_BGKRCN, dk_BGKCN = _score_gradients(dscores_BGKRCC, q_BGKRCN, k_BGKCN, c)
+        from_state = (dy_BGKQP @ before_BGKNP.transpose(-1, -2)).unflatten(3, q_BGKRCN.shape[3:5])
+        dq_BGKRCN += from_state * _for_queries(read)
+        dk_BGKCN += (v_BGKCP @ dafter_BGKNP.transpose(-1, -2)) * rest
+        dv_BGKCP = scores_BGKRCC.flatten(3, 4).transpose(-1, -2) @ dy_BGKQP
+        dv_BGKCP += (k_BGKCN * rest) @ dafter_BGKNP
+        dc = None
+        if c is not None:
+            dc = (q_BGKRCN * dq_BGKRCN).sum(3) - k_BGKCN * dk_BGKCN
+            dc[..., -1, :] += (states_BGKNP[:, :, 1:] * dafter_BGKNP).sum(-1)
+            dc = dc if c.dim() == 5 else dc.sum(-1)
+        return dq_BGKRCN, dk_BGKCN, dv_BGKCP, dc, dstates_BGKNP[:, :, 0]
+
+
+def _decays(c: Tensor | None) -> tuple[Tensor | float, Tensor | float, Tensor | float]:
+    """e^c, with which queries read the state before the chunk; e^{c_C - c}, what is left of keys after it; e^{c_C}."""
+    if c is None:
+        return 1.0, 1.0, 1.0
+    c_BGKCN = c if c.dim() == 5 else c.unsqueeze(-1)
+    return c_BGKCN.exp(), (c_BGKCN[..., -1:, :] - c_BGKCN).exp(), c_BGKCN[..., -1, :, None].exp()
+
+
+def _for_queries(read: Tensor | float) -> Tensor | float:
+    return read.unsqueeze(3) if isinstance(read, Tensor) else read
+
+
+def _scan(added_BGKNP: Tensor, total: Tensor | float, state_BGNP: Tensor) -> Tensor:
+    """state, total_0 state + added_0, ...: one more than there are chunks."""
+    states_BGKNP = torch.cat([state_BGNP.unsqueeze(2), added_BGKNP], 2)
+    if not isinstance(total, Tensor):
+        return states_BGKNP.cumsum(2)
+    for before, after, decay in zip(states_BGKNP.unbind(2), states_BGKNP.unbind(2)[1:], total.unbind(2), strict=False):
+        after.addcmul_(before, decay)
+    return states_BGKNP
+
+
+def _scores(q_BGKRCN: Tensor, k_BGKCN: Tensor, c: Tensor | None) -> Tensor:
+    """Within each chunk, sum_n q_in e^{c_in - c_jn} k_jn for j <= i: (B, G, K, R, C, C)."""
+    if c is not None and c.dim() == 5:
+        scores = decayed_products(*_flat(q_BGKRCN, k_BGKCN, c))
+        return scores.squeeze(2).unflatten(0, c.shape[:3])
+    scores = (q_BGKRCN.flatten(3, 4) @ k_BGKCN.transpose(-1, -2)).unflatten(3, q_BGKRCN.shape[3:5])
+    return scores.mul_(pair_decay(c, k_BGKCN).unsqueeze(-3))
+
+
+def _score_gradients(
+    dscores_BGKRCC: Tensor, q_BGKRCN: Tensor, k_BGKCN: Tensor, c: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Those of queries and keys, from the scores'."""
+    if c is not None and c.dim() == 5:
+        dq, dk = gradients(dscores_BGKRCC.flatten(0, 2).unsqueeze(2), *_flat(q_BGKRCN, k_BGKCN, c))
+        return dq.unflatten(0, c.shape[:3]), dk.squeeze(1).unflatten(0, c.shape[:3])
+    weighted_BGKQC = dscores_BGKRCC.mul_(pair_decay(c, k_BGKCN).unsqueeze(-3)).flatten(3, 4)
+    dq_BGKRCN = (weighted_BGKQC @ k_BGKCN).unflatten(3, q_BGKRCN.shape[3:5])
+    return dq_BGKRCN, weighted_BGKQC.transpose(-1, -2) @ q_BGKRCN.flatten(3, 4)
+
+
+def _flat(q_BGKRCN: Tensor, k_BGKCN: Tensor, c_BGKCN: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `decayed_products` takes them."""
+    c_LCN = c_BGKCN.flatten(0, 2)
+    return q_BGKRCN.flatten(0, 2), c_LCN, k_BGKCN.flatten(0, 2).unsqueeze(1), c_LCN

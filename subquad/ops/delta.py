@@ -11,11 +11,13 @@ States and decays are float32 or wider.
 Legend: B batch, H query heads, G state heads, T time, K chunks, C time within a chunk, N key width, P value width.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from subquad.ops import triton
-from subquad.ops.common import decayed, full_precision, initial_state, into_chunks, loop, wide
+from subquad.ops.common import decayed, full_precision, initial_state, into_chunks, loop, pair_decay, wide
 from subquad.ops.dplr import dplr_chunk
 
 CHUNK = 64
@@ -59,37 +61,118 @@ def delta_chunk(
     if triton.serves(q_BHTN):
         return triton.delta(q_BHTN, k_BGTN, v_BGTP, log_a, b_BGT, state_BGNP)
     if log_a.dim() == 4:
-        k, b_BGT1 = wide(k_BGTN), wide(b_BGT).unsqueeze(-1)
-        erase, write = k * wide(log_a).exp(), k * b_BGT1
-        y_BHTP, state_BGNP = dplr_chunk(q_BHTN, k, v_BGTP * b_BGT1, log_a, erase, write, state_BGNP)
+        e_BGTN, v = wide(k_BGTN) * wide(log_a).exp(), wide(v_BGTP) * wide(b_BGT).unsqueeze(-1)
+        y_BHTP, state_BGNP = dplr_chunk(q_BHTN, k_BGTN, v, log_a, e_BGTN, b_BGT, state_BGNP)
         return y_BHTP.to(v_BGTP.dtype), state_BGNP
-    C, T, G = CHUNK, q_BHTN.shape[2], k_BGTN.shape[1]
-    state_BGNP = initial_state(state_BGNP, k_BGTN, v_BGTP)
-    q = into_chunks(q_BHTN, C).unflatten(1, (G, -1))  # B G R K C N
-    k_BGKCN = into_chunks(k_BGTN, C)
-    v_BGKCP = into_chunks(v_BGTP, C)
-    c_BGKC = into_chunks(log_a, C).cumsum(-1)
-    b_BGKC1 = into_chunks(b_BGT, C).unsqueeze(-1)
+    T, G = q_BHTN.shape[2], k_BGTN.shape[1]
+    q_BGKRCN = into_chunks(q_BHTN, CHUNK).unflatten(1, (G, -1)).transpose(2, 3).contiguous()
+    y_BGKRCP, state = _Delta.apply(
+        q_BGKRCN,
+        into_chunks(k_BGTN, CHUNK),
+        into_chunks(v_BGTP, CHUNK),
+        into_chunks(log_a, CHUNK).cumsum(-1),
+        into_chunks(b_BGT, CHUNK),
+        initial_state(state_BGNP, k_BGTN, v_BGTP),
+    )
+    return y_BGKRCP.transpose(2, 3).flatten(3, 4)[:, :, :, :T].flatten(1, 2).to(v_BGTP.dtype), state
 
-    causal_CC = torch.ones(C, C, dtype=torch.bool, device=q.device).tril()
-    difference = c_BGKC.unsqueeze(-1) - c_BGKC.unsqueeze(-2)
-    weight = difference.masked_fill(~causal_CC, -torch.inf).exp()
-    kk_BGKCC = b_BGKC1 * weight * (k_BGKCN @ k_BGKCN.transpose(-1, -2))
-    # (I + strictly lower part) u = b (v - e^c k S_0): solved for both right-hand sides at once, S_0 being unknown yet
-    right = torch.cat([b_BGKC1 * v_BGKCP, b_BGKC1 * c_BGKC.exp().unsqueeze(-1) * k_BGKCN], -1)
-    solved = torch.linalg.solve_triangular(kk_BGKCC, right, upper=False, unitriangular=True)
-    from_v_BGKCP, from_state_BGKCN = solved.split([v_BGKCP.shape[-1], k_BGKCN.shape[-1]], -1)
 
-    k_write_BGKNC = (k_BGKCN * (c_BGKC[..., -1:] - c_BGKC).exp().unsqueeze(-1)).transpose(-1, -2)
-    decay_BGK11 = c_BGKC[..., -1, None, None].exp()
-    starts, corrections = [], []
-    chunks = (from_v_BGKCP, from_state_BGKCN, decay_BGK11, k_write_BGKNC)
-    for from_v, from_state, decay, k_write in zip(*(x.unbind(2) for x in chunks), strict=True):
-        u_BGCP = from_v - from_state @ state_BGNP
-        starts.append(state_BGNP)
-        corrections.append(u_BGCP)
-        state_BGNP = state_BGNP * decay + k_write @ u_BGCP
-    scores = (q @ k_BGKCN.transpose(-1, -2).unsqueeze(2)) * weight.unsqueeze(2)
-    q_read = q * c_BGKC.exp().unsqueeze(2).unsqueeze(-1)
-    y = scores @ torch.stack(corrections, 2).unsqueeze(2) + q_read @ torch.stack(starts, 2).unsqueeze(2)
-    return y.flatten(3, 4)[:, :, :, :T].flatten(1, 2).to(v_BGTP.dtype), state_BGNP
+class _Delta(torch.autograd.Function):
+    """All chunks, with the gradient by hand: a few matrix products more, instead of every step kept and traced back.
+
+    With c the chunk's cumulated log decays, w_ij = e^{c_i - c_j} for j <= i, and S the state before the chunk:
+
+        r_i = b_i (v_i - e^{c_i} k_i S),   u = X r,   X = (I + A)^{-1},   A_ij = b_i w_ij k_i k_j for j < i
+        y_i = sum_j w_ij (q_i k_j) u_j + e^{c_i} q_i S,   state after = e^{c_C} S + sum_j e^{c_C - c_j} k_j u_j
+
+    Backwards dr = X^T du and dA = -dr u^T. The decays stand where queries and keys do, in e^{c_i} of what reads (q, and
+    k on the left of A and in r) and e^{-c_j} of what is written, so dc is read * dread - written * dwritten.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q_BGKRCN: Tensor,
+        k_BGKCN: Tensor,
+        v_BGKCP: Tensor,
+        c_BGKC: Tensor,
+        b_BGKC: Tensor,
+        state_BGNP: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        read_BGKC1, b_BGKC1 = c_BGKC.exp().unsqueeze(-1), b_BGKC.unsqueeze(-1)
+        k_end_BGKCN = k_BGKCN * (c_BGKC[..., -1:] - c_BGKC).exp().unsqueeze(-1)
+        weight_BGKCC = pair_decay(c_BGKC, k_BGKCN)
+        scores_BGKRCC = (q_BGKRCN.flatten(3, 4) @ k_BGKCN.transpose(-1, -2)).unflatten(3, q_BGKRCN.shape[3:5])
+        scores_BGKRCC *= weight_BGKCC.unsqueeze(3)
+        overlap_BGKCC = (k_BGKCN @ k_BGKCN.transpose(-1, -2)).mul_(weight_BGKCC).tril_(-1)
+        eye_CC = torch.eye(CHUNK, dtype=k_BGKCN.dtype, device=k_BGKCN.device)
+        x_BGKCC = torch.linalg.solve_triangular(overlap_BGKCC * b_BGKC1, eye_CC, upper=False, unitriangular=True)
+
+        u_BGKCP = x_BGKCC @ (v_BGKCP * b_BGKC1)  # without what the state takes away: that is subtracted in the loop
+        from_state_BGKCN = x_BGKCC @ (k_BGKCN * (b_BGKC1 * read_BGKC1))
+        chunks = k_BGKCN.shape[2]
+        states_BGKNP = state_BGNP.unsqueeze(2).repeat(1, 1, chunks + 1, 1, 1)  # the first is at the start
+        total_BGK11 = read_BGKC1[..., -1:, :]
+        for i in range(chunks):
+            before = states_BGKNP[:, :, i]
+            u_BGKCP[:, :, i] -= from_state_BGKCN[:, :, i] @ before
+            states_BGKNP[:, :, i + 1] = k_end_BGKCN[:, :, i].transpose(-1, -2) @ u_BGKCP[:, :, i]
+            states_BGKNP[:, :, i + 1].addcmul_(before, total_BGK11[:, :, i])
+
+        y_BGKQP = scores_BGKRCC.flatten(3, 4) @ u_BGKCP
+        y_BGKQP += (q_BGKRCN * read_BGKC1.unsqueeze(3)).flatten(3, 4) @ states_BGKNP[:, :, :-1]
+        ctx.save_for_backward(
+            q_BGKRCN, k_BGKCN, v_BGKCP, c_BGKC, b_BGKC, scores_BGKRCC, overlap_BGKCC, x_BGKCC, u_BGKCP, states_BGKNP
+        )
+        return y_BGKQP.unflatten(3, q_BGKRCN.shape[3:5]), states_BGKNP[:, :, -1].clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        q_BGKRCN, k_BGKCN, v_BGKCP, c_BGKC, b_BGKC, scores_BGKRCC, overlap_BGKCC, x_BGKCC, u_BGKCP, states_BGKNP = (
+            ctx.saved_tensors
+        )
+        dy_BGKQP, dstate_BGNP = grads[0].flatten(3, 4), grads[1]
+        read_BGKC1, b_BGKC1 = c_BGKC.exp().unsqueeze(-1), b_BGKC.unsqueeze(-1)
+        rest_BGKC1 = (c_BGKC[..., -1:] - c_BGKC).exp().unsqueeze(-1)
+        q_read_BGKQN = (q_BGKRCN * read_BGKC1.unsqueeze(3)).flatten(3, 4)
+        before_BGKNP = states_BGKNP[:, :, :-1].contiguous()
+
+        # from the last chunk backwards: dr = X^T (scores^T dy + k_end dS), with dS the gradient of the state after it
+        xt_BGKCC = x_BGKCC.transpose(-1, -2)
+        dr_BGKCP = xt_BGKCC @ (scores_BGKRCC.flatten(3, 4).transpose(-1, -2) @ dy_BGKQP)
+        from_after_BGKCN = xt_BGKCC @ (k_BGKCN * rest_BGKC1)
+        erasing_BGKNC = (k_BGKCN * (b_BGKC1 * read_BGKC1)).transpose(-1, -2)
+        dstates_BGKNP = torch.empty_like(states_BGKNP)
+        dstates_BGKNP[:, :, -1] = dstate_BGNP
+        dstates_BGKNP[:, :, :-1] = q_read_BGKQN.transpose(-1, -2) @ dy_BGKQP
+        total_BGK11 = read_BGKC1[..., -1:, :]
+        for i in reversed(range(k_BGKCN.shape[2])):
+            dafter = dstates_BGKNP[:, :, i + 1]
+            dr_BGKCP[:, :, i] += from_after_BGKCN[:, :, i] @ dafter
+            dstates_BGKNP[:, :, i].addcmul_(dafter, total_BGK11[:, :, i])
+            dstates_BGKNP[:, :, i] -= erasing_BGKNC[:, :, i] @ dr_BGKCP[:, :, i]
+        dafter_BGKNP = dstates_BGKNP[:, :, 1:].contiguous()
+
+        weight_BGKCC = pair_decay(c_BGKC, k_BGKCN)
+        dscores_BGKRCC = (dy_BGKQP @ u_BGKCP.transpose(-1, -2)).unflatten(3, q_BGKRCN.shape[3:5])
+        dscores_BGKQC = dscores_BGKRCC.mul_(weight_BGKCC.unsqueeze(3)).flatten(3, 4)
+        da_BGKCC = (dr_BGKCP @ u_BGKCP.transpose(-1, -2)).neg_()
+        doverlap_BGKCC = (da_BGKCC * weight_BGKCC).tril_(-1).mul_(b_BGKC1)
+        dr_state_BGKCN = dr_BGKCP @ before_BGKNP.transpose(-1, -2)  # of e^c k in what the state takes from r
+
+        dq_BGKQN = dscores_BGKQC @ k_BGKCN
+        dq_BGKRCN = dq_BGKQN.unflatten(3, q_BGKRCN.shape[3:5])
+        dq_BGKRCN += (dy_BGKQP @ before_BGKNP.transpose(-1, -2)).unflatten(
+            3, q_BGKRCN.shape[3:5]
+        ) * read_BGKC1.unsqueeze(3)
+        dread_BGKCN = doverlap_BGKCC @ k_BGKCN - dr_state_BGKCN * (b_BGKC1 * read_BGKC1)
+        dwritten_BGKCN = dscores_BGKQC.transpose(-1, -2) @ q_BGKRCN.flatten(3, 4)
+        dwritten_BGKCN += doverlap_BGKCC.transpose(-1, -2) @ k_BGKCN
+        dwritten_BGKCN += (u_BGKCP @ dafter_BGKNP.transpose(-1, -2)) * rest_BGKC1
+
+        dc_BGKC = (q_BGKRCN * dq_BGKRCN).sum((3, 5)) + (k_BGKCN * (dread_BGKCN - dwritten_BGKCN)).sum(-1)
+        dc_BGKC[..., -1] += (states_BGKNP[:, :, 1:] * dafter_BGKNP).sum((-1, -2))
+        db_BGKC = (da_BGKCC * overlap_BGKCC).sum(-1) + (dr_BGKCP * v_BGKCP).sum(-1)
+        db_BGKC -= (dr_state_BGKCN * k_BGKCN).sum(-1) * read_BGKC1.squeeze(-1)
+        dk_BGKCN = dread_BGKCN + dwritten_BGKCN
+        return dq_BGKRCN, dk_BGKCN, dr_BGKCP * b_BGKC1, dc_BGKC, db_BGKC, dstates_BGKNP[:, :, 0]

@@ -1,9 +1,11 @@
 """The delta recurrence with a decay for every key channel: S_t = diag(a_t) S_{t-1} - w_t (e_t S_{t-1}) + k_t v_t^T.
 
 The transition is diagonal plus low rank: what the erasing key e_t reads from the old state is subtracted along w_t.
-RWKV-7 is e = k / |k|, w = a e; the delta rule with vector decay (KDA) is e = diag(a) k, w = b k and b v for the values.
+RWKV-7 is e = k / |k|, w = a e; the delta rule with vector decay (KDA) is e = diag(a) k, w = b k and b v for the
+values.
 All that a chunk erases, u_t = e_t S_{t-1}, solves one unit lower triangular system (RWKV-7, arXiv 2503.14456, section
 8; DeltaNet's WY form, arXiv 2406.06484).
+`w` is (B, G, T, N), or (B, G, T): then it is this factor times k, which is cheaper.
 States and decays are float32 or wider; a decay of log 0 with zero k and w leaves the state as it is.
 
 Legend: B batch, H query heads, G state heads, R = H / G, T time, K chunks, C time within a chunk, N key width, P value
@@ -12,9 +14,10 @@ width.
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from subquad.ops import triton
-from subquad.ops.common import full_precision, initial_state, into_chunks, loop, wide
+from subquad.ops.common import decayed, full_precision, initial_state, into_chunks, loop, wide
 from subquad.ops.products import decayed_products
 
 CHUNK = 16  # the within-chunk products take C * C * N operations for each chunk
@@ -27,13 +30,14 @@ def dplr_step(
     v_BG1P: Tensor,
     log_a_BG1N: Tensor,
     e_BG1N: Tensor,
-    w_BG1N: Tensor,
+    w: Tensor,
     state_BGNP: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """One token of the recurrence. Returns y (B, H, 1, P) and the new state (B, G, N, P)."""
     state = initial_state(state_BGNP, k_BG1N, v_BG1P)
     u_BG1P = wide(e_BG1N) @ state
-    state = state * wide(log_a_BG1N).exp().transpose(-1, -2) - wide(w_BG1N).transpose(-1, -2) * u_BG1P
+    w_BG1N = wide(w) if w.dim() == 4 else wide(w).unsqueeze(-1) * wide(k_BG1N)
+    state = decayed(state, log_a_BG1N) - w_BG1N.transpose(-1, -2) * u_BG1P
     state = torch.addcmul(state, wide(k_BG1N).transpose(-1, -2), wide(v_BG1P))
     q_BGRN = wide(q_BH1N).squeeze(2).unflatten(1, (k_BG1N.shape[1], -1))
     return (q_BGRN @ state).flatten(1, 2).unsqueeze(2).to(v_BG1P.dtype), state
@@ -45,12 +49,12 @@ def dplr_loop(
     v_BGTP: Tensor,
     log_a_BGTN: Tensor,
     e_BGTN: Tensor,
-    w_BGTN: Tensor,
+    w: Tensor,
     state_BGNP: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The recurrence step by step: the reference of the tests. Returns y (B, H, T, P) and the state (B, G, N, P)."""
     start = initial_state(state_BGNP, k_BGTN, v_BGTP)
-    return loop(dplr_step, q_BHTN, k_BGTN, v_BGTP, log_a_BGTN, e_BGTN, w_BGTN, state=start)
+    return loop(dplr_step, q_BHTN, k_BGTN, v_BGTP, log_a_BGTN, e_BGTN, w, state=start)
 
 
 @full_precision
@@ -60,25 +64,31 @@ def dplr_chunk(
     v_BGTP: Tensor,
     log_a_BGTN: Tensor,
     e_BGTN: Tensor,
-    w_BGTN: Tensor,
+    w: Tensor,
     state_BGNP: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The recurrence in parallel over chunks. Returns y (B, H, T, P) in v's dtype and the state (B, G, N, P)."""
     if triton.serves(q_BHTN):
-        return triton.dplr(q_BHTN, k_BGTN, v_BGTP, log_a_BGTN, e_BGTN, w_BGTN, state_BGNP)
+        return triton.dplr(q_BHTN, k_BGTN, v_BGTP, log_a_BGTN, e_BGTN, w, state_BGNP)
     T, G = q_BHTN.shape[2], k_BGTN.shape[1]
     state_BGNP = initial_state(state_BGNP, k_BGTN, v_BGTP)
     q = into_chunks(q_BHTN, CHUNK).unflatten(1, (G, -1)).transpose(2, 3)  # B G K R C N
-    k, v, log_a, e, w = (into_chunks(x, CHUNK) for x in (k_BGTN, v_BGTP, log_a_BGTN, e_BGTN, w_BGTN))
+    k, v, log_a, e = (into_chunks(x, CHUNK) for x in (k_BGTN, v_BGTP, log_a_BGTN, e_BGTN))
+    w = into_chunks(w, CHUNK)
     c = log_a.cumsum(-2)
-    before = c - log_a  # what a state has decayed by when e_t reads it
-    keys, c_LCN, leading = torch.stack([k, w], 3).flatten(0, 2), c.flatten(0, 2), c.shape[:3]
-    erased = decayed_products(e.flatten(0, 2).unsqueeze(1), before.flatten(0, 2), keys, c_LCN, strict=True)
-    read = decayed_products(q.flatten(0, 2), c_LCN, keys, c_LCN)
-    (ek, ew), (qk, qw) = (x.unflatten(0, leading).unbind(-3) for x in (erased.squeeze(1), read))
+    # What e_t reads has decayed as what q_{t-1} reads: one token earlier it is one more query.
+    reads = torch.cat([q, pad(e, (0, 0, -1, 1)).unsqueeze(3)], 3).flatten(0, 2)
+    keys = torch.stack([k, w] if w.dim() == 5 else [k], 3).flatten(0, 2)
+    c_LCN, leading = c.flatten(0, 2), c.shape[:3]
+    products = decayed_products(reads, c_LCN, keys, c_LCN).unflatten(0, leading)  # B G K R+1 S C C
+    if w.dim() == 4:
+        products = torch.cat([products, products * w[..., None, None, None, :]], 4)
+        w = w.unsqueeze(-1) * k
+    qk, qw = products[:, :, :, :-1].unbind(4)
+    ek, ew = pad(products[:, :, :, -1], (0, 0, 1, -1)).unbind(3)
 
-    # (I + ew) u = ek v + e^{before} e S_0: solved for both right-hand sides at once, S_0 being unknown yet
-    right = torch.cat([ek @ v, e * before.exp()], -1)
+    # (I + ew) u = ek v + e^{c before} e S_0: solved for both right-hand sides at once, S_0 being unknown yet
+    right = torch.cat([ek @ v, e * (c - log_a).exp()], -1)
     solved = torch.linalg.solve_triangular(ew, right, upper=False, unitriangular=True)
     from_v, from_state = solved.split([v.shape[-1], k.shape[-1]], -1)
 

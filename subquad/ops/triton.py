@@ -89,7 +89,7 @@ def dplr(
     v_BGTP: Tensor,
     log_a_BGTN: Tensor,
     e_BGTN: Tensor,
-    w_BGTN: Tensor,
+    w: Tensor,
     state_BGNP: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """`dplr_chunk` on Triton, whose erasing key has the other sign."""
@@ -102,7 +102,7 @@ def dplr(
         _time_first(k_BGTN, heads),
         _time_first(v_BGTP, heads),
         _time_first(-e_BGTN, heads),
-        _time_first(w_BGTN, heads),
+        _time_first(w if w.dim() == 4 else w.unsqueeze(-1) * k_BGTN, heads),
         _time_first(log_a_BGTN, heads).float(),
         scale=1.0,
         initial_state=state,
