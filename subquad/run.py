@@ -124,18 +124,18 @@ def facts(run: Run, command: str | None) -> dict[str, Any]:
             "python": platform.python_version(),
         },
         "machine": {
-            "processor": _processor(),
+            "processor": processor(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
-            "device": _device_name(run.accelerator.device),
+            "device": device_name(run.accelerator.device),
             "processes": run.accelerator.num_processes,
         },
         "command": command,
-        "commit": _commit(),
+        "commit": source_commit(),
     }
 
 
-def _processor() -> str:
+def processor() -> str:
     info = Path("/proc/cpuinfo")
     if info.is_file():
         for line in info.read_text().splitlines():
@@ -144,11 +144,11 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def _commit() -> str | None:
+def source_commit() -> str | None:
     """The commit of the source tree, if Subquad runs from one."""
     here = Path(__file__).parent
     try:

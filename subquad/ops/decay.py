@@ -32,9 +32,8 @@ def decay_step(
 ) -> tuple[Tensor, Tensor]:
     """One token of the recurrence. Returns y (B, H, 1, P) and the new state (B, G, N, P)."""
     state = initial_state(state_BGNP, k_BG1N, v_BG1P)
-    if log_a is not None:
-        state = decayed(state, log_a)
-    state = torch.addcmul(state, wide(k_BG1N).transpose(-1, -2), wide(v_BG1P))
+    state = state.clone() if log_a is None else decayed(state, log_a)
+    state.addcmul_(wide(k_BG1N).transpose(-1, -2), wide(v_BG1P))
     q_BGRN = wide(q_BH1N).squeeze(2).unflatten(1, (k_BG1N.shape[1], -1))
     y_BGRP = q_BGRN @ state
     return y_BGRP.flatten(1, 2).unsqueeze(2).to(v_BG1P.dtype), state

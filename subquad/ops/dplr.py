@@ -37,8 +37,9 @@ def dplr_step(
     state = initial_state(state_BGNP, k_BG1N, v_BG1P)
     u_BG1P = wide(e_BG1N) @ state
     w_BG1N = wide(w) if w.dim() == 4 else wide(w).unsqueeze(-1) * wide(k_BG1N)
-    state = decayed(state, log_a_BG1N) - w_BG1N.transpose(-1, -2) * u_BG1P
-    state = torch.addcmul(state, wide(k_BG1N).transpose(-1, -2), wide(v_BG1P))
+    state = decayed(state, log_a_BG1N)
+    state.addcmul_(w_BG1N.transpose(-1, -2), u_BG1P, value=-1)
+    state.addcmul_(wide(k_BG1N).transpose(-1, -2), wide(v_BG1P))
     q_BGRN = wide(q_BH1N).squeeze(2).unflatten(1, (k_BG1N.shape[1], -1))
     return (q_BGRN @ state).flatten(1, 2).unsqueeze(2).to(v_BG1P.dtype), state
 

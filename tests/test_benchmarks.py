@@ -1,0 +1,142 @@
+"""The benchmark of the recurrences: its arithmetic, that rivals compute what ours do, and a whole run in miniature."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import ops
+
+TINY = ["heads=2", "width=8", "lengths=[32,64]", "positions=[10,40]", "step_rounds=3", "memory_length=64", "matmul=32"]
+OURS = {"linear", "decay-scalar", "decay-vector", "delta-scalar", "delta-vector", "dplr"}
+EVERYONE = OURS | {"sdpa", "hf-mamba2", "hf-mamba2-64", "hf-delta"}
+
+
+def settings(**changes):
+    small = {"heads": 2, "width": 8, "lengths": (32,), "memory_length": 64, "rounds": (1, 1), "matmul": 32}
+    return ops.Settings(**{**small, **changes})
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """The JSON and the picture of one tiny run."""
+    folder = tmp_path_factory.mktemp("benchmark")
+    files = ["--json", str(folder / "ops.json"), "--plot", str(folder / "ops.png")]
+    ops.main(["--quick", "--device", "cpu", "--parts", "times", "decode", *files, "--set", *TINY])
+    return json.loads((folder / "ops.json").read_text()), folder / "ops.png"
+
+
+def test_a_run_has_every_contender_with_positive_times(ran):
+    report, _ = ran
+    assert {c["name"] for c in report["contenders"]} == EVERYONE
+    cells = {(row["contender"], row["mode"], row["length"]): row for row in report["times"]}
+    assert set(cells) == {(n, mode, length) for n in EVERYONE | {"matmul"} for mode in ops.MODES for length in (32, 64)}
+    assert all(0 < row["low"] <= row["seconds"] <= row["high"] for row in report["times"])
+    assert all(len(row["samples"]) == 2 for row in report["times"])
+    assert all(row["share_of_matmul"] > 0 for row in report["times"] if row["contender"] != "matmul")
+
+
+def test_a_run_compares_ours_with_attention_and_with_rivals_of_the_same_rule(ran):
+    report, _ = ran
+    pairs = {(row["contender"], row["rival"]) for row in report["faster"]}
+    same_rule = {("decay-scalar", "hf-mamba2"), ("decay-scalar", "hf-mamba2-64"), ("delta-scalar", "hf-delta")}
+    assert pairs == {(name, "sdpa") for name in OURS} | same_rule
+    assert all(0 < row["faster"]["low"] <= row["faster"]["median"] for row in report["faster"])
+
+
+def test_a_run_decodes_with_a_state_of_one_size(ran):
+    rows = ran[0]["decode"]
+    assert {(row["contender"], row["batch"]) for row in rows} == {(name, batch) for name in OURS for batch in (1, 16)}
+    for row in rows:
+        assert row["state_bytes"] == row["batch"] * 2 * 8 * 8 * 4
+        assert set(row["step"]) == {"10", "40"} and row["copy"]["seconds"] > 0
+
+
+def test_a_run_says_what_it_ran_on(ran):
+    report, picture = ran
+    assert report["command"].startswith("python -m benchmarks.ops --quick")
+    assert report["settings"]["heads"] == 2 and report["machine"]["threads"] > 0
+    assert {"date", "commit", "versions", "environment"} <= set(report)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_rivals_compute_what_ours_do(ran):
+    assert set(ran[0]["agreement"]) == {"hf-mamba2", "hf-mamba2-64", "hf-delta"}
+    assert all(difference < 1e-5 for difference in ran[0]["agreement"].values())
+
+
+def test_gradients_reach_every_argument():
+    for contender in ops.find_contenders("cpu"):
+        grads = ops.prepared(contender, ops.make_inputs(settings(), 32), "forward+backward")()
+        assert len(grads) == len(contender.takes)
+        assert all(torch.isfinite(grad).all() and grad.any() for grad in grads), contender.name
+
+
+def test_a_contender_that_would_take_too_long_is_left_out(monkeypatch):
+    slow = {"sdpa": 3.0}
+    monkeypatch.setattr(ops, "race", lambda calls, *_: {name: [slow.get(name, 0.1)] for name in calls})
+    rows = ops.measure_times(settings(lengths=(16, 32, 64), limit=5.0), ops.find_contenders("cpu"), lambda _: None)
+    left_out = [row for row in rows if row["seconds"] is None]
+    assert {(row["contender"], row["length"]) for row in left_out} == {("sdpa", 32), ("sdpa", 64)}
+    assert [row["expected_seconds"] for row in left_out] == pytest.approx([6, 6, 12, 12])
+    table = ops.times_table({"times": rows}, "forward", {c.name: c.label for c in ops.find_contenders("cpu")})
+    assert list(table.columns[3].cells)[6] == "–"
+
+
+@pytest.mark.parametrize(
+    "known, length, seconds",
+    [
+        ({}, 512, 0.0),
+        ({512: 1.0}, 1024, 2.0),  # linear, until more is known
+        ({256: 1.0, 512: 4.0}, 1024, 16.0),  # quadratic
+        ({256: 1.0, 512: 1.0}, 1024, 2.0),  # overhead only: it will not stay so
+        ({128: 9.0, 256: 1.0, 512: 4.0}, 2048, 64.0),  # the last two count, also across a gap
+    ],
+)
+def test_expected_seconds(known, length, seconds):
+    assert ops.expected_seconds(known, length) == pytest.approx(seconds)
+
+
+def test_spread_and_ratio():
+    assert ops.spread([3.0, 1.0, 2.0, 10.0]) == (2.5, 1.0, 10.0)
+    # the second round was slow for both: the ratio within rounds does not see it, one of medians would
+    assert ops.ratio([2.0, 20.0, 4.0], [1.0, 10.0, 1.0]) == (2.0, 2.0, 4.0)
+
+
+def test_a_race_gives_everyone_a_turn_each_round_and_stops_in_time():
+    order = []
+    calls = {name: lambda name=name: order.append(name) for name in "abc"}
+    samples = ops.race(calls, (2, 5), 60)
+    assert [len(times) for times in samples.values()] == [5, 5, 5]
+    assert all(sorted(order[i : i + 3]) == ["a", "b", "c"] for i in range(0, 15, 3))
+    assert [len(times) for times in ops.race(calls, (2, 5), 0).values()] == [2, 2, 2]
+
+
+def test_useful_flops():
+    assert ops.useful_flops("softmax", 100, 8) == 2 * 100 * 100 * 8
+    assert ops.useful_flops("scalar decay", 10, 8) == 10 * (4 * 64 * 8 + 4 * 8 * 8)
+    assert ops.useful_flops("dplr", 1, 64) == 24 * 64 * 64
+    assert {c.rule for c in ops.find_contenders("cpu")} == set(ops.FORMULAS)
+
+
+def test_memory_of_this_process():
+    found = {c.name: ops.measure_one_memory(c, settings()) for c in ops.find_contenders("cpu")}
+    assert all(row["peak_bytes"] >= 0 for row in found.values())
+    assert all(found[name]["state_growth_bytes"] == 0 for name in OURS)
+    assert "state_growth_bytes" not in found["sdpa"]
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_compile_says_where_it_fails(monkeypatch, works):
+    def fails(*_):
+        raise RuntimeError("no compiler in /some/folder")
+
+    monkeypatch.setattr(torch, "compile", lambda call, **_: call if works else fails)
+    rows = ops.measure_compile(settings(compile_length=16), ops.find_contenders("cpu"), lambda _: None)
+    assert [(row["contender"], row["mode"]) for row in rows] == [(n, m) for n in ops.COMPILED for m in ops.MODES]
+    if works:
+        assert all(row["faster"]["median"] > 0 and row["compile_seconds"] > 0 for row in rows)
+    else:
+        assert {row["failed"] for row in rows} == {"torch.compile failed: RuntimeError"}
+    table = ops.compile_table({"compile": rows, "settings": {"compile_length": 16}}, dict.fromkeys(ops.COMPILED, ""))
+    assert table.row_count == 4
