@@ -7,7 +7,7 @@ States and decays are float32 or wider, whatever the dtype of q, k and v. Differ
 taken before the exponential and only where they are not positive, so nothing overflows, however strong the decay.
 
 Sources: the chunked form for scalar decay is Mamba-2's SSD (arXiv 2405.21060, section 6); for vector decay GLA's
-(arXiv 2312.06635, section 4), with the within-chunk products taken exactly instead of by secondary chunks.
+(arXiv 2312.06635, section 4), with the products within a chunk as in products.py.
 
 Legend: B batch, H query heads, G state heads, R = H / G, T time, K chunks, C time within a chunk, N key width, P value
 width, L = B G K, Q = R C queries of a chunk.
@@ -23,7 +23,7 @@ from subquad.ops.common import decayed, full_precision, initial_state, into_chun
 from subquad.ops.products import decayed_products, gradients
 
 SCALAR_CHUNK = 64
-VECTOR_CHUNK = 16  # the within-chunk products take C * C * N operations for each chunk
+VECTOR_CHUNK = 32  # longer ones pay more for products within, shorter ones for steps between
 
 
 @full_precision

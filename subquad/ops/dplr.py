@@ -20,7 +20,7 @@ from subquad.ops import triton
 from subquad.ops.common import decayed, full_precision, initial_state, into_chunks, loop, wide
 from subquad.ops.products import decayed_products
 
-CHUNK = 16  # the within-chunk products take C * C * N operations for each chunk
+CHUNK = 32  # longer ones pay more for products within, shorter ones for steps between
 
 
 @full_precision

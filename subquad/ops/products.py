@@ -1,13 +1,15 @@
 """Products of queries and keys under a decay of every key channel: s_ij = sum_n x_in e^{c_in - d_jn} y_jn for j <= i.
 
-The exponents are never positive, so nothing overflows, however strong the decay; that is why the exponential cannot be
-split into a factor of i and one of j and made a matrix product. The (C, C, N) products exist only a few chunks at a
-time, in the forward pass and again in the backward, which needs no more than them:
+The exponents are never positive, so nothing overflows, however strong the decay. e^{c_i - d_j} cannot be split into a
+factor of i and one of j for all pairs: one of the two would overflow. It can for queries and keys on two sides of a
+boundary r, for e^{c_i - r} and e^{r - d_j} are both at most 1. So a chunk is halved: across the halves the products are
+one matrix product, and each half is a smaller chunk. Only blocks of a few tokens are left to the (C, C, N) exponentials
+(GLA's secondary chunks, arXiv 2312.06635, section 4.3, taken to the end). The gradients come the same way:
 
     dx_in = sum_j ds_ij e^{..} y_jn,   dy_jn = sum_i ds_ij e^{..} x_in,   dc = x dx,   dd = -y dy.
 
 Legend: L all leading dimensions at once (batch, heads, chunks), R queries that share a decay, S keys that share a
-decay, C time within a chunk, N key width.
+decay, C time within a chunk, A the half of C, N key width.
 """
 
 from typing import Any
@@ -15,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+BLOCK = 4  # tokens of a block that is not halved any more
 AT_ONCE = 1 << 20  # elements of the (C, C, N) products that exist together: they should stay in a processor's cache
 
 
@@ -27,35 +30,75 @@ def decayed_products(x_LRCN: Tensor, c_LCN: Tensor, y_LSCN: Tensor, d_LCN: Tenso
     return result
 
 
-def _decay(c_LCN: Tensor, d_LCN: Tensor) -> Tensor:
-    """e^{c_i - d_j} where j <= i, else 0: (L, C, C, N)."""
-    C = c_LCN.shape[1]
-    seen_CC = torch.ones(C, C, dtype=torch.bool, device=c_LCN.device).tril()
-    return (c_LCN.unsqueeze(2) - d_LCN.unsqueeze(1)).masked_fill_(~seen_CC.unsqueeze(-1), -torch.inf).exp_()
-
-
 class _DecayedProducts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_LRCN: Tensor, c_LCN: Tensor, y_LSCN: Tensor, d_LCN: Tensor) -> Tensor:
         ctx.save_for_backward(x_LRCN, c_LCN, y_LSCN, d_LCN)
-        parts = []
-        for x, c, y, d in _slices(x_LRCN, c_LCN, y_LSCN, d_LCN):
-            decay = _decay(c, d)
-            # matrix products over n, one for each query position: (R, N) with (S C, N)
-            keys = (decay.unsqueeze(2) * y.transpose(1, 2).unsqueeze(1).transpose(2, 3)).flatten(2, 3)
-            scores = x.transpose(1, 2) @ keys.transpose(-1, -2)
-            parts.append(scores.unflatten(-1, (y.shape[1], -1)).permute(0, 2, 3, 1, 4))
-        return torch.cat(parts)
+        return _products(x_LRCN, c_LCN, y_LSCN, d_LCN)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
         x_LRCN, c_LCN, y_LSCN, d_LCN = ctx.saved_tensors
         dx, dy = gradients(grads[0], x_LRCN, c_LCN, y_LSCN, d_LCN)
         return dx, (x_LRCN * dx).sum(1), dy, -(y_LSCN * dy).sum(1)
 
 
+def _products(x_LRCN: Tensor, c_LCN: Tensor, y_LSCN: Tensor, d_LCN: Tensor) -> Tensor:
+    L, R, C, _ = x_LRCN.shape
+    if C <= BLOCK or C % 2:
+        return _exact(x_LRCN, c_LCN, y_LSCN, d_LCN)
+    A, S = C // 2, y_LSCN.shape[1]
+    late, early = _across(c_LCN, d_LCN)
+    reads_LQN, keys_LKN = (x_LRCN[:, :, A:] * late).flatten(1, 2), (y_LSCN[:, :, :A] * early).flatten(1, 2)
+    within = _products(*(_halved(z) for z in (x_LRCN, c_LCN, y_LSCN, d_LCN))).unflatten(0, (L, 2))
+    s_LRSCC = x_LRCN.new_zeros(L, R, S, C, C)
+    s_LRSCC[..., :A, :A], s_LRSCC[..., A:, A:] = within.unbind(1)
+    s_LRSCC[..., A:, :A] = (reads_LQN @ keys_LKN.transpose(-1, -2)).view(L, R, A, S, A).transpose(2, 3)
+    return s_LRSCC
+
+
 def gradients(ds_LRSCC: Tensor, x_LRCN: Tensor, c_LCN: Tensor, y_LSCN: Tensor, d_LCN: Tensor) -> tuple[Tensor, Tensor]:
     """Those of the products' arguments x and y, from the products' own."""
+    L, R, C, _ = x_LRCN.shape
+    if C <= BLOCK or C % 2:
+        return _exact_gradients(ds_LRSCC, x_LRCN, c_LCN, y_LSCN, d_LCN)
+    A, S = C // 2, y_LSCN.shape[1]
+    late, early = _across(c_LCN, d_LCN)
+    reads_LQN, keys_LKN = (x_LRCN[:, :, A:] * late).flatten(1, 2), (y_LSCN[:, :, :A] * early).flatten(1, 2)
+    within = torch.stack([ds_LRSCC[..., :A, :A], ds_LRSCC[..., A:, A:]], 1).flatten(0, 1)
+    dx, dy = gradients(within, *(_halved(z) for z in (x_LRCN, c_LCN, y_LSCN, d_LCN)))
+    dx_LRCN, dy_LSCN = (z.unflatten(0, (L, 2)).transpose(1, 2).flatten(2, 3) for z in (dx, dy))
+    across_LQK = ds_LRSCC[..., A:, :A].transpose(2, 3).reshape(L, R * A, S * A)
+    dx_LRCN[:, :, A:] += (across_LQK @ keys_LKN).unflatten(1, (R, A)) * late
+    dy_LSCN[:, :, :A] += (across_LQK.transpose(-1, -2) @ reads_LQN).unflatten(1, (S, A)) * early
+    return dx_LRCN, dy_LSCN
+
+
+def _halved(z: Tensor) -> Tensor:
+    """The two halves of every chunk as chunks of their own: (L, .., C, N) -> (2 L, .., A, N)."""
+    return z.unflatten(-2, (2, -1)).movedim(-3, 1).flatten(0, 1)
+
+
+def _across(c_LCN: Tensor, d_LCN: Tensor) -> tuple[Tensor, Tensor]:
+    """e^{c_i - r} for the later half and e^{r - d_j} for the earlier, r being d at its end: (L, 1, A, N) each."""
+    A = c_LCN.shape[1] // 2
+    boundary_L1N = d_LCN[:, A - 1 : A]
+    return (c_LCN[:, A:] - boundary_L1N).exp().unsqueeze(1), (boundary_L1N - d_LCN[:, :A]).exp().unsqueeze(1)
+
+
+def _exact(x_LRCN: Tensor, c_LCN: Tensor, y_LSCN: Tensor, d_LCN: Tensor) -> Tensor:
+    parts = []
+    for x, c, y, d in _slices(x_LRCN, c_LCN, y_LSCN, d_LCN):
+        # matrix products over n, one for each query position: (R, N) with (S C, N)
+        keys = (_decay(c, d).unsqueeze(2) * y.transpose(1, 2).unsqueeze(1).transpose(2, 3)).flatten(2, 3)
+        scores = x.transpose(1, 2) @ keys.transpose(-1, -2)
+        parts.append(scores.unflatten(-1, (y.shape[1], -1)).permute(0, 2, 3, 1, 4))
+    return torch.cat(parts)
+
+
+def _exact_gradients(
+    ds_LRSCC: Tensor, x_LRCN: Tensor, c_LCN: Tensor, y_LSCN: Tensor, d_LCN: Tensor
+) -> tuple[Tensor, Tensor]:
     parts = []
     for x, c, y, d, ds in _slices(x_LRCN, c_LCN, y_LSCN, d_LCN, ds_LRSCC):
         decay_LCCN = _decay(c, d)
@@ -68,6 +111,13 @@ def gradients(ds_LRSCC: Tensor, x_LRCN: Tensor, c_LCN: Tensor, y_LSCN: Tensor, d
         parts.append((dx, dy))
     dx_LRCN, dy_LSCN = (torch.cat(part) for part in zip(*parts, strict=True))
     return dx_LRCN, dy_LSCN
+
+
+def _decay(c_LCN: Tensor, d_LCN: Tensor) -> Tensor:
+    """e^{c_i - d_j} where j <= i, else 0: (L, C, C, N)."""
+    C = c_LCN.shape[1]
+    seen_CC = torch.ones(C, C, dtype=torch.bool, device=c_LCN.device).tril()
+    return (c_LCN.unsqueeze(2) - d_LCN.unsqueeze(1)).masked_fill_(~seen_CC.unsqueeze(-1), -torch.inf).exp_()
 
 
 def _slices(*tensors: Tensor) -> Any:
