@@ -5,7 +5,10 @@ import json
 import pytest
 import torch
 
-from benchmarks import ops
+from benchmarks.ops import __main__ as command
+from benchmarks.ops import measures
+from benchmarks.ops import report as pages
+from benchmarks.ops.contenders import COMPILED, FORMULAS, MODES, Settings, find_contenders, make_inputs, useful_flops
 
 TINY = ["heads=2", "width=8", "lengths=[32,64]", "positions=[10,40]", "step_rounds=3", "memory_length=64", "matmul=32"]
 OURS = {"linear", "decay-scalar", "decay-vector", "delta-scalar", "delta-vector", "dplr"}
@@ -14,7 +17,7 @@ EVERYONE = OURS | {"sdpa", "hf-mamba2", "hf-mamba2-64", "hf-delta"}
 
 def settings(**changes):
     small = {"heads": 2, "width": 8, "lengths": (32,), "memory_length": 64, "rounds": (1, 1), "matmul": 32}
-    return ops.Settings(**{**small, **changes})
+    return Settings(**{**small, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +25,7 @@ def ran(tmp_path_factory):
     """The JSON and the picture of one tiny run."""
     folder = tmp_path_factory.mktemp("benchmark")
     files = ["--json", str(folder / "ops.json"), "--plot", str(folder / "ops.png")]
-    ops.main(["--quick", "--device", "cpu", "--parts", "times", "decode", *files, "--set", *TINY])
+    command.main(["--quick", "--device", "cpu", "--parts", "times", "decode", *files, "--set", *TINY])
     return json.loads((folder / "ops.json").read_text()), folder / "ops.png"
 
 
@@ -30,7 +33,7 @@ def test_a_run_has_every_contender_with_positive_times(ran):
     report, _ = ran
     assert {c["name"] for c in report["contenders"]} == EVERYONE
     cells = {(row["contender"], row["mode"], row["length"]): row for row in report["times"]}
-    assert set(cells) == {(n, mode, length) for n in EVERYONE | {"matmul"} for mode in ops.MODES for length in (32, 64)}
+    assert set(cells) == {(n, mode, length) for n in EVERYONE | {"matmul"} for mode in MODES for length in (32, 64)}
     assert all(0 < row["low"] <= row["seconds"] <= row["high"] for row in report["times"])
     assert all(len(row["samples"]) == 2 for row in report["times"])
     assert all(row["share_of_matmul"] > 0 for row in report["times"] if row["contender"] != "matmul")
@@ -66,20 +69,20 @@ def test_rivals_compute_what_ours_do(ran):
 
 
 def test_gradients_reach_every_argument():
-    for contender in ops.find_contenders("cpu"):
-        grads = ops.prepared(contender, ops.make_inputs(settings(), 32), "forward+backward")()
+    for contender in find_contenders("cpu"):
+        grads = measures.prepared(contender, make_inputs(settings(), 32), "forward+backward")()
         assert len(grads) == len(contender.takes)
         assert all(torch.isfinite(grad).all() and grad.any() for grad in grads), contender.name
 
 
 def test_a_contender_that_would_take_too_long_is_left_out(monkeypatch):
     slow = {"sdpa": 3.0}
-    monkeypatch.setattr(ops, "race", lambda calls, *_: {name: [slow.get(name, 0.1)] for name in calls})
-    rows = ops.measure_times(settings(lengths=(16, 32, 64), limit=5.0), ops.find_contenders("cpu"), lambda _: None)
+    monkeypatch.setattr(measures, "race", lambda calls, *_: {name: [slow.get(name, 0.1)] for name in calls})
+    rows = measures.measure_times(settings(lengths=(16, 32, 64), limit=5.0), find_contenders("cpu"), lambda _: None)
     left_out = [row for row in rows if row["seconds"] is None]
     assert {(row["contender"], row["length"]) for row in left_out} == {("sdpa", 32), ("sdpa", 64)}
     assert [row["expected_seconds"] for row in left_out] == pytest.approx([6, 6, 12, 12])
-    table = ops.times_table({"times": rows}, "forward", {c.name: c.label for c in ops.find_contenders("cpu")})
+    table = pages.times_table({"times": rows}, "forward", {c.name: c.label for c in find_contenders("cpu")})
     assert list(table.columns[3].cells)[6] == "–"
 
 
@@ -94,33 +97,33 @@ def test_a_contender_that_would_take_too_long_is_left_out(monkeypatch):
     ],
 )
 def test_expected_seconds(known, length, seconds):
-    assert ops.expected_seconds(known, length) == pytest.approx(seconds)
+    assert measures.expected_seconds(known, length) == pytest.approx(seconds)
 
 
 def test_spread_and_ratio():
-    assert ops.spread([3.0, 1.0, 2.0, 10.0]) == (2.5, 1.0, 10.0)
+    assert measures.spread([3.0, 1.0, 2.0, 10.0]) == (2.5, 1.0, 10.0)
     # the second round was slow for both: the ratio within rounds does not see it, one of medians would
-    assert ops.ratio([2.0, 20.0, 4.0], [1.0, 10.0, 1.0]) == (2.0, 2.0, 4.0)
+    assert measures.ratio([2.0, 20.0, 4.0], [1.0, 10.0, 1.0]) == (2.0, 2.0, 4.0)
 
 
 def test_a_race_gives_everyone_a_turn_each_round_and_stops_in_time():
     order = []
     calls = {name: lambda name=name: order.append(name) for name in "abc"}
-    samples = ops.race(calls, (2, 5), 60)
+    samples = measures.race(calls, (2, 5), 60)
     assert [len(times) for times in samples.values()] == [5, 5, 5]
     assert all(sorted(order[i : i + 3]) == ["a", "b", "c"] for i in range(0, 15, 3))
-    assert [len(times) for times in ops.race(calls, (2, 5), 0).values()] == [2, 2, 2]
+    assert [len(times) for times in measures.race(calls, (2, 5), 0).values()] == [2, 2, 2]
 
 
 def test_useful_flops():
-    assert ops.useful_flops("softmax", 100, 8) == 2 * 100 * 100 * 8
-    assert ops.useful_flops("scalar decay", 10, 8) == 10 * (4 * 64 * 8 + 4 * 8 * 8)
-    assert ops.useful_flops("dplr", 1, 64) == 24 * 64 * 64
-    assert {c.rule for c in ops.find_contenders("cpu")} == set(ops.FORMULAS)
+    assert useful_flops("softmax", 100, 8) == 2 * 100 * 100 * 8
+    assert useful_flops("scalar decay", 10, 8) == 10 * (4 * 64 * 8 + 4 * 8 * 8)
+    assert useful_flops("dplr", 1, 64) == 24 * 64 * 64
+    assert {c.rule for c in find_contenders("cpu")} == set(FORMULAS)
 
 
 def test_memory_of_this_process():
-    found = {c.name: ops.measure_one_memory(c, settings()) for c in ops.find_contenders("cpu")}
+    found = {c.name: measures.measure_one_memory(c, settings()) for c in find_contenders("cpu")}
     assert all(row["peak_bytes"] >= 0 for row in found.values())
     assert all(found[name]["state_growth_bytes"] == 0 for name in OURS)
     assert "state_growth_bytes" not in found["sdpa"]
@@ -132,11 +135,11 @@ def test_compile_says_where_it_fails(monkeypatch, works):
         raise RuntimeError("no compiler in /some/folder")
 
     monkeypatch.setattr(torch, "compile", lambda call, **_: call if works else fails)
-    rows = ops.measure_compile(settings(compile_length=16), ops.find_contenders("cpu"), lambda _: None)
-    assert [(row["contender"], row["mode"]) for row in rows] == [(n, m) for n in ops.COMPILED for m in ops.MODES]
+    rows = measures.measure_compile(settings(compile_length=16), find_contenders("cpu"), lambda _: None)
+    assert [(row["contender"], row["mode"]) for row in rows] == [(n, m) for n in COMPILED for m in MODES]
     if works:
         assert all(row["faster"]["median"] > 0 and row["compile_seconds"] > 0 for row in rows)
     else:
         assert {row["failed"] for row in rows} == {"torch.compile failed: RuntimeError"}
-    table = ops.compile_table({"compile": rows, "settings": {"compile_length": 16}}, dict.fromkeys(ops.COMPILED, ""))
+    table = pages.compile_table({"compile": rows, "settings": {"compile_length": 16}}, dict.fromkeys(COMPILED, ""))
     assert table.row_count == 4

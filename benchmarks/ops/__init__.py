@@ -1,0 +1,1 @@
+"""The recurrences beside their rivals: python -m benchmarks.ops."""
