@@ -138,7 +138,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ops", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="three short lengths, two rounds")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers, samples included")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw time over length")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")

@@ -127,7 +127,7 @@ def measure_times(settings: Settings, contenders: Sequence[Contender], say: Call
             samples = race(calls, settings.rounds, settings.seconds)
             peak = 2 * settings.matmul**3 / median(samples[MATMUL])
             rows.append({"contender": MATMUL, "mode": mode, "length": length, "flops_per_second": peak})
-            rows[-1] |= _timed(samples[MATMUL])
+            rows[-1] |= {**_timed(samples[MATMUL]), "samples": samples[MATMUL]}
             for c in contenders:
                 row = {"contender": c.name, "mode": mode, "length": length}
                 if c.name not in calls:
@@ -137,13 +137,14 @@ def measure_times(settings: Settings, contenders: Sequence[Contender], say: Call
                 flops = settings.batch * settings.heads * useful_flops(c.rule, length, settings.width)
                 flops *= 3 if mode == "forward+backward" else 1
                 share = flops / median(samples[c.name]) / peak
-                rows.append({**row, **_timed(samples[c.name]), "useful_flops": flops, "share_of_matmul": share})
+                row |= {**_timed(samples[c.name]), "samples": samples[c.name]}
+                rows.append({**row, "useful_flops": flops, "share_of_matmul": share})
     return rows
 
 
 def _timed(samples: Sequence[float]) -> dict[str, Any]:
     middle, low, high = spread(samples)
-    return {"seconds": middle, "low": low, "high": high, "samples": list(samples)}
+    return {"seconds": middle, "low": low, "high": high}
 
 
 def compare(rows: Sequence[dict], contenders: Sequence[Contender]) -> list[dict]:
