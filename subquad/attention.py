@@ -37,6 +37,7 @@ from subquad.mixers import MIXERS, HeadGroup, Mixer, MixerInputs, mixer_options
 from subquad.plan import AttentionShape, Plan
 
 PROBE = "subquad_probe"
+WATCH = "subquad_watch"
 PREFIX = "subquad_"  # "subquad_sdpa": mixers, with sdpa for the heads that keep attention
 
 
@@ -48,7 +49,19 @@ class AttentionSite:
     shape: AttentionShape
 
 
+@dataclass(frozen=True)
+class AttentionCall:
+    """What an attention function computes its probabilities from: softmax(cap(scale q k^T)) over what may be seen."""
+
+    q_BHTD: Tensor
+    k_BGTD: Tensor
+    scale: float
+    softcap: float | None
+    causal: bool
+
+
 Observer = Callable[["LayerMixer", str, MixerInputs, Tensor], None]
+Inspector = Callable[["LayerMixer", str, MixerInputs], None]
 
 
 @dataclass
@@ -56,12 +69,14 @@ class Pass:
     """What one forward pass of a student carries besides its inputs.
 
     With an `observer` the pass is teacher-forced: every layer computes the teacher's attention, shows the observer each
-    mixer's inputs with the attention output of its heads, and goes on with the teacher's output.
+    mixer's inputs with the attention output of its heads, and goes on with the teacher's output. An `inspector` is
+    shown each mixer's inputs, and nothing is computed.
     """
 
     padding_BL: Tensor | None = None  # True at real tokens, past and new; None: no padding
     cache: StudentCache | None = None
     observer: Observer | None = None
+    inspector: Inspector | None = None
     restored: frozenset[int] = frozenset()  # layers that compute the teacher's attention whatever the plan says
 
 
@@ -137,6 +152,10 @@ def mixed_attention(
     def inputs_of(mixer: Mixer) -> MixerInputs:
         return _of_group(whole if mixer.rotary else unrotated, mixer.group)
 
+    if student_pass.inspector is not None:
+        for name, mixer in mixers.items():
+            student_pass.inspector(layer, name, inputs_of(mixer))
+        return torch.zeros_like(query).transpose(1, 2), None
     if student_pass.observer is not None:
         y_BHTD = attend(query, key, value)
         for name, mixer in mixers.items():
@@ -171,12 +190,8 @@ def _of_group(inputs: MixerInputs, group: HeadGroup) -> MixerInputs:
 def _base_attention(
     module: nn.Module, base: str, mask: Tensor | None, scaling: float | None, kwargs: dict[str, Any]
 ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """The model's own attention function, bound to this call: (q, k, v) -> y, all (B, heads, time, D).
-
-    'eager' is the function of that name in the model's own file, as transformers resolves it.
-    """
-    eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    function = ALL_ATTENTION_FUNCTIONS.get_interface(base, eager)
+    """The model's own attention function, bound to this call: (q, k, v) -> y, all (B, heads, time, D)."""
+    function = _attention_function(module, base)
 
     def attend(q_BHTD: Tensor, k_BGLD: Tensor, v_BGLD: Tensor) -> Tensor:
         # Attention functions read these four of the module, and the group size must be that of the heads at hand.
@@ -190,6 +205,12 @@ def _base_attention(
         return y_BTHD.transpose(1, 2)
 
     return attend
+
+
+def _attention_function(module: nn.Module, base: str) -> Callable[..., Any]:
+    """The function of the implementation `base`; 'eager' is in the model's own file, as transformers resolves it."""
+    eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    return ALL_ATTENTION_FUNCTIONS.get_interface(base, eager)
 
 
 def register(base: str) -> str:
@@ -257,6 +278,32 @@ def _attention(model: PreTrainedModel, name: str) -> Iterator[None]:
         yield
     finally:
         set_attention(model, before)
+
+
+@contextmanager
+def watched_attention(model: PreTrainedModel) -> Iterator[dict[nn.Module, AttentionCall]]:
+    """Within, `model` attends as before, and what each of its attention modules was last called with is kept."""
+    base = model.config._attn_implementation
+    calls: dict[nn.Module, AttentionCall] = {}
+
+    def watch(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scaling: float | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        causal = bool(getattr(module, "is_causal", True))
+        calls[module] = AttentionCall(query, key, scale, kwargs.get("softcap"), causal)
+        return _attention_function(module, base)(module, query, key, value, mask, scaling=scaling, **kwargs)
+
+    AttentionInterface.register(WATCH, watch)
+    AttentionMaskInterface.register(WATCH, ALL_MASK_ATTENTION_FUNCTIONS[base])
+    with _attention(model, WATCH):
+        yield calls
 
 
 @torch.no_grad()

@@ -17,6 +17,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from subquad.cli_options import (
+    BudgetOption,
+    DataOption,
+    MixerOption,
+    ModelArgument,
+    OutOption,
+    OverwriteOption,
+    PickleOption,
+    RecipeOption,
+    RemoteCodeOption,
+    ResumeOption,
+    ScaleOption,
+    SeedOption,
+    SetOption,
+    TeacherArgument,
+)
 from subquad.errors import UserError
 from subquad.files import is_disk_full
 
@@ -65,100 +81,19 @@ def _command() -> str:
 
 
 def _how_to_resume(command: str | None) -> str:
-    if command not in ("convert", "distill"):
+    if command not in ("convert", "distill", "cache-teacher"):
         return ""
     again = [argument for argument in sys.argv[1:] if argument not in ("--resume", "--overwrite")]
     return f"; go on from the last checkpoint with:\n  {shlex.join(['subquad', *again, '--resume'])}"
 
 
-# Options that several commands share
-TeacherArgument = Annotated[
-    str | None,
-    typer.Argument(
-        metavar="TEACHER",
-        help="The pretrained model to start from: a Hugging Face Hub id, a local folder, or a GGUF file. "
-        "Left out: the recipe's teacher, which is SmolLM2-135M-Instruct unless the recipe says otherwise.",
-    ),
-]
-ModelArgument = Annotated[str, typer.Argument(help="A folder that `convert` wrote, or any causal language model.")]
-RecipeOption = Annotated[
-    str,
-    typer.Option(
-        "--recipe",
-        "-r",
-        metavar="NAME|FILE",
-        help="The recipe: mixer, selector, training stages and evaluation. One that ships with Subquad (quick: minutes "
-        "on two CPU cores; kl-guided: 700M tokens on GPUs), or your own .yaml file.",
-    ),
-]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        "-s",
-        metavar="KEY=VALUE",
-        help="Change one value of the recipe, such as stages.0.tokens=50k or mixer.name=gla. May be given many times.",
-    ),
-]
-OutOption = Annotated[
-    Path | None,
-    typer.Option("--out", "-o", metavar="DIR", help="Folder to write to.", show_default="runs/NAME OF THE RECIPE"),
-]
-DataOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--data",
-        "-d",
-        metavar="SOURCE",
-        help="Text to train and measure on, instead of the recipe's: a .txt, .jsonl, .jsonl.gz or .parquet file, a "
-        "folder of them, or the id of a `datasets` data set (org/name[:config:split:column]). May be given many times.",
-    ),
-]
-MixerOption = Annotated[
-    str | None,
-    typer.Option(
-        "--mixer",
-        metavar="NAME",
-        help="What takes the place of attention, instead of the recipe's: linear, hedgehog, liger, retention, gla, "
-        "mamba2, discrete_mamba2, gated_deltanet, kda, rwkv7 or sliding_window. "
-        "Options of the mixer go through --set mixer.options.NAME=VALUE.",
-    ),
-]
-BudgetOption = Annotated[
-    str | None,
-    typer.Option(
-        "--budget",
-        "-b",
-        metavar="BUDGET",
-        help="How much may stay attention, instead of the recipe's budget: a number of layers (15), a share of them "
-        "(50%), or the cache's bytes at a context length (64MiB@32k).",
-    ),
-]
-ResumeOption = Annotated[
-    bool, typer.Option("--resume", help="Go on from the last checkpoint of a run in --out that was interrupted.")
-]
-OverwriteOption = Annotated[
-    bool, typer.Option("--overwrite", help="Delete an earlier run in --out first (never a folder of anything else).")
-]
-SeedOption = Annotated[
-    int | None,
-    typer.Option("--seed", min=0, help="Seed of the new weights and the order of the text.", show_default="recipe's"),
-]
-PickleOption = Annotated[
-    bool,
-    typer.Option("--allow-pickle", help="Accept pickled weights (.bin, .pt): a pickle can run code of its author's."),
-]
-RemoteCodeOption = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run model code that comes with the checkpoint.")
-]
-
-
-def _recipe(name: str, changes: list[str] | None, **options: object) -> "Recipe":
+def _recipe(name: str, changes: list[str] | None, tokens_scale: float = 1.0, **options: object) -> "Recipe":
     """The recipe with --set and the options that are short for one."""
     from subquad.recipe import load_recipe
 
     keys = {"budget": "selector.budget", "by": "selector.by", "mixer": "mixer.name", "seed": "seed"}
-    return load_recipe(name, [*(changes or []), *(f"{keys[o]}={v}" for o, v in options.items() if v is not None)])
+    settings = [f"{keys[option]}={value}" for option, value in options.items() if value is not None]
+    return load_recipe(name, [*(changes or []), *settings], tokens_scale)
 
 
 def _version(wanted: bool) -> None:
@@ -204,6 +139,7 @@ def convert(
         ),
     ] = None,
     changes: SetOption = None,
+    tokens_scale: ScaleOption = 1.0,
     seed: SeedOption = None,
     resume: ResumeOption = False,
     overwrite: OverwriteOption = False,
@@ -224,7 +160,7 @@ def convert(
 
         subquad convert --recipe quick --out runs/quick --resume
     """
-    chosen = _recipe(recipe, changes, mixer=mixer, budget=budget, seed=seed)
+    chosen = _recipe(recipe, changes, tokens_scale, mixer=mixer, budget=budget, seed=seed)
     from subquad.pipeline import convert as run
 
     run(
@@ -261,6 +197,7 @@ def select(
     recipe: RecipeOption = "quick",
     data: DataOption = None,
     changes: SetOption = None,
+    tokens_scale: ScaleOption = 1.0,
     seed: SeedOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a plan that is already there.")] = False,
     allow_pickle: PickleOption = False,
@@ -276,7 +213,7 @@ def select(
 
         subquad select Qwen/Qwen2.5-1.5B --by uniform --budget 64MiB@32k --mixer gla
     """
-    chosen = _recipe(recipe, changes, by=by, budget=budget, mixer=mixer, seed=seed)
+    chosen = _recipe(recipe, changes, tokens_scale, by=by, budget=budget, mixer=mixer, seed=seed)
     from subquad.pipeline import select as run
 
     run(
@@ -301,6 +238,7 @@ def distill(
     out: OutOption = None,
     data: DataOption = None,
     changes: SetOption = None,
+    tokens_scale: ScaleOption = 1.0,
     seed: SeedOption = None,
     resume: ResumeOption = False,
     overwrite: OverwriteOption = False,
@@ -324,6 +262,7 @@ def distill(
         data=data,
         plan=plan,
         changes=changes,
+        tokens_scale=tokens_scale,
         seed=seed,
         resume=resume,
         overwrite=overwrite,
@@ -357,7 +296,7 @@ def evaluate(
     """
     from rich.console import Console
 
-    from subquad.pipeline import evaluate_model
+    from subquad.jobs import evaluate_model
     from subquad.report import print_table
 
     print_table(evaluate_model(model, teacher=teacher, data=data, json_path=json_path), Console())
@@ -389,7 +328,7 @@ def generate(
 
         subquad generate runs/quick "Why is the sky blue?" --chat --temperature 0.7
     """
-    from subquad.pipeline import generate as run
+    from subquad.jobs import generate as run
 
     print(run(model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, chat=chat))
 
@@ -407,3 +346,95 @@ def report(run: Annotated[Path, typer.Argument(help="The folder of a run, finish
     from subquad.report import write_report
 
     print(write_report(run))
+
+
+@app.command("cache-teacher")
+def cache_teacher(
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder to write the cache to.")],
+    teacher: TeacherArgument = None,
+    recipe: RecipeOption = "quick",
+    data: DataOption = None,
+    tokens: Annotated[
+        str | None,
+        typer.Option(
+            "--tokens",
+            metavar="COUNT",
+            help="How much of the training text, from its start: 50000, 50k or 1.5M tokens.",
+            show_default="those of the recipe's first stage on logits",
+        ),
+    ] = None,
+    sequence_length: Annotated[
+        int | None,
+        typer.Option(
+            "--sequence-length",
+            min=1,
+            help="Tokens of a row. Training must use the same.",
+            show_default="that of the recipe's first stage on logits",
+        ),
+    ] = None,
+    top_k: Annotated[
+        int,
+        typer.Option("--top-k", "-k", min=1, help="Likeliest next tokens to keep at each position: 4 to 6 bytes each."),
+    ] = 64,
+    batch: Annotated[
+        int | None,
+        typer.Option(
+            "--batch",
+            min=1,
+            help="Rows that go through the teacher at a time.",
+            show_default="as the recipe's stage trains",
+        ),
+    ] = None,
+    changes: SetOption = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with a cache in --out that was interrupted, or make it longer.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Delete an earlier cache in --out (never a folder of anything else).")
+    ] = False,
+    allow_pickle: PickleOption = False,
+    trust_remote_code: RemoteCodeOption = False,
+) -> None:
+    """Write the teacher's answers to disk once, so that training on logits needs no teacher.
+
+    Keeps the likeliest next tokens at every position of the training text, and the mass of all others. Give the
+    teacher, recipe and data that you will train with; the last line says what the tokens left out lose.
+
+    Examples:
+
+        subquad cache-teacher --out caches/quick
+
+        subquad cache-teacher Qwen/Qwen2.5-1.5B --recipe kl-guided --tokens 50M --top-k 128 --out caches/qwen
+
+        subquad cache-teacher --out caches/quick --tokens 1M --resume
+    """
+    chosen = _recipe(recipe, changes)
+    from subquad.jobs import cache_teacher as run
+
+    run(
+        teacher=teacher or chosen.teacher,
+        recipe=chosen,
+        out=out,
+        data=data,
+        tokens=None if tokens is None else _tokens(tokens),
+        sequence_length=sequence_length,
+        top_k=top_k,
+        batch=batch,
+        resume=resume,
+        overwrite=overwrite,
+        allow_pickle=allow_pickle,
+        trust_remote_code=trust_remote_code,
+        command=_command(),
+    )
+
+
+def _tokens(text: str) -> int:
+    """`50k` -> 50000, as in a recipe."""
+    from pydantic import TypeAdapter, ValidationError
+
+    from subquad.stage import Count
+
+    try:
+        return int(TypeAdapter(Count).validate_python(text))
+    except ValidationError:
+        raise UserError(f"--tokens is '{text}': give a number of tokens above 0, such as 50000, 50k or 1.5M") from None

@@ -89,6 +89,8 @@ def verdicts(metrics: dict[str, Any], contexts: list[int]) -> list[str]:
         ("student", "untrained", "training against none"),
         ("student", "window", "the student against a training-free window of the same cache bytes"),
     ):
+        if better not in metrics or worse not in metrics:
+            continue
         for context in sorted(contexts)[-2:]:
             mine, theirs = (metrics[name]["kl_samples"][context] for name in (better, worse))
             gains = [b - a for a, b in zip(mine, theirs, strict=True)]

@@ -11,16 +11,18 @@ import os
 import shutil
 import time
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from rich.progress import Progress
 
 from subquad.attention import find_attention
+from subquad.data.packing import tokenizer_hash
 from subquad.data.text import Corpus, load_corpus
+from subquad.distill.heads import check_head
 from subquad.distill.ledger import StageResult
 from subquad.distill.loop import run_stage
-from subquad.distill.objectives import check_head
+from subquad.distill.teacher_cache import TeacherCache
 from subquad.errors import UserError
 from subquad.evaluate import samples
 from subquad.measure import measured_rows, verdicts, window_plan
@@ -29,8 +31,9 @@ from subquad.plan import ATTENTION, AttentionShape, Plan
 from subquad.recipe import Recipe, load_recipe
 from subquad.report import print_table, write_model_card, write_report
 from subquad.run import Run, facts, start_run
-from subquad.select import SELECTORS, Budget, Choice, check_selector, choose_plan, uniform_layers
-from subquad.student import Student
+from subquad.select import MEASURING, SELECTORS, Budget, Choice, check_selector, choose_plan, uniform_layers
+from subquad.stage import Stage
+from subquad.student import Student, tied
 from subquad.teacher import Teacher, load_teacher
 
 CALIBRATION_TOKENS = 1024
@@ -58,13 +61,13 @@ def convert(
     Raises UserError for anything wrong with what was given.
     """
     started = time.perf_counter()
-    recipe = _settled(recipe, teacher, data)
+    recipe = settled(recipe, teacher, data)
     given_plan = None if plan is None else Plan.load(plan)
     run = start_run(recipe, Path(out), resume=resume, overwrite=overwrite)
     with run.timed("load"):
-        source = _teacher(run, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle, layers=layers)
+        source = open_teacher(run, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle, layers=layers)
     with run.timed("data"):
-        corpus = _corpus(run, source)
+        corpus = open_corpus(run, source)
     run.say(f"teacher: {source.name}; text: {len(corpus.train):,} tokens to train on")
 
     linear = _all_linear(run, source, corpus)
@@ -77,7 +80,11 @@ def convert(
     run.say(f"plan: {chosen.pattern()}")
 
     student = _student(source, chosen, corpus, mixers_from=linear)
+    if recipe.tied_embeddings in ("untie", "retie"):
+        student.untie()
     results += _train(run, student, source, corpus, scope="plan")
+    if recipe.tied_embeddings == "retie" and tied(source.model):
+        student.retie()
 
     if run.main:
         metrics = _measure(run, source, corpus, student, linear)
@@ -110,16 +117,16 @@ def select(
 
     scores.json is written beside it. Raises UserError for anything wrong with what was given, or when `out` exists.
     """
-    recipe = _settled(recipe, teacher, data)
+    recipe = settled(recipe, teacher, data)
     out = Path(out)
     if out.exists() and not overwrite:
         raise UserError(f"{out} exists; give --overwrite to replace it")
     work = out.with_name(f"{out.stem}.work")
     run = start_run(recipe, work, resume=False, overwrite=True)
-    source = _teacher(run, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
-    corpus = _corpus(run, source)
+    source = open_teacher(run, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
+    corpus = open_corpus(run, source)
     linear = _all_linear(run, source, corpus)
-    if recipe.selector.by != "uniform":  # which measures nothing
+    if recipe.selector.by in MEASURING:
         _train(run, linear, source, corpus, scope="all-linear")
     plan, scores = _select(run, linear, source, corpus)
     run.end()
@@ -133,72 +140,10 @@ def select(
     return plan
 
 
-def evaluate_model(
-    model: str | Path,
-    *,
-    teacher: str | None = None,
-    data: list[str] | None = None,
-    json_path: str | Path | None = None,
-) -> dict[str, Any]:
-    """Measures a student's folder (or any causal language model) beside its teacher; returns metrics.json's rows.
-
-    `teacher` and `data` default to those of the recipe that made the student. Raises UserError where these are unknown.
-    """
-    recipe_file = Path(model) / "recipe.yaml"
-    if teacher is None and not recipe_file.is_file():
-        raise UserError(f"{model} does not say what its teacher is: give --teacher")
-    recipe = load_recipe(recipe_file if recipe_file.is_file() else "quick")
-    recipe = _settled(recipe, teacher or recipe.teacher, data)
-    source = load_teacher(recipe.teacher, dtype=recipe.dtype)
-    lm = load_teacher(str(model), dtype=recipe.dtype).model
-    for one in (source.model, lm):
-        check_head(one)
-    corpus = load_corpus(
-        recipe.data.sources,
-        source.tokenizer,
-        max_tokens=recipe.data.max_tokens,
-        heldout_fraction=recipe.data.heldout_fraction,
-    )
-    plan = lm.plan if isinstance(lm, Student) else Plan.all_attention(_shapes(lm))
-    name = "student" if isinstance(lm, Student) else "model"
-    plans = {"teacher": Plan.all_attention(_shapes(source.model)), name: plan}
-    metrics = measured_rows({name: lm}, source, corpus, plans, recipe.evaluate, recipe.dtype)
-    text = json.dumps(metrics | {"teacher_name": source.name}, indent=1)
-    if json_path is not None:
-        Path(json_path).write_text(text, encoding="utf-8")
-    return dict(json.loads(text))
-
-
-def generate(
-    model: str | Path,
-    prompt: str,
-    *,
-    max_new_tokens: int = 128,
-    temperature: float = 0.0,
-    seed: int = 0,
-    chat: bool = False,
-) -> str:
-    """The model's continuation of `prompt` (or, with `chat`, its answer), greedy at temperature 0."""
-    loaded = load_teacher(str(model))
-    lm, tokenizer = loaded.model, loaded.tokenizer
-    if chat:
-        if tokenizer.chat_template is None:
-            raise UserError(f"{model} has no chat template: leave out --chat")
-        messages = [{"role": "user", "content": prompt}]
-        prompt = str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
-    encoded = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat).to(lm.device)
-    torch.manual_seed(seed)
-    how = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    tokens = cast(Any, lm).generate(  # of GenerationMixin, which transformers' types hide
-        input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"], max_new_tokens=max_new_tokens, **how
-    )
-    return str(tokenizer.decode(tokens[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True))
-
-
 # Starting ------------------------------------------------------------------------------------------------------------
 
 
-def _settled(recipe: Recipe | str | Path, teacher: str, data: list[str] | None) -> Recipe:
+def settled(recipe: Recipe | str | Path, teacher: str, data: list[str] | None) -> Recipe:
     """The recipe with what was given beside it written in, and what only selectors and mixers can check, checked."""
     recipe = (recipe if isinstance(recipe, Recipe) else load_recipe(recipe)).model_copy(deep=True)
     recipe.teacher = teacher
@@ -216,15 +161,20 @@ def _settled(recipe: Recipe | str | Path, teacher: str, data: list[str] | None) 
     return recipe
 
 
-def _teacher(run: Run, **how: Any) -> Teacher:
+def open_teacher(run: Run, **how: Any) -> Teacher:
     """The recipe's teacher, on this process's device; refused by name if it cannot be converted."""
     source = load_teacher(run.recipe.teacher, dtype=run.recipe.dtype, device=str(run.accelerator.device), **how)
     find_attention(source.model)
     check_head(source.model)
+    if run.recipe.tied_embeddings == "refuse" and tied(source.model):
+        raise UserError(
+            f"the teacher '{source.name}' ties its output head to its input embedding, and the recipe refuses that "
+            "(tied_embeddings): choose untie, retie or keep, or another teacher"
+        )
     return source
 
 
-def _corpus(run: Run, source: Teacher) -> Corpus:
+def open_corpus(run: Run, source: Teacher) -> Corpus:
     data = run.recipe.data
     with run.accelerator.main_process_first():
         return load_corpus(
@@ -232,7 +182,7 @@ def _corpus(run: Run, source: Teacher) -> Corpus:
         )
 
 
-def _shapes(model: Any) -> list[AttentionShape]:
+def shapes_of(model: Any) -> list[AttentionShape]:
     return [site.shape for site in find_attention(model)]
 
 
@@ -249,7 +199,7 @@ def _student(source: Teacher, plan: Plan, corpus: Corpus, mixers_from: Student |
 def _all_linear(run: Run, source: Teacher, corpus: Corpus) -> Student:
     mixer = run.recipe.mixer
     with run.timed("calibrate"):
-        return _student(source, Plan.by_layer(_shapes(source.model), [], mixer.name, mixer.options), corpus)
+        return _student(source, Plan.by_layer(shapes_of(source.model), [], mixer.name, mixer.options), corpus)
 
 
 # Working -------------------------------------------------------------------------------------------------------------
@@ -260,13 +210,15 @@ def _train(run: Run, student: Student, source: Teacher, corpus: Corpus, scope: s
     results = []
     for index, stage in enumerate(run.recipe.stages):
         if stage.scope == scope:
+            logits_from, text = _logits_from(run, stage, source, corpus)
             with run.timed(stage.name):
                 result = run_stage(
                     stage,
                     index=index,
                     student=student,
                     teacher_model=source.model,
-                    corpus=corpus,
+                    corpus=text,
+                    logits_from=logits_from,
                     seed=run.recipe.seed,
                     out=run.out,
                     accelerator=run.accelerator,
@@ -281,14 +233,40 @@ def _train(run: Run, student: Student, source: Teacher, corpus: Corpus, scope: s
     return results
 
 
+def _logits_from(run: Run, stage: Stage, source: Teacher, corpus: Corpus) -> tuple[Any, Corpus]:
+    """What a stage's own teacher or its stored logits are, if it has such, and the text that these know."""
+    if stage.teacher is not None:
+        other = load_teacher(stage.teacher, dtype=run.recipe.dtype, device=str(run.accelerator.device))
+        if other.tokenizer.get_vocab() != source.tokenizer.get_vocab():
+            raise UserError(
+                f"stage '{stage.name}' cannot learn from {other.name}: its vocabulary is not that of {source.name}"
+            )
+        return other.model, corpus
+    if stage.teacher_cache is not None:
+        cache = TeacherCache.open(
+            Path(stage.teacher_cache),
+            teacher_fingerprint=source.fingerprint,
+            tokenizer_hash=tokenizer_hash(source.tokenizer),
+        )
+        if cache.sequence_length != stage.sequence_length:
+            raise UserError(
+                f"stage '{stage.name}' has sequences of {stage.sequence_length} tokens, and the logits in "
+                f"{stage.teacher_cache} are of {cache.sequence_length}: set sequence_length to that"
+            )
+        return cache, corpus.first(cache.tokens)
+    return None, corpus
+
+
 def _select(run: Run, linear: Student, source: Teacher, corpus: Corpus) -> tuple[Plan, dict[str, Any]]:
     """The plan and scores.json: read, when an interrupted run had got as far, else measured and written."""
     plan_file, scores_file = run.out / "plan.yaml", run.out / "scores.json"
     if run.resume and plan_file.is_file() and scores_file.is_file():
         return Plan.load(plan_file), json.loads(scores_file.read_text(encoding="utf-8"))
     selector = run.recipe.selector
-    rows = math.ceil(selector.tokens / selector.sequence_length)
-    tokens_BT = corpus.heldout_batch(rows, selector.sequence_length, part="selection")
+    tokens_BT = None
+    if selector.by in MEASURING:
+        rows = math.ceil(selector.tokens / selector.sequence_length)
+        tokens_BT = corpus.heldout_batch(rows, selector.sequence_length, part="selection")
     with run.timed("select"), Progress(console=run.console, transient=True) as bar:
         task = bar.add_task(f"select by {selector.by}", total=None)
 
@@ -319,13 +297,13 @@ def _measure(run: Run, source: Teacher, corpus: Corpus, student: Student, linear
     spaced = uniform_layers(plan.num_layers, len(plan.attention_layers))
     even = Plan.by_layer(plan.shapes, spaced, recipe.mixer.name, recipe.mixer.options)
     with run.timed("evaluate"):
-        models = {
-            "student": student,
-            "aligned": _student(source, plan, corpus, mixers_from=linear),
-            "uniform": _student(source, even, corpus, mixers_from=linear),
-            "untrained": _student(source, plan, corpus),
-            "window": _student(source, window_plan(plan, recipe.dtype), corpus),
-        }
+        models = {"student": student}
+        if any(stage.scope == "all-linear" for stage in recipe.stages):
+            models["aligned"] = _student(source, plan, corpus, mixers_from=linear)
+        if even.layers != plan.layers:
+            models["uniform"] = _student(source, even, corpus, mixers_from=linear)
+        models["untrained"] = _student(source, plan, corpus)
+        models["window"] = _student(source, window_plan(plan, recipe.dtype), corpus)
         run.say(f"measuring the teacher and {len(models)} models on held-out text and retrieval ...")
         plans = {"teacher": Plan.all_attention(plan.shapes)} | {name: model.plan for name, model in models.items()}
         metrics = measured_rows(models, source, corpus, plans, recipe.evaluate, recipe.dtype)

@@ -3,33 +3,27 @@
 Notable:
 - The models below *are* the reference of the file format: every key, its default and its unit stands here.
 - Unknown keys, unknown recipes and values of a wrong kind are a `UserError` of one sentence that names the key.
-- `extends: quick` takes another recipe as the base. Mappings are merged key by key, lists (such as `stages`) are
-  replaced whole. Another `mixer.name` or `selector.by` than the base's drops the options meant for the old one.
+- `extends: quick` takes another recipe as the base. Mappings are merged key by key, lists are replaced whole, and a
+  mapping over a list changes the items that it names: `stages: {align: {tokens: 1M}}`. Another `mixer.name` or
+  `selector.by` than the base's drops the options meant for the old one.
 - Numbers may be written `1e-3`, token counts also `50k`, `1.5M`, `2B` (powers of ten).
 """
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
 from subquad.errors import UserError, nearest
+from subquad.stage import Count, Length, Section, Stage, check_order, scaled
 
 RECIPES = Path(__file__).parent / "recipes"
 
-Objective: TypeAlias = Literal["mixer_output", "logits", "labels"]
 Task: TypeAlias = Literal["copy", "dictionary", "passkey"]
-
-
-def _count(value: object) -> object:
-    """`50k` -> 50000. What is not such a text is left for pydantic to judge."""
-    if isinstance(value, str) and (match := re.fullmatch(r"([0-9.]+)\s*([kKmMbB])", value.strip())):
-        number = float(match[1]) * {"k": 1e3, "m": 1e6, "b": 1e9}[match[2].lower()]
-        return round(number)
-    return value
 
 
 def _text(value: object) -> object:
@@ -37,15 +31,7 @@ def _text(value: object) -> object:
     return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
-Count = Annotated[int, BeforeValidator(_count), Field(gt=0)]
-Length = Annotated[int, Field(gt=0)]
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
-
-
-class DataConfig(_Section):
+class DataConfig(Section):
     """The text to train on and to measure with."""
 
     sources: list[str] | None = None
@@ -56,7 +42,7 @@ class DataConfig(_Section):
     """Share of the tokens that training never sees."""
 
 
-class MixerConfig(_Section):
+class MixerConfig(Section):
     """What takes the place of attention."""
 
     name: str = "hedgehog"
@@ -64,7 +50,7 @@ class MixerConfig(_Section):
     """Keyword arguments of the mixer, such as `window: 64`."""
 
 
-class SelectorConfig(_Section):
+class SelectorConfig(Section):
     """Which layers keep attention."""
 
     by: str = "kl"
@@ -77,75 +63,7 @@ class SelectorConfig(_Section):
     """Keyword arguments of the selector."""
 
 
-class Stage(_Section):
-    """One phase of training: an objective, what is trainable, and how long."""
-
-    name: str
-    objective: Objective | dict[str, float] = "logits"
-    """`mixer_output` (teacher-forced, every layer on its own), `logits` (KL to the teacher), `labels` (next token), or
-    a weighted sum of the last two: `{logits: 1.0, labels: 0.1}`."""
-    scope: Literal["all-linear", "plan"] = "plan"
-    """The student that is trained: the all-linear one that the selector starts from, or the selected plan."""
-    trainable: Literal["mixers", "all"] | list[str] = "mixers"
-    """The new weights of the mixers, all weights, or those whose names match one of these globs."""
-    tokens: Count
-    sequence_length: Length = 512
-    batch: Length = 1
-    """Sequences in one optimiser step, over all processes and micro-batches."""
-    accumulate: Length = 1
-    """Micro-batches that one optimiser step is cut into; less memory, same result."""
-    lr: float = Field(default=1e-3, gt=0)
-    lr_groups: dict[str, Annotated[float, Field(ge=0)]] = {}
-    """Other learning rates for parameters whose names match a glob; the first match counts."""
-    schedule: Literal["constant", "cosine", "wsd"] = "cosine"
-    """`wsd`: warm-up, stable, and a linear decay over the last tenth."""
-    warmup: float = Field(default=0.05, ge=0)
-    """Warm-up: a share of the steps if below 1, else a number of steps."""
-    min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
-    """Learning rate at the end of the schedule, as a share of `lr`."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = Field(default=0.0, ge=0)
-    eps: float = Field(default=1e-8, gt=0)
-    clip: float | None = Field(default=1.0, gt=0)
-    """Norm that the gradient is clipped to; none: no clipping."""
-    temperature: float = Field(default=1.0, gt=0)
-    """Temperature of the logits in the KL."""
-    loss: Literal["norm", "squared"] = "norm"
-    """Distance of mixer outputs, averaged over tokens: the L2 norm over the model width, or the squared error."""
-    log_every: Length = 1
-    """Steps between two lines of log.jsonl."""
-    checkpoint_every: Length = 100
-    """Steps between two checkpoints."""
-
-    @field_validator("objective", mode="before")
-    @classmethod
-    def _known_objective(cls, value: object) -> object:
-        names = [*value] if isinstance(value, Mapping) else [value]
-        for name in names:
-            if name not in get_args(Objective):
-                raise ValueError(f"names no objective with '{name}': {nearest(str(name), get_args(Objective))}")
-        if isinstance(value, Mapping) and (not value or "mixer_output" in value):
-            raise ValueError("should weigh logits and labels only: mixer_output is teacher-forced and stands alone")
-        if isinstance(value, Mapping) and not all(_is_number(weight) and weight > 0 for weight in value.values()):
-            raise ValueError("should give every objective a positive number as its weight")
-        return value
-
-    @field_validator("trainable", mode="before")
-    @classmethod
-    def _known_trainable(cls, value: object) -> object:
-        globs = isinstance(value, list) and value and all(isinstance(glob, str) for glob in value)
-        if value not in ("mixers", "all") and not globs:
-            raise ValueError("should be mixers, all, or a list of globs over parameter names")
-        return value
-
-    @model_validator(mode="after")
-    def _whole_micro_batches(self) -> "Stage":
-        if self.batch % self.accumulate:
-            raise ValueError(f"cannot cut a batch of {self.batch} into accumulate = {self.accumulate} equal parts")
-        return self
-
-
-class RetrievalConfig(_Section):
+class RetrievalConfig(Section):
     """Can the student still fetch what stands far back?"""
 
     tasks: list[Task] = ["copy", "dictionary", "passkey"]
@@ -154,7 +72,7 @@ class RetrievalConfig(_Section):
     """Prompts for each task and context length."""
 
 
-class EvaluateConfig(_Section):
+class EvaluateConfig(Section):
     """What is measured at the end; lengths are tokens."""
 
     contexts: list[Length] = Field(default=[256, 1024, 2048], min_length=1)
@@ -172,7 +90,7 @@ class EvaluateConfig(_Section):
     max_new_tokens: Length = 48
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """A whole conversion. `load_recipe` reads one; `to_yaml` writes it with every default filled in."""
 
     name: str
@@ -182,6 +100,9 @@ class Recipe(_Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the models; weights in bfloat16 are float32 while they are trained."""
     seed: int = Field(default=0, ge=0)
+    tied_embeddings: Literal["keep", "untie", "retie", "refuse"] = "keep"
+    """Where the teacher's input embedding is its output head too: `keep` trains the one matrix for both, `untie` gives
+    the student two, `retie` trains two and leaves their mean, `refuse` refuses such a teacher."""
     data: DataConfig = DataConfig()
     mixer: MixerConfig = MixerConfig()
     selector: SelectorConfig = SelectorConfig()
@@ -190,12 +111,7 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _stages_in_order(self) -> "Recipe":
-        names = [stage.name for stage in self.stages]
-        if len({*names}) < len(names):
-            raise ValueError(f"gives two stages the same name: {', '.join(names)}")
-        scopes = [stage.scope for stage in self.stages]
-        if scopes != sorted(scopes):  # "all-linear" < "plan"
-            raise ValueError("trains an all-linear stage after a plan stage: put all-linear stages first")
+        check_order(self.stages)
         return self
 
     def to_yaml(self) -> str:
@@ -207,20 +123,36 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
-def load_recipe(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+def load_recipe(name_or_path: str | Path, overrides: Iterable[str] = (), tokens_scale: float = 1.0) -> Recipe:
     """Read a recipe, shipped (`quick`) or from a file (`my.yaml`), and apply overrides (`stages.0.tokens=50k`).
 
-    A stage is addressed by its position or its name (`stages.align.tokens=50k`); values are read as YAML.
-    Raises UserError for an unknown recipe, key or kind of value.
+    A stage is addressed by its position or its name (`stages.align.tokens=50k`); values are read as YAML. Then all
+    token budgets (of the stages, the selector and the text) are multiplied by `tokens_scale`.
+    Raises UserError for an unknown recipe, key or kind of value, or a scale that is not positive.
     """
+    if not 0 < tokens_scale < math.inf:
+        raise UserError(f"cannot scale token budgets by {tokens_scale}: give a number above 0, such as 0.01")
     path = _find(name_or_path)
     data = _read(path, seen=())
     for override in sorted(overrides, key=_is_choice, reverse=True):
         _override(data, override)
     try:
-        return Recipe.model_validate(data)
+        recipe = Recipe.model_validate(data)
     except ValidationError as error:
         raise UserError(_sentence(error, data, str(name_or_path))) from None
+    return recipe if tokens_scale == 1.0 else _scaled(recipe, tokens_scale)
+
+
+def _scaled(recipe: Recipe, factor: float) -> Recipe:
+    def tokens(count: int) -> int:
+        return max(1, round(count * factor))
+
+    data, selector = recipe.data, recipe.selector
+    if data.max_tokens is not None:
+        data = data.model_copy(update={"max_tokens": tokens(data.max_tokens)})
+    selector = selector.model_copy(update={"tokens": tokens(selector.tokens)})
+    stages = [scaled(stage, factor) for stage in recipe.stages]
+    return recipe.model_copy(update={"data": data, "selector": selector, "stages": stages})
 
 
 # Reading ---------------------------------------------------------------------------------------------------------
@@ -283,9 +215,24 @@ def _merge(base: dict[str, Any], over: Mapping[str, Any], section: str = "") -> 
         base = {key: value for key, value in base.items() if key != "options"}
     merged = dict(base)
     for key, value in over.items():
-        both = isinstance(merged.get(key), dict) and isinstance(value, dict)
-        merged[key] = _merge(merged[key], value, section=str(key)) if both else value
+        if isinstance(merged.get(key), dict) and isinstance(value, dict):
+            merged[key] = _merge(merged[key], value, section=str(key))
+        elif isinstance(merged.get(key), list) and isinstance(value, dict):
+            merged[key] = _merge_items(merged[key], value, section=str(key))
+        else:
+            merged[key] = value
     return merged
+
+
+def _merge_items(base: list[Any], over: Mapping[str, Any], section: str) -> list[Any]:
+    """A list whose items have names, with the changes for the items of these names."""
+    names = [str(item.get("name")) if isinstance(item, dict) else "" for item in base]
+    for name, change in over.items():
+        if name not in names:
+            raise UserError(f"'{section}' changes '{name}', which the recipe it extends lacks: {nearest(name, names)}")
+        if not isinstance(change, dict):
+            raise UserError(f"'{section}.{name}' should be a mapping of what changes there, not {change!r}")
+    return [_merge(item, over.get(name, {})) if name else item for name, item in zip(names, base, strict=True)]
 
 
 def _is_choice(override: str) -> bool:
@@ -333,10 +280,6 @@ def _index(here: Any, part: str, override: str, path: Sequence[str]) -> Any:
 
 
 # Explaining ------------------------------------------------------------------------------------------------------
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _sentence(error: ValidationError, data: Mapping[str, Any], recipe: str) -> str:

@@ -19,7 +19,7 @@ from rich.console import Console
 import subquad
 from subquad.distill.loop import make_accelerator
 from subquad.errors import UserError
-from subquad.evaluate import peak_rss_bytes
+from subquad.memory import peak_rss_bytes
 from subquad.recipe import Recipe
 
 

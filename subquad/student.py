@@ -23,6 +23,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from subquad.attention import Observer, Pass, attach, find_attention, keep_initialised, layer_mixer
 from subquad.cache import StudentCache
 from subquad.errors import UserError
+from subquad.mixers import Mixer
 from subquad.plan import ATTENTION, Plan
 
 # Lets a folder load with trust_remote_code=True where Subquad is installed but not imported.
@@ -83,9 +84,9 @@ class Student(PreTrainedModel, GenerationMixin):
     def from_teacher(cls, teacher: PreTrainedModel, plan: Plan, mixers_from: Student | None = None) -> Student:
         """A student of `teacher` with this plan; every tensor that is not a mixer's shares the teacher's storage.
 
-        `mixers_from`: another student of the same teacher, whose mixers are taken (shared) where the plan has the same
-        mixer on the same heads. Raises UserError where the teacher is unsupported or the plan was made for another
-        shape.
+        `mixers_from`: another student of the same teacher. Where the plan has the same mixers on the same heads of a
+        layer, what it learned in that layer's block is taken (shared); elsewhere the mixers that are the same.
+        Raises UserError where the teacher is unsupported or the plan was made for another shape.
         """
         sites = find_attention(teacher)
         shapes = [site.shape for site in sites]
@@ -118,13 +119,14 @@ class Student(PreTrainedModel, GenerationMixin):
         return student.eval()
 
     def _take_mixers(self, other: Student) -> None:
-        for mine, theirs in zip(self.attention_modules(), other.attention_modules(), strict=True):
-            others = layer_mixer(theirs).by_name
-            for name, mixer in layer_mixer(mine).by_name.items():
+        for layer, (mine, theirs) in enumerate(zip(self.blocks(), other.blocks(), strict=True)):
+            if self.plan.layers[layer] == other.plan.layers[layer]:
+                _share(mine, theirs)
+                continue
+            others = other.mixers(layer)
+            for name, mixer in self.mixers(layer).items():
                 if name in others and others[name].group == mixer.group:
-                    source = dict(others[name].named_parameters())
-                    for key, parameter in mixer.named_parameters():
-                        parameter.data = source[key].data
+                    _share(mixer, others[name])
 
     def save_pretrained(self, save_directory: str | os.PathLike[Any], *args: Any, **kwargs: Any) -> None:
         """Writes config, weights (safetensors), plan, and the file by which `trust_remote_code=True` loads them."""
@@ -203,6 +205,14 @@ class Student(PreTrainedModel, GenerationMixin):
         """The modules that call the attention function, one a layer; each has a `mixer`."""
         return [self.backbone.get_submodule(path) for path in self.config.attention_paths]
 
+    def mixers(self, layer: int) -> dict[str, Mixer]:
+        """The mixers of one layer by name."""
+        return layer_mixer(self.attention_modules()[layer]).by_name
+
+    def blocks(self) -> list[nn.Module]:
+        """The decoder blocks that these modules are in."""
+        return [self.backbone.get_submodule(path.rpartition(".")[0]) for path in self.config.attention_paths]
+
     def mixer_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The weights that the teacher does not have."""
         return ((name, parameter) for name, parameter in self.named_parameters() if ".mixer." in name)
@@ -210,10 +220,6 @@ class Student(PreTrainedModel, GenerationMixin):
     def replaced_layers(self) -> list[int]:
         """Layers in which at least one head has another mixer than attention."""
         return [index for index, layer in enumerate(self.plan.layers) if list(layer) != [ATTENTION]]
-
-    def teacher_forced_attention(self, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """This student's attention output (B, T, M) in one layer, given what the teacher's module was called with."""
-        return self.attention_modules()[layer](*args, **kwargs)[0]
 
     @torch.no_grad()
     def calibrate(self, input_ids: Tensor, observer: Observer | None = None) -> None:
@@ -223,6 +229,27 @@ class Student(PreTrainedModel, GenerationMixin):
             layer[name].calibrate(inputs, target_BHTD)
 
         self.final_hidden(input_ids, student_pass=Pass(observer=observer or fit))
+
+    @torch.no_grad()
+    def untie(self) -> None:
+        """Gives the output head weights of its own; does nothing where it has them."""
+        if tied(self):
+            head: Any = self.get_output_embeddings()
+            head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+            self._set_tied(False)
+
+    @torch.no_grad()
+    def retie(self) -> None:
+        """Makes input embedding and output head one again: their mean."""
+        embedding: Any = self.get_input_embeddings()
+        head: Any = self.get_output_embeddings()
+        embedding.weight.data = (embedding.weight + head.weight) / 2
+        head.weight = embedding.weight
+        self._set_tied(True)
+
+    def _set_tied(self, tied: bool) -> None:
+        for config in (self.config, self.backbone.config, self.backbone.config.get_text_config()):
+            config.tie_word_embeddings = tied
 
     @torch.no_grad()
     def unshare(self, names: Iterable[str]) -> None:
@@ -237,6 +264,17 @@ class Student(PreTrainedModel, GenerationMixin):
 
     def get_output_embeddings(self) -> nn.Module:
         return self.backbone.get_output_embeddings()
+
+
+def tied(model: PreTrainedModel) -> bool:
+    """Whether the output head of a causal language model is its input embedding."""
+    return model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+def _share(mine: nn.Module, theirs: nn.Module) -> None:
+    """Takes the storage of all parameters of a module of the same kind."""
+    for parameter, source in zip(mine.parameters(), theirs.parameters(), strict=True):
+        parameter.data = source.data
 
 
 def _shared_copy(model: PreTrainedModel) -> PreTrainedModel:

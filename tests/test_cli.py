@@ -18,7 +18,7 @@ from subquad.errors import UserError
 from subquad.recipe import load_recipe, recipe_names
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = ["convert", "select", "distill", "eval", "generate", "report"]
+COMMANDS = ["convert", "select", "distill", "eval", "generate", "report", "cache-teacher"]
 
 
 def python(code: str, *arguments: object) -> str:
@@ -135,7 +135,7 @@ def test_select_passes_on_what_was_asked(run, called):
 
 
 def test_eval_prints_a_table(run, called):
-    evaluate, print_table = called("evaluate_model"), called("print_table", "subquad.report")
+    evaluate, print_table = called("evaluate_model", "subquad.jobs"), called("print_table", "subquad.report")
     result = run("eval", "folder", "--teacher", "default", "--data", "a.txt", "--json", "numbers.json")
     assert result.exit_code == 0, result.output
     evaluate.assert_called_once_with("folder", teacher="default", data=["a.txt"], json_path=Path("numbers.json"))
@@ -143,7 +143,7 @@ def test_eval_prints_a_table(run, called):
 
 
 def test_generate_prints_the_text(run, called):
-    generate = called("generate")
+    generate = called("generate", "subquad.jobs")
     generate.return_value = " and so on"
     result = run("generate", "folder", "Once", "-n", "5", "--temperature", "0.5", "--seed", "1", "--chat")
     assert result.output == " and so on\n"
@@ -164,13 +164,13 @@ def test_a_users_mistake_is_one_line_and_code_2(run):
 
 
 def test_a_users_mistake_found_deep_inside_is_code_2(run, called):
-    called("generate").side_effect = UserError("no such model")
+    called("generate", "subquad.jobs").side_effect = UserError("no such model")
     result = run("generate", "folder", "Once")
     assert (result.exit_code, result.stderr) == (2, "subquad: no such model\n")
 
 
 def test_our_fault_is_code_1(run, called):
-    called("generate").side_effect = ZeroDivisionError
+    called("generate", "subquad.jobs").side_effect = ZeroDivisionError
     assert run("generate", "folder", "Once").exit_code == 1
 
 
@@ -183,7 +183,7 @@ def test_interrupted_says_how_to_go_on(already, run, called):
 
 
 def test_interrupted_elsewhere(run, called):
-    called("generate").side_effect = KeyboardInterrupt
+    called("generate", "subquad.jobs").side_effect = KeyboardInterrupt
     result = run("generate", "folder", "Once")
     assert (result.exit_code, result.stderr) == (130, "\nsubquad: stopped\n")
 

@@ -21,16 +21,16 @@ from safetensors.torch import load_file
 from subquad.attention import find_attention
 from subquad.distill import checkpoint as checkpoint_module
 from subquad.distill import loop
+from subquad.distill.hidden import output_distance
 from subquad.distill.ledger import StageResult
 from subquad.distill.log import RunLog
 from subquad.distill.loop import make_accelerator, run_stage
-from subquad.distill.objectives import mixer_output
 from subquad.distill.passes import TeacherForced, bare_forward_speed
 from subquad.distill.schedule import learning_rate_factor, warmup_steps
 from subquad.distill.trainable import choose_parameters, make_optimizer
 from subquad.errors import UserError
 from subquad.plan import Plan
-from subquad.recipe import Stage
+from subquad.stage import Stage
 from subquad.student import Student
 
 WINDOW = {"window": 6, "sinks": 2}
@@ -111,7 +111,7 @@ def test_groups_of_learning_rates_and_weight_decay():
     parameters = choose_parameters(student, stage, everything)
     assert parameters.keys() == {name for name, _ in student.mixer_parameters()}
     assert {name for name, p in student.named_parameters() if p.requires_grad} == parameters.keys()
-    groups = make_optimizer(parameters, stage).param_groups
+    groups = make_optimizer(parameters, stage, student).param_groups
     settings_of = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
     by_kind = {name.rpartition("mixer.")[2]: settings_of[id(p)] for name, p in parameters.items()}
     assert by_kind == {
@@ -139,7 +139,7 @@ def test_teacher_forced_layers_see_what_they_would_see_alone(family, mixer):
     teacher = tiny(family)
     student = make_student(teacher, attention_layers=(1,), mixer=mixer)
     tokens_BT = torch.randint(3, 97, (2, T))
-    align = TeacherForced(student, teacher, "norm")
+    align = TeacherForced(Stage(**ALIGN), student, teacher)
     parameters = choose_parameters(student, Stage(**ALIGN), align.reachable)
     losses = align(tokens_BT, 0.5)
     assert losses.keys() == {"layer 0", "layer 2"} == align.weights.keys()
@@ -157,7 +157,7 @@ def test_teacher_forced_layers_see_what_they_would_see_alone(family, mixer):
             module = model.get_submodule(paths[layer])
             module.register_forward_hook(lambda module, inputs, output, seen=seen: seen.append(output[0]))
             model(tokens_BT, use_cache=False) if model is teacher else alone(tokens_BT, use_cache=False)
-        loss = mixer_output(seen[1], seen[0])
+        loss = output_distance(seen[1], seen[0])
         torch.testing.assert_close(losses[f"layer {layer}"], loss.detach(), rtol=1e-5, atol=1e-7)
         for name, gradient in zip(wanted, torch.autograd.grad(loss, wanted.values(), allow_unused=True), strict=True):
             ours = parameters[name].grad
@@ -172,7 +172,7 @@ def test_teacher_forced_pass_computes_no_more_than_it_needs():
     ran = []
     for name, module in teacher.named_modules():
         module.register_forward_hook(lambda *_, name=name: ran.append(name))
-    align = TeacherForced(student, teacher, "norm")
+    align = TeacherForced(Stage(**ALIGN), student, teacher)
     choose_parameters(student, Stage(**ALIGN), align.reachable)
     ran.clear()
     align(torch.randint(3, 97, (2, T)), 1.0)
@@ -292,7 +292,7 @@ def test_interrupted_at_any_write_it_ends_with_the_same_bits(tmp_path, settings,
             raise Killed
         return function(*args, **kwargs)
 
-    for module, name in ((os, "replace"), (checkpoint_module, "save_file"), (checkpoint_module, "_sync")):
+    for module, name in ((os, "replace"), (checkpoint_module, "save_file"), (checkpoint_module, "sync")):
         monkeypatch.setattr(module, name, partial(dying, getattr(module, name)))
     deaths = 0
     for budget in (1, 2, 3, 5, 6, 7, 8, 9, 10, 12, 15, 18, 19, 20, 21, 22):

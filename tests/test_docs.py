@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import get_args
 from unittest.mock import patch
 
 import pytest
@@ -9,7 +10,8 @@ from test_pipeline import RECIPE, make_teacher, make_text
 
 from subquad import pipeline
 from subquad.mixers import MIXERS
-from subquad.recipe import Recipe
+from subquad.recipe import Recipe, load_recipe, recipe_names
+from subquad.stage import Objective
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -38,3 +40,14 @@ def test_links_lead_somewhere():
         for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
             if not target.startswith(("http://", "https://", "mailto:")):
                 assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_recipes_of_the_documentation(tmp_path):
+    page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```yaml\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 2
+    for number, block in enumerate(blocks):
+        (tmp_path / f"{number}.yaml").write_text(block, encoding="utf-8")
+        assert load_recipe(tmp_path / f"{number}.yaml").stages
+    assert all(f"`{name}`" in page for name in recipe_names() if not name.startswith("quick") and "-quick" not in name)
+    assert all(f"| `{name}` |" in page for name in get_args(Objective))

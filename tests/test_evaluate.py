@@ -12,7 +12,8 @@ from transformers import DynamicCache, Gemma2Config, Gemma2ForCausalLM, LlamaCon
 
 from subquad.data.retrieval import Probe, make_probe
 from subquad.errors import UserError
-from subquad.evaluate import cache_table, held_cache_bytes, likelihood, peak_rss_bytes, retrieval, samples
+from subquad.evaluate import cache_table, held_cache_bytes, likelihood, retrieval, samples
+from subquad.memory import peak_rss_bytes
 from subquad.plan import Plan
 from subquad.student import Student, find_attention
 

@@ -84,6 +84,14 @@ def part(whole, start, stop):
     )
 
 
+@each
+def test_half_precision_in_half_precision_out(name, options):
+    mixer, whole = make(name, options), inputs(20)
+    half = [x.bfloat16() for x in (whole.q_BHTD, whole.k_BGTD, whole.v_BGTD, whole.hidden_BTM)]
+    y_BHTD, _ = mixer.bfloat16()(MixerInputs(*half, scale=whole.scale, attend=whole.attend))
+    assert y_BHTD.dtype == torch.bfloat16
+
+
 @each_causal
 @pytest.mark.parametrize("group", [WHOLE, UNEVEN], ids=["whole", "uneven"])
 @pytest.mark.parametrize("pieces", [[70], [1] * 70, [33, 1, 1, 35], [64, 6], [3, 67]], ids=lambda p: f"{len(p)}-pieces")

@@ -1,20 +1,17 @@
 """The objectives against their plain forms, in float64, value and gradient."""
 
+from typing import get_args
+
 import pytest
 import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GPT2Config, GraniteConfig, LlamaConfig
 
-from subquad.distill.objectives import (
-    Head,
-    check_head,
-    chunked_loss,
-    final_hidden,
-    head_logits,
-    mixer_output,
-    next_token_labels,
-)
+from subquad.distill.heads import Head, check_head, final_hidden, head_logits
+from subquad.distill.hidden import output_distance
+from subquad.distill.tokens import FromHidden, FromTopK, chunked_loss, next_token_labels
 from subquad.errors import UserError
+from subquad.stage import Divergence
 
 SMALL = dict(
     vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -46,13 +43,27 @@ def problem(*, bias=False, scale=1.0, softcap=None, B=2, T=9, M=8, V=23):
     return student_BTM, head, draw(B, T, M + 4), Head(draw(V, M + 4)), labels_BT
 
 
-def plain_loss(student_BTM, head, teacher_BTM, teacher_head, labels_BT, weights, tau):
+def plain_divergence(kind, teacher, student):
+    """Of log-probabilities, the mean over positions, as it stands in the papers."""
+    p, q = teacher.exp(), student.exp()
+    kl = lambda x, y: (x * (x.log() - y.log())).sum(-1)  # noqa: E731
+    value = {
+        "forward_kl": lambda: kl(p, q),
+        "reverse_kl": lambda: kl(q, p),
+        "jensen_shannon": lambda: (kl(p, (p + q) / 2) + kl(q, (p + q) / 2)) / 2,
+        "soft_cross_entropy": lambda: -(p * student).sum(-1),
+    }[kind]()
+    return value.mean()
+
+
+def plain_loss(student_BTM, head, teacher_BTM, teacher_head, labels_BT, weights, tau, kind="forward_kl"):
     student_BTV, teacher_BTV = head(student_BTM), teacher_head(teacher_BTM)
-    kl = F.kl_div(
-        F.log_softmax(student_BTV / tau, -1), F.softmax(teacher_BTV / tau, -1), reduction="none"
-    ).sum(-1).mean()  # fmt: skip
+    soft = kind == "soft_cross_entropy"
+    teacher_log = F.log_softmax(teacher_BTV / (1.0 if soft else tau), -1)
+    divergence = plain_divergence(kind, teacher_log, F.log_softmax(student_BTV / tau, -1))
     ce = F.cross_entropy(student_BTV.flatten(0, 1), labels_BT.flatten(), ignore_index=-100)
-    return weights.get("logits", 0.0) * tau**2 * kl + weights.get("labels", 0.0) * ce
+    factor = 1.0 if soft else tau**2
+    return weights.get("logits", 0.0) * factor * divergence + weights.get("labels", 0.0) * ce
 
 
 @pytest.mark.parametrize("weights", [{"logits": 1.0}, {"labels": 1.0}, {"logits": 0.7, "labels": 0.2}], ids=str)
@@ -62,7 +73,7 @@ def test_chunked_loss_equals_the_plain_form(weights, form, chunk):
     student_BTM, head, teacher_BTM, teacher_head, labels_BT = problem(**form)
     leaves = [student_BTM, head.weight_VM] + ([head.bias_V] if head.bias_V is not None else [])
     loss = chunked_loss(
-        student_BTM, head, weights=weights, teacher_BTM=teacher_BTM, teacher_head=teacher_head,
+        student_BTM, head, weights=weights, teacher=FromHidden(teacher_BTM, teacher_head),
         labels_BT=labels_BT, temperature=1.7, chunk=chunk,
     )  # fmt: skip
     plain = plain_loss(student_BTM, head, teacher_BTM, teacher_head, labels_BT, weights, 1.7)
@@ -75,10 +86,61 @@ def test_chunked_loss_equals_the_plain_form(weights, form, chunk):
         torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("kind", get_args(Divergence))
+@pytest.mark.parametrize("tau", [1.0, 1.7])
+def test_every_divergence_equals_its_plain_form(kind, tau):
+    student_BTM, head, teacher_BTM, teacher_head, labels_BT = problem(bias=True, softcap=2.0)
+    leaves, weights = [student_BTM, head.weight_VM, head.bias_V], {"logits": 0.7, "labels": 0.2}
+    loss = chunked_loss(
+        student_BTM, head, weights=weights, teacher=FromHidden(teacher_BTM, teacher_head), labels_BT=labels_BT,
+        kind=kind, temperature=tau, chunk=4,
+    )  # fmt: skip
+    plain = plain_loss(student_BTM, head, teacher_BTM, teacher_head, labels_BT, weights, tau, kind)
+    torch.testing.assert_close(loss.total, plain, rtol=1e-12, atol=1e-12)
+    ours = torch.autograd.grad(3.0 * loss.total, leaves)
+    for mine, theirs in zip(ours, torch.autograd.grad(3.0 * plain, leaves), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
+    with torch.no_grad():
+        same = chunked_loss(
+            student_BTM, head, weights=weights, teacher=FromHidden(teacher_BTM, teacher_head), labels_BT=labels_BT,
+            kind=kind, temperature=tau,
+        )  # fmt: skip
+    torch.testing.assert_close(same.total, plain.detach(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", get_args(Divergence))
+@pytest.mark.parametrize("k", [1, 5, 22])
+def test_top_k_is_the_divergence_of_k_and_one_outcomes(kind, k):
+    student_BTM, head, teacher_BTM, teacher_head, _ = problem()
+    teacher_log = F.log_softmax(teacher_head(teacher_BTM), -1)
+    top = teacher_log.topk(k)
+    log_rest_BT = teacher_log.scatter(-1, top.indices, -torch.inf).logsumexp(-1)
+    stored = FromTopK(top.indices, top.values, log_rest_BT)
+    loss = chunked_loss(student_BTM, head, weights={"logits": 1.0}, teacher=stored, kind=kind, chunk=5)
+
+    def outcomes(log_BTV):
+        rest = log_BTV.exp().scatter(-1, top.indices, 0.0).sum(-1, keepdim=True)
+        return torch.cat([log_BTV.gather(-1, top.indices), rest.log()], -1)
+
+    student_log = F.log_softmax(head(student_BTM), -1)
+    plain = plain_divergence(kind, outcomes(teacher_log), outcomes(student_log))
+    whole = plain_divergence(kind, teacher_log, student_log)
+    if kind != "soft_cross_entropy":  # which counts the spread tokens' entropy too
+        torch.testing.assert_close(loss.total, plain, rtol=1e-10, atol=1e-12)
+        assert loss.total <= whole + 1e-12 and (k < 22 or torch.allclose(loss.total, whole))
+        leaves = [student_BTM, head.weight_VM]
+        for mine, theirs in zip(
+            torch.autograd.grad(loss.total, leaves), torch.autograd.grad(plain, leaves), strict=True
+        ):
+            torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
+    with pytest.raises(ValueError, match="temperature 1"):
+        chunked_loss(student_BTM, head, weights={"logits": 1.0}, teacher=stored, temperature=2.0)
+
+
 def test_frozen_head_gets_no_gradient_and_no_grad_mode_computes_none():
     student_BTM, head, teacher_BTM, teacher_head, _ = problem()
     frozen = Head(head.weight_VM.detach())
-    inputs = dict(weights={"logits": 1.0}, teacher_BTM=teacher_BTM, teacher_head=teacher_head)
+    inputs = dict(weights={"logits": 1.0}, teacher=FromHidden(teacher_BTM, teacher_head))
     loss = chunked_loss(student_BTM, frozen, **inputs)
     loss.total.backward()
     assert student_BTM.grad is not None and frozen.weight_VM.grad is None
@@ -91,7 +153,7 @@ def test_frozen_head_gets_no_gradient_and_no_grad_mode_computes_none():
 def test_kl_of_a_model_to_itself_is_zero_and_its_gradient_too():
     student_BTM, head, *_ = problem()
     loss = chunked_loss(
-        student_BTM, head, weights={"logits": 1.0}, teacher_BTM=student_BTM, teacher_head=Head(head.weight_VM.detach())
+        student_BTM, head, weights={"logits": 1.0}, teacher=FromHidden(student_BTM, Head(head.weight_VM.detach()))
     )
     loss.total.backward()
     assert loss.total.item() == 0.0
@@ -104,7 +166,7 @@ def test_half_precision_states_give_a_float32_loss():
     states_BTM = student_BTM.detach().bfloat16().requires_grad_()
     teacher_float = Head(teacher_head.weight_VM.float())
     loss = chunked_loss(
-        states_BTM, half, weights={"logits": 1.0}, teacher_BTM=teacher_BTM.float(), teacher_head=teacher_float
+        states_BTM, half, weights={"logits": 1.0}, teacher=FromHidden(teacher_BTM.float(), teacher_float)
     )
     loss.total.backward()
     exact = plain_loss(student_BTM, head, teacher_BTM, teacher_head, torch.zeros(2, 9).long(), {"logits": 1.0}, 1.0)
@@ -117,12 +179,12 @@ def test_half_precision_states_give_a_float32_loss():
     ("norm", lambda s, t: ((s - t).square().sum(-1).sqrt() / s.shape[-1] ** 0.5).mean()),
     ("squared", lambda s, t: (s - t).square().sum() / s.numel()),
 ])  # fmt: skip
-def test_mixer_output(kind, plain):
+def test_output_distance(kind, plain):
     torch.manual_seed(0)
     student_BTM, teacher_BTM = torch.randn(2, 2, 5, 6, dtype=torch.float64).unbind()
-    torch.testing.assert_close(mixer_output(student_BTM, teacher_BTM, kind), plain(student_BTM, teacher_BTM))
+    torch.testing.assert_close(output_distance(student_BTM, teacher_BTM, kind), plain(student_BTM, teacher_BTM))
     equal_BTM = student_BTM.clone().requires_grad_()
-    mixer_output(equal_BTM, student_BTM, kind).backward()
+    output_distance(equal_BTM, student_BTM, kind).backward()
     assert equal_BTM.grad.abs().max() == 0  # and no NaN at the kink of the norm
 
 

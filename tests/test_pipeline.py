@@ -12,7 +12,7 @@ from conftest import tiny
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from subquad import pipeline
+from subquad import jobs, pipeline
 from subquad.errors import UserError
 from subquad.evaluate import cache_table
 from subquad.plan import AttentionShape, Plan
@@ -124,7 +124,7 @@ def test_the_teacher_is_left_as_it_was(finished, teacher_folder, text, tmp_path)
     recipe.stages[1].trainable = "all"
     source = pipeline.load_teacher(teacher_folder)
     before = {name: parameter.clone() for name, parameter in source.model.named_parameters()}
-    plan = Plan.by_layer(pipeline._shapes(source.model), [1], "hedgehog", RECIPE["mixer"]["options"])
+    plan = Plan.by_layer(pipeline.shapes_of(source.model), [1], "hedgehog", RECIPE["mixer"]["options"])
     run = pipeline.start_run(recipe, tmp_path / "run", resume=False, overwrite=False)
     corpus = pipeline.load_corpus(text, source.tokenizer)
     student = Student.from_teacher(source.model, plan)
@@ -184,7 +184,7 @@ def test_the_command_in_two_processes_gives_the_same_losses(finished, teacher_fo
 
 
 def test_a_given_plan_is_used(teacher_folder, text, tmp_path):
-    shapes = pipeline._shapes(tiny("llama"))
+    shapes = pipeline.shapes_of(tiny("llama"))
     Plan.by_layer(shapes, [0, 2], "gla").save(tmp_path / "mine.yaml")
     recipe = Recipe(**{**RECIPE, "mixer": {"name": "gla"}, "stages": RECIPE["stages"][1:]})
     student = pipeline.convert(teacher_folder, recipe, tmp_path / "run", plan=tmp_path / "mine.yaml", data=text)
@@ -202,14 +202,14 @@ def test_select_writes_a_plan(teacher_folder, text, tmp_path):
 
 def test_eval_and_generate(finished, tmp_path):
     out, _ = finished
-    metrics = pipeline.evaluate_model(out, json_path=tmp_path / "numbers.json")
+    metrics = jobs.evaluate_model(out, json_path=tmp_path / "numbers.json")
     told = json.loads((out / "metrics.json").read_text())
     assert metrics["student"]["kl"] == pytest.approx(told["student"]["kl"], rel=1e-4)
     assert json.loads((tmp_path / "numbers.json").read_text()) == metrics
-    first = pipeline.generate(out, "w1 w2 w3", max_new_tokens=5)
-    assert first == pipeline.generate(out, "w1 w2 w3", max_new_tokens=5) and first
+    first = jobs.generate(out, "w1 w2 w3", max_new_tokens=5)
+    assert first == jobs.generate(out, "w1 w2 w3", max_new_tokens=5) and first
     with pytest.raises(UserError, match="no chat template"):
-        pipeline.generate(out, "w1", chat=True)
+        jobs.generate(out, "w1", chat=True)
 
 
 def test_folders_of_something_else_are_left_alone(finished, teacher_folder, tmp_path):
@@ -236,7 +236,7 @@ def test_a_damaged_student_is_refused(finished, tmp_path):
     whole = (broken / "model.safetensors").read_bytes()
     (broken / "model.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match="damaged or cut short"):
-        pipeline.generate(broken, "w1")
+        jobs.generate(broken, "w1")
 
 
 def test_what_only_the_parts_know_is_checked_before_anything_is_loaded(tmp_path):

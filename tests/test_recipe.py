@@ -136,9 +136,19 @@ MISTAKES = [
     (stage(betas=[0.9]), r"lacks the key 'stages\.0\.betas\.1'"),
     (stage(schedule="cosin"), r"'stages\.0\.schedule'.*'cosine'.*not 'cosin'"),
     (stage(objective="logit"), r"'stages\.0\.objective'.*'logit'.*did you mean 'logits'"),
-    (stage(objective={"logits": 1, "mixer_output": 1}), r"'stages\.0\.objective'.*stands alone"),
+    (stage(objective={"logits": 1, "matrix": 1}), r"'stages\.0'.*'matrix' needs teacher_forced"),
+    (stage(objective={}), r"'stages\.0\.objective'.*at least one"),
+    (stage(objective="logits", teacher_forced=True), r"'stages\.0'.*cannot be teacher_forced with 'logits'"),
+    (stage(objective="logits", gap=2), r"'stages\.0'.*gap.*'block_output'"),
+    (stage(objective="labels", teacher="big"), r"'stages\.0'.*teacher, which has only logits to give, for 'labels'"),
+    (stage(teacher="big", teacher_cache="folder"), r"'stages\.0'.*both a teacher and a teacher_cache"),
+    (stage(teacher_cache="folder", temperature=2.0), r"'stages\.0'.*temperature 1, and another temperature"),
+    (stage(trainable="lora"), r"'stages\.0'.*needs both 'lora'"),
+    (stage(tokens=0), r"'stages\.0\.tokens'.*greater than 0"),
+    (stage(replaced=0.5), r"all of them in the last: see 'replaced'"),
     (stage(objective={"logits": -1}), r"'stages\.0\.objective'.*positive number"),
-    (stage(trainable="some"), r"'stages\.0\.trainable'.*globs.*not 'some'"),
+    (stage(trainable="mixer"), r"'stages\.0\.trainable'.*'mixer', nor a glob: did you mean 'mixers'"),
+    (stage(trainable=[]), r"'stages\.0\.trainable'.*all but mlp, globs"),
     (stage(lr_groups={"*mlp*": "low"}), r"'stages\.0\.lr_groups\.\*mlp\*'.*number"),
     (stage(batch=3, accumulate=2), r"'stages\.0'.*batch of 3 into accumulate = 2"),
     ({"stages": [STAGE, STAGE]}, "two stages the same name"),
@@ -179,7 +189,7 @@ def test_mistyped_overrides(override, sentence):
 def test_recipes_that_are_not_there(tmp_path):
     with pytest.raises(UserError, match="did you mean 'quick'"):
         load_recipe("quikc")
-    with pytest.raises(UserError, match="nowhere.yaml' does not exist; shipped recipes are kl-guided, quick"):
+    with pytest.raises(UserError, match="nowhere.yaml' does not exist; shipped recipes are kl-guided, liger"):
         load_recipe(tmp_path / "nowhere.yaml")
 
 

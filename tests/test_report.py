@@ -242,7 +242,7 @@ def test_torn_last_log_line_is_ignored(run):
     [
         ("metrics.json", "{", "metrics.json is damaged"),
         ("metrics.json", '{"student": {"kl": {"long": 1}}}', "student.kl.long"),
-        ("scores.json", '{"by": "kl"}', "scores"),
+        ("scores.json", '{"by": "kl", "scores": 3}', "scores"),
         ("log.jsonl", "torn\n{}\n", "line 1"),
     ],
 )

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.ops.contenders import COMPILED, MODES, Contender, Settings, make_inputs, useful_flops
-from subquad.evaluate import peak_rss_bytes
+from subquad.memory import held_bytes, peak_memory_bytes, reset_peak_memory
 
 GROWTH_STEPS = 1000
 MATMUL = "matmul"
@@ -244,10 +244,11 @@ def measure_one_memory(contender: Contender, settings: Settings) -> dict[str, An
     prepared(contender, make_inputs(settings, 128), "forward+backward")()  # libraries and threads allocate once
     growth = growth_in_steps(contender, settings) if contender.step else {}
     call = prepared(contender, make_inputs(settings, settings.memory_length), "forward+backward")
-    forget_peak(settings.device)
-    before = held_bytes(settings.device)
+    device = torch.device(settings.device)
+    reset_peak_memory(device)
+    before = held_bytes(device)
     call()
-    return {"peak_bytes": most_held_bytes(settings.device) - before, **growth}
+    return {"peak_bytes": max(0, peak_memory_bytes(device) - before), **growth}  # the system rounds both
 
 
 @torch.no_grad()
@@ -260,35 +261,9 @@ def growth_in_steps(contender: Contender, settings: Settings) -> dict[str, int]:
     for _ in range(2):  # a first time, for what is allocated once
         for _ in range(GROWTH_STEPS):
             _, state = contender.step(*arguments, state)
-        sizes.append((state.untyped_storage().nbytes(), held_bytes(settings.device)))
+        sizes.append((state.untyped_storage().nbytes(), held_bytes(torch.device(settings.device))))
     (state_before, held_before), (state_bytes, held) = sizes
     return {"state_growth_bytes": state_bytes - state_before, "process_growth_bytes": held - held_before}
-
-
-def forget_peak(device: str) -> None:
-    """Lets the count of the most that was held start again, where the system can."""
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    elif Path("/proc/self/clear_refs").exists():
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def held_bytes(device: str) -> int:
-    """What this process holds now (on a system without /proc: the most so far)."""
-    return torch.cuda.memory_allocated() if device == "cuda" else _proc_status("VmRSS")
-
-
-def most_held_bytes(device: str) -> int:
-    """The most that this process has held."""
-    return torch.cuda.max_memory_allocated() if device == "cuda" else _proc_status("VmHWM")
-
-
-def _proc_status(key: str) -> int:
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return peak_rss_bytes()
-    line = next(line for line in status.read_text().splitlines() if line.startswith(f"{key}:"))
-    return 1024 * int(line.split()[1])
 
 
 def measure_compile(settings: Settings, contenders: Sequence[Contender], say: Callable[[str], None]) -> list[dict]:

@@ -11,7 +11,7 @@ Shape suffixes: B rows, T positions.
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -70,6 +70,10 @@ class Corpus:
             epoch, position = divmod(row, windows)
             starts.append(int(_window_order(windows, seed, epoch)[position]) * sequence_length)
         return self._rows(self.train, starts, sequence_length)
+
+    def first(self, tokens: int) -> "Corpus":
+        """The same corpus, with these first tokens of `train` only."""
+        return replace(self, train=self.train[:tokens])
 
     def heldout_batch(self, count: int, sequence_length: int, *, part: Part = "test") -> torch.Tensor:
         """Held-out rows, always the same: ids_BT, int64, from the sources in turn.

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from subquad.distill.trainable import Parameters
 from subquad.errors import UserError
-from subquad.files import is_disk_full
+from subquad.files import is_disk_full, sync
 
 KEEP = 2  # step checkpoints that are kept
 RNG = "torch_rng"
@@ -76,7 +76,7 @@ class Checkpoints:
             save_file(_plain(moments) | {RNG: torch.get_rng_state()}, aside / "optimizer.safetensors")
             (aside / "state.json").write_text(json.dumps(self._signed(state)), encoding="utf-8")
             for path in [*aside.iterdir(), aside]:
-                _sync(path)
+                sync(path)
             shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed before latest.json named it
             os.replace(aside, folder)
             self._replace(self._latest, json.dumps({"folder": folder.name}))
@@ -113,9 +113,9 @@ class Checkpoints:
             self.folder.mkdir(parents=True, exist_ok=True)
             aside = self.finished_path.with_name(self.finished_path.name + ".tmp")
             save_file(_plain(parameters), aside, metadata={"state": header})
-            _sync(aside)
+            sync(aside)
             os.replace(aside, self.finished_path)
-            _sync(self.folder)
+            sync(self.folder)
         self._latest.unlink(missing_ok=True)
         for old in self._steps():
             shutil.rmtree(old, ignore_errors=True)
@@ -155,9 +155,9 @@ class Checkpoints:
     def _replace(self, path: Path, text: str) -> None:
         aside = path.with_name(path.name + ".tmp")
         aside.write_text(text, encoding="utf-8")
-        _sync(aside)
+        sync(aside)
         os.replace(aside, path)
-        _sync(path.parent)
+        sync(path.parent)
 
     @contextmanager
     def _writing(self, what: str) -> Iterator[None]:
@@ -191,12 +191,3 @@ def _plain(tensors: dict[str, Any]) -> dict[str, Tensor]:
 def _restore(parameters: Parameters, tensors: dict[str, Tensor]) -> None:
     for name, parameter in parameters.items():
         parameter.copy_(tensors[name])
-
-
-def _sync(path: Path) -> None:
-    """Flush a file or a folder's entries to disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

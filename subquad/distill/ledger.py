@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from subquad.plan import Plan
-from subquad.recipe import Stage
+from subquad.stage import Stage
 
 NO_EFFECT = {"name", "scope", "log_every", "checkpoint_every"}  # settings that do not change what a stage ends with
 
@@ -32,6 +32,8 @@ class StageResult:
     tokens_per_second: float
     bare_forward_tokens_per_second: float  # the teacher's forward pass alone, timed within the stage
     share_of_bare_forward: float
+    peak_memory_bytes: int  # of this process (of the GPU, if it trains on one) by the end of the stage
+    ended_on_plateau: bool  # before all of its tokens were used
     first_loss: float
     final_loss: float
     final_parts: dict[str, float]  # by layer ("layer 3"), or by objective ("logits", "labels")
@@ -51,6 +53,9 @@ class Ledger:
     recent: list[list[float]] = field(default_factory=list)  # losses of the last steps
     unlogged: list[list[float]] = field(default_factory=list)  # losses since the last line of the log
     logged_seconds: float = 0.0  # `seconds` at that line
+    window: list[float] = field(default_factory=list)  # losses of the window under way
+    best_window: float | None = None  # the least mean of a whole window so far
+    settled: bool = False  # the last window was no better
 
     def add(self, loss: list[float], seconds: float, keep: int) -> None:
         """Enter one more step, and keep the losses of the last `keep`."""
@@ -59,6 +64,17 @@ class Ledger:
         self.first = self.first or loss
         self.recent = [*self.recent, loss][-keep:]
         self.unlogged.append(loss)
+
+    def watch(self, total: float, steps: int, improvement: float) -> None:
+        """Enter the total loss of a step; settles when a window of `steps` is no better than the best before it."""
+        self.window.append(total)
+        if len(self.window) < steps:
+            return
+        mean_loss = sum(self.window) / steps
+        if self.best_window is not None and mean_loss > (1 - improvement) * self.best_window:
+            self.settled = True
+        self.best_window = mean_loss if self.best_window is None else min(mean_loss, self.best_window)
+        self.window = []
 
 
 def mean(losses: list[list[float]]) -> list[float]:

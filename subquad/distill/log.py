@@ -54,10 +54,10 @@ def _belongs(line: str, stage: int, step: int) -> bool:
 
 
 class StageProgress:
-    """A bar with loss, tokens per second and time left; nothing at all without a console."""
+    """A bar with some figures and the time left; nothing at all without a console. `unit`: what is counted."""
 
-    def __init__(self, console: Console | None, name: str, *, steps: int, step: int) -> None:
-        self.console, self.name, self.steps = console, name, steps
+    def __init__(self, console: Console | None, name: str, *, steps: int, step: int, unit: str = "step") -> None:
+        self.console, self.name, self.steps, self.unit = console, name, steps, unit
         self.bar: Progress | None = None
         self.task = TaskID(0)
         self.start = self.last_line = time.monotonic()
@@ -82,9 +82,8 @@ class StageProgress:
         if self.bar is not None:
             self.bar.stop()
 
-    def update(self, step: int, loss: float, tokens_per_second: float) -> None:
+    def update(self, step: int, figures: str) -> None:
         """`step` steps are done."""
-        figures = f"loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s"
         if self.bar is not None:
             self.bar.update(self.task, completed=step, figures=figures)
         elif self.console is not None:
@@ -92,6 +91,6 @@ class StageProgress:
             if now - self.last_line >= PLAIN_SECONDS or step == self.steps:
                 left = (now - self.start) / (step - self.first) * (self.steps - step)
                 self.console.print(
-                    f"{self.name}: step {step}/{self.steps}  {figures}  {left:,.0f} s left", highlight=False
+                    f"{self.name}: {self.unit} {step}/{self.steps}  {figures}  {left:,.0f} s left", highlight=False
                 )
                 self.last_line = now

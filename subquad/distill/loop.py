@@ -13,7 +13,7 @@ Notable:
 import math
 import time
 from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,11 +27,19 @@ from transformers import PreTrainedModel
 from subquad.distill.checkpoint import Checkpoints
 from subquad.distill.ledger import Ledger, StageResult, TokenSource, identity, mean
 from subquad.distill.log import RunLog, StageProgress
-from subquad.distill.passes import TrainingPass, bare_forward_speed, make_pass
+from subquad.distill.lora import adapters
+from subquad.distill.passes import LogitsStore, TrainingPass, bare_forward_speed, make_pass
 from subquad.distill.schedule import learning_rate_factor, warmup_steps
-from subquad.distill.trainable import Parameters, choose_parameters, make_optimizer, trained_in_float32
+from subquad.distill.trainable import (
+    Parameters,
+    checkpointed_blocks,
+    choose_parameters,
+    make_optimizer,
+    trained_in_float32,
+)
 from subquad.errors import UserError
-from subquad.recipe import Stage
+from subquad.memory import peak_memory_bytes, reset_peak_memory
+from subquad.stage import Stage
 from subquad.student import Student
 
 RECENT = 20  # the final loss is the mean over a tenth of the steps, but no more than these
@@ -59,18 +67,19 @@ def run_stage(
     seed: int,
     out: Path,
     accelerator: Accelerator,
+    logits_from: PreTrainedModel | LogitsStore | None = None,
     progress: Console | None = None,
     resume: bool = False,
 ) -> StageResult:
     """Train `student` in place, as stage number `index` of the run in folder `out`.
 
-    Writes `out`/log.jsonl and `out`/checkpoints/, and shows progress on the console `progress`, if there is one. With
-    `resume`, a finished stage is loaded and not run again, and an interrupted one goes on from its last checkpoint;
-    without, what an earlier run left of this and later stages is removed.
+    `logits_from`: what the stage's `teacher` or `teacher_cache` names, opened. Writes `out`/log.jsonl and
+    `out`/checkpoints/, and shows progress on the console `progress`, if there is one. With `resume`, a finished stage
+    is loaded and not run again, and an interrupted one goes on from its last checkpoint; without, what an earlier run
+    left of this and later stages is removed.
     Raises UserError for a batch that does not divide by the processes, a loss that is not finite (naming stage, layer
     and step), a full disk, or a checkpoint that was made with other settings.
     """
-    steps = math.ceil(stage.tokens / (stage.batch * stage.sequence_length))
     if stage.batch % (accelerator.num_processes * stage.accumulate):
         raise UserError(
             f"stage '{stage.name}' cannot cut its batch of {stage.batch} sequences into equal parts for "
@@ -78,14 +87,17 @@ def run_stage(
         )
     if accelerator.mixed_precision not in ("no", "bf16"):
         raise UserError(f"training in {accelerator.mixed_precision} is not supported: use bf16 or no mixed precision.")
-    training_pass = make_pass(stage, student, teacher_model)
-    parameters = choose_parameters(student, stage, training_pass.reachable)
     known = identity(stage, index, seed, student.plan, teacher_model, corpus, accelerator.mixed_precision)
     checkpoints = Checkpoints(out / "checkpoints", index, known)
     student.eval()
     teacher_model.eval()
-    with trained_in_float32(parameters) as lowered:
-        optimizer = make_optimizer(parameters, stage)
+    with ExitStack() as within:
+        within.enter_context(adapters(student, stage, seed))
+        training_pass = make_pass(stage, student, teacher_model, logits_from)
+        parameters = choose_parameters(student, stage, training_pass.reachable)
+        lowered = within.enter_context(trained_in_float32(parameters))
+        within.enter_context(checkpointed_blocks(student, stage.gradient_checkpointing))
+        optimizer = make_optimizer(parameters, stage, student)
         ledger = Ledger()
         if resume and (state := checkpoints.load_finished(parameters)):
             return StageResult(**state["result"])
@@ -95,25 +107,27 @@ def run_stage(
             checkpoints.start_over()
         accelerator.wait_for_everyone()
 
-        run = _Run(stage, index, steps, seed, training_pass, parameters, optimizer, accelerator, lowered, ledger)
+        run = _Run(stage, index, seed, training_pass, parameters, optimizer, accelerator, lowered, ledger)
         speeds = []
+        reset_peak_memory(training_pass.device)
         log = RunLog(out / "log.jsonl", stage=index, step=ledger.step) if accelerator.is_main_process else None
-        with StageProgress(progress if log else None, stage.name, steps=steps, step=ledger.step) as bar:
+        with StageProgress(progress if log else None, stage.name, steps=run.steps, step=ledger.step) as bar:
             started_at = ledger.step
-            while ledger.step < steps:
+            while not run.done:
                 input_ids_BT = run.step(corpus)
-                if ledger.step in (started_at + 1, steps):  # warm; and twice, for other work on the machine varies
+                if ledger.step == started_at + 1 or run.done:  # warm; and twice, for other work on the machine varies
                     speeds.append(run.bare_speed(teacher_model, input_ids_BT))
-                bar.update(ledger.step, run.total(ledger.recent[-1]), run.tokens(ledger.step) / ledger.seconds)
-                if ledger.step % stage.log_every == 0 or ledger.step == steps:
+                speed = run.tokens(ledger.step) / ledger.seconds
+                bar.update(ledger.step, f"loss {run.total(ledger.recent[-1]):.4f}  {speed:,.0f} tokens/s")
+                if ledger.step % stage.log_every == 0 or run.done:
                     run.write_log(log)
-                if ledger.step % stage.checkpoint_every == 0 and ledger.step < steps:
+                if ledger.step % stage.checkpoint_every == 0 and not run.done:
                     if accelerator.is_main_process:
                         checkpoints.save(parameters, optimizer, {"step": ledger.step, "ledger": asdict(ledger)})
                     accelerator.wait_for_everyone()
         result = run.result(sum(speeds) / len(speeds))
         if accelerator.is_main_process:
-            checkpoints.finish(parameters, {"step": steps, "result": result.as_dict()})
+            checkpoints.finish(parameters, {"step": ledger.step, "result": result.as_dict()})
         accelerator.wait_for_everyone()
         return result
 
@@ -124,7 +138,6 @@ class _Run:
 
     stage: Stage
     index: int
-    steps: int
     seed: int
     training_pass: TrainingPass
     parameters: Parameters
@@ -133,6 +146,15 @@ class _Run:
     lowered: torch.dtype | None
     ledger: Ledger
     grad_norm: float = 0.0
+
+    @property
+    def steps(self) -> int:
+        """Steps that the stage's tokens last for."""
+        return math.ceil(self.stage.tokens / (self.stage.batch * self.stage.sequence_length))
+
+    @property
+    def done(self) -> bool:
+        return self.ledger.step >= self.steps or self.ledger.settled
 
     def my_slice(self, corpus: TokenSource) -> Tensor:
         """This process's part of the batch of the next step, on the device where the model reads it."""
@@ -168,6 +190,9 @@ class _Run:
             self.check_finite(norms, "gradient")
         self.optimizer.step()
         self.ledger.add(loss, time.perf_counter() - start, keep=min(RECENT, max(1, self.steps // 10)))
+        if plateau := self.stage.plateau:
+            window = max(1, round(plateau.tokens / self.tokens(1)))
+            self.ledger.watch(self.total(loss), window, plateau.improvement)
         return input_ids_BT
 
     def check_finite(self, values: dict[str, float], what: str) -> None:
@@ -228,17 +253,19 @@ class _Run:
 
     def result(self, bare_speed: float) -> StageResult:
         stage, ledger = self.stage, self.ledger
-        speed = self.tokens(self.steps) / ledger.seconds
+        tokens = self.tokens(ledger.step)
         parts = mean(ledger.recent)
         return StageResult(
             name=stage.name,
-            objective=stage.objective if isinstance(stage.objective, str) else " + ".join(stage.objective),
-            steps=self.steps,
-            tokens=self.tokens(self.steps),
+            objective=" + ".join(stage.weights),
+            steps=ledger.step,
+            tokens=tokens,
             seconds=ledger.seconds,
-            tokens_per_second=speed,
+            tokens_per_second=tokens / ledger.seconds,
             bare_forward_tokens_per_second=bare_speed,
-            share_of_bare_forward=speed / bare_speed,
+            share_of_bare_forward=tokens / ledger.seconds / bare_speed,
+            peak_memory_bytes=peak_memory_bytes(self.training_pass.device),
+            ended_on_plateau=ledger.settled,
             first_loss=self.total(ledger.first),
             final_loss=self.total(parts),
             final_parts=dict(zip(self.training_pass.weights, parts, strict=True)),

@@ -1,30 +1,43 @@
 """The two training passes over a micro-batch, and the teacher's bare forward pass that they are measured by.
 
-`TeacherForced` aligns the mixers: the teacher runs once, without gradients and without its output head, and every layer
-of the student answers the *teacher's* input of that layer, all in this one pass. Each layer's loss goes backward at
-once, so only one layer's graph is ever in memory, and the teacher stops after the attention of the last aligned layer.
-`FreeRunning` trains the student as it will be used, from its own hidden states, on the KL to the teacher and on
-cross-entropy.
+`TeacherForced` aligns layers: the teacher runs once, without gradients and without its output head, and every layer
+of the student answers the *teacher's* input of that layer, all in this one pass: with its mixing matrices, with its
+attention output, or with the output of its block. Each layer's loss goes backward at once, so only one layer's graph is
+ever in memory (with a gap, those of a group of blocks), and the teacher stops after the last layer that is aligned.
+`FreeRunning` trains the student as it will be used, from its own hidden states: on the divergence from the teacher, on
+cross-entropy, and on the distance of hidden states.
 
 Both are called with a micro-batch of token ids (B, T) and the share of the whole batch that it is; they leave gradients
 in the student's parameters and return the parts of the loss, and `weights` says how these make up the loss.
+Block outputs are taken from the blocks themselves: the last one's is the state before the final norm.
 Legend: B sequences, T tokens, N = B x T, C tokens of a chunk, M model width.
 """
 
 import time
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from subquad.attention import find_attention
-from subquad.distill.objectives import Head, chunked_loss, final_hidden, mixer_output, next_token_labels
-from subquad.recipe import Stage
+from subquad.attention import AttentionCall, LayerMixer, Pass, find_attention, watched_attention
+from subquad.distill.heads import Head, final_hidden
+from subquad.distill.hidden import matrix_distance, output_distance
+from subquad.distill.tokens import FromHidden, TeacherLogits, chunked_loss, next_token_labels
+from subquad.errors import UserError
+from subquad.mixers import Mixer, MixerInputs
+from subquad.plan import ATTENTION
+from subquad.stage import OF_TOKENS, Stage
 from subquad.student import Student
+
+
+class LogitsStore(Protocol):
+    """The teacher's logits, written down earlier."""
+
+    def lookup(self, input_ids_BT: Tensor) -> TeacherLogits: ...
 
 
 class TrainingPass(Protocol):
@@ -37,87 +50,238 @@ class TrainingPass(Protocol):
     def __call__(self, input_ids_BT: Tensor, share: float) -> dict[str, Tensor]: ...
 
 
+def layers_in_order(student: Student, share: float) -> tuple[list[int], frozenset[int]]:
+    """This share of the layers with mixers, evenly spread, and those that wait and attend meanwhile.
+
+    A larger share contains a smaller one: layers join in the order of their bit-reversed index, so that halves are
+    every second layer.
+    """
+    layers = student.replaced_layers()
+    bits = max(1, (len(layers) - 1).bit_length())
+    order = sorted(range(len(layers)), key=lambda index: int(f"{index:0{bits}b}"[::-1], 2))
+    active = sorted(layers[index] for index in order[: max(1, round(share * len(layers)))])
+    return active, frozenset(layers) - frozenset(active)
+
+
 class _Done(Exception):
     """The teacher has passed the last layer that is needed."""
 
 
 class TeacherForced:
-    """Distance of every converted layer's attention output from the teacher's; the loss is the mean over layers."""
+    """Distances of the student's layers from the teacher's, each given the teacher's input; means over layers."""
 
-    def __init__(self, student: Student, teacher: PreTrainedModel, kind: Literal["norm", "squared"]) -> None:
-        self.layers = student.replaced_layers()
-        self.weights = {f"layer {layer}": 1 / len(self.layers) for layer in self.layers}
-        self.student, self.teacher, self.kind = student, teacher, kind
+    def __init__(self, stage: Stage, student: Student, teacher: PreTrainedModel) -> None:
+        self.layers, waiting = layers_in_order(student, stage.replaced)
+        self.student_pass = Pass(restored=waiting)
+        self.student, self.teacher, self.kind = student, teacher, stage.loss
         self.device = _token_device(teacher)
-        self.attention = [teacher.get_submodule(site.path) for site in find_attention(teacher)]
-        aligned = [module for layer, module in enumerate(student.attention_modules()) if layer in self.layers]
-        inside = {parameter for module in aligned for parameter in module.parameters()}
-        self.reachable = {name for name, parameter in student.named_parameters() if parameter in inside}
+        sites = find_attention(teacher)
+        self.attention = [teacher.get_submodule(site.path) for site in sites]
+        self.blocks = [teacher.get_submodule(site.path.rpartition(".")[0]) for site in sites]
+        groups = [range(start, min(start + stage.gap, len(sites))) for start in range(0, len(sites), stage.gap)]
+        self.groups = {  # by layer, of the block outputs that are compared
+            layer: group for group in groups if not set(group).isdisjoint(self.layers) for layer in group
+        }
+        self.objectives = stage.weights
+        self.weights: dict[str, float] = {}
+        for objective, weight in self.objectives.items():
+            layers = [*self.groups] if objective == "block_output" else self.layers
+            self.weights |= {self._part(objective, layer): weight / len(layers) for layer in layers}
+        if "matrix" in self.objectives:
+            _check_matrices(stage, student, self.layers)
+        inside = student.attention_modules()
+        aligned = [inside[layer] for layer in self.layers]
+        if "block_output" in self.objectives:
+            aligned = [student.blocks()[layer] for layer in self.groups]
+        reached = {parameter for module in aligned for parameter in module.parameters()}
+        self.reachable = {name for name, parameter in student.named_parameters() if parameter in reached}
+
+    def _part(self, objective: str, layer: int) -> str:
+        return f"layer {layer}" if len(self.objectives) == 1 else f"{objective} of layer {layer}"
 
     def __call__(self, input_ids_BT: Tensor, share: float) -> dict[str, Tensor]:
         losses: dict[str, Tensor] = {}
+        free: list[Tensor] = []  # the last output within a group of blocks, and the group's losses
+        of_group: list[Tensor] = []
+
+        def weighted(objective: str, layer: int, loss: Tensor) -> Tensor:
+            part = self._part(objective, layer)
+            losses[part] = loss.detach()
+            return loss * (share * self.weights[part])
 
         def align(layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            teacher_BTM = output[0] if isinstance(output, tuple) else output
-            name = f"layer {layer}"
             with torch.enable_grad():
-                loss = mixer_output(self.student.teacher_forced_attention(layer, args, kwargs), teacher_BTM, self.kind)
-                if loss.requires_grad:  # a mixer may have no weights
-                    (loss * (share * self.weights[name])).backward()
-            losses[name] = loss.detach()
-            if layer == self.layers[-1]:
+                if "matrix" in self.objectives:
+                    _backward(weighted("matrix", layer, self._matrix(layer, args, kwargs, calls[module])))
+                if "mixer_output" in self.objectives:
+                    student_BTM = self.student.attention_modules()[layer](*args, **kwargs)[0]
+                    _backward(weighted("mixer_output", layer, output_distance(student_BTM, _first(output), self.kind)))
+            if "block_output" not in self.objectives and layer == self.layers[-1]:
+                raise _Done
+
+        def align_block(layer: int, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+            group = self.groups[layer]
+            with torch.enable_grad():
+                if layer > group[0]:
+                    args, kwargs = _with_hidden(args, kwargs, free.pop())
+                kwargs = {**kwargs, "student_pass": self.student_pass}
+                student_BTM = _first(self.student.blocks()[layer](*args, **kwargs))
+                distance = output_distance(student_BTM, _first(output), self.kind)
+                of_group.append(weighted("block_output", layer, distance))
+                if layer < group[-1]:
+                    free.append(student_BTM)
+                else:
+                    _backward(sum(of_group[1:], of_group[0]))
+                    of_group.clear()
+            if layer == [*self.groups][-1]:
                 raise _Done
 
         with ExitStack() as hooks, torch.no_grad():
-            for layer in self.layers:
-                handle = self.attention[layer].register_forward_hook(partial(align, layer), with_kwargs=True)
-                hooks.callback(handle.remove)
+            calls = hooks.enter_context(watched_attention(self.teacher)) if "matrix" in self.objectives else {}
+            if not self.objectives.keys().isdisjoint(("matrix", "mixer_output")):
+                for layer in self.layers:
+                    hook = self.attention[layer].register_forward_hook(partial(align, layer), with_kwargs=True)
+                    hooks.callback(hook.remove)
+            if "block_output" in self.objectives:
+                for layer in self.groups:
+                    hook = self.blocks[layer].register_forward_hook(partial(align_block, layer), with_kwargs=True)
+                    hooks.callback(hook.remove)
             try:
                 self.teacher.base_model(input_ids=input_ids_BT, use_cache=False)
             except _Done:
                 pass
         return losses
 
+    def _matrix(self, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any], call: AttentionCall) -> Tensor:
+        """The distance of this layer's matrices: the mean over its heads that have mixers."""
+        seen: list[tuple[Mixer, MixerInputs]] = []
+
+        def inspect(mixers: LayerMixer, name: str, inputs: MixerInputs) -> None:
+            if name != ATTENTION:
+                seen.append((mixers.by_name[name], inputs))
+
+        self.student.attention_modules()[layer](*args, **{**kwargs, "student_pass": Pass(inspector=inspect)})
+        heads = [len(mixer.group.heads) for mixer, _ in seen]
+        distances = [matrix_distance(mixer, inputs, call) for mixer, inputs in seen]
+        return torch.stack([n * d for n, d in zip(heads, distances, strict=True)]).sum() / sum(heads)
+
+
+def _check_matrices(stage: Stage, student: Student, layers: list[int]) -> None:
+    for layer in layers:
+        for name, mixer in student.mixers(layer).items():
+            if type(mixer).mix is Mixer.mix:
+                raise UserError(
+                    f"stage '{stage.name}' compares mixing matrices, and mixer '{name}' has none (it writes no 'mix'): "
+                    "choose another objective"
+                )
+
+
+def _backward(loss: Tensor) -> None:
+    if loss.requires_grad:  # a mixer may have no weights
+        loss.backward()
+
 
 class FreeRunning:
-    """`weights["logits"]` x KL to the teacher + `weights["labels"]` x cross-entropy of the next token."""
+    """Divergence from the teacher, cross-entropy of the next token, and distances of hidden states, as weighted."""
 
     def __init__(
-        self, student: Student, teacher: PreTrainedModel, weights: Mapping[str, float], temperature: float
+        self, stage: Stage, student: Student, teacher: PreTrainedModel, logits_from: PreTrainedModel | LogitsStore
     ) -> None:
-        self.weights = dict(weights)
+        self.stage, self.student, self.teacher, self.logits_from = stage, student, teacher, logits_from
+        self.layers, waiting = layers_in_order(student, stage.replaced)
+        self.student_pass = Pass(restored=waiting)
+        self.weights = {name: weight for name, weight in stage.weights.items() if name in OF_TOKENS}
+        self.hidden = {name: weight for name, weight in stage.weights.items() if name not in OF_TOKENS}
+        for name, weight in self.hidden.items():
+            self.weights |= {f"{name} of layer {layer}": weight / len(self.layers) for layer in self.layers}
         self.reachable = {name for name, _ in student.named_parameters()}
         self.device = _token_device(student.backbone)
-        self.student, self.teacher, self.temperature = student, teacher, temperature
+        sites = find_attention(teacher)
+        theirs, mine = [teacher.get_submodule(site.path) for site in sites], student.attention_modules()
+        blocks = [teacher.get_submodule(site.path.rpartition(".")[0]) for site in sites]
+        both = {"mixer_output": (theirs, mine), "block_output": (blocks, student.blocks())}
+        self.modules = {
+            name: [[modules[layer] for layer in self.layers] for modules in both[name]] for name in self.hidden
+        }
 
     def __call__(self, input_ids_BT: Tensor, share: float) -> dict[str, Tensor]:
-        teacher_BTM = None
-        if "logits" in self.weights:
-            with torch.no_grad():
-                teacher_BTM = final_hidden(self.teacher, input_ids_BT)
-        loss = chunked_loss(
-            final_hidden(self.student, input_ids_BT),
-            Head.of(self.student),
-            weights=self.weights,
-            teacher_BTM=teacher_BTM,
-            teacher_head=Head.of(self.teacher),
-            labels_BT=next_token_labels(input_ids_BT),
-            temperature=self.temperature,
-        )
-        (loss.total * share).backward()
-        return loss.parts()
+        watched = {name: modules[0] for name, modules in self.modules.items()}
+        with torch.no_grad(), _outputs(watched) as theirs:
+            head, teacher = self._teacher(input_ids_BT)
+        with _outputs({name: modules[1] for name, modules in self.modules.items()}) as mine:
+            student_BTM = self.student.final_hidden(input_ids_BT, student_pass=self.student_pass)
+        parts: dict[str, Tensor] = {}
+        for name in self.hidden:
+            for layer, student, target in zip(self.layers, mine[name], theirs[name], strict=True):
+                parts[f"{name} of layer {layer}"] = output_distance(student, target, self.stage.loss)
+        total = sum((self.weights[part] * loss for part, loss in parts.items()), torch.zeros((), device=self.device))
+        if not self.weights.keys().isdisjoint(OF_TOKENS):
+            loss = chunked_loss(
+                student_BTM,
+                head,
+                weights=self.weights,
+                teacher=teacher,
+                labels_BT=next_token_labels(input_ids_BT),
+                kind=self.stage.divergence,
+                temperature=self.stage.temperature,
+            )
+            total = total.to(loss.total.device) + loss.total
+            parts |= loss.parts()
+        (total * share).backward()
+        return {name: part.detach() for name, part in parts.items()}
+
+    def _teacher(self, input_ids_BT: Tensor) -> tuple[Head, TeacherLogits | None]:
+        """The student's head, for the tokens that both have logits for, and the teacher's distribution."""
+        head = Head.of(self.student)
+        if self.weights.keys() == {"labels"}:
+            return head, None
+        if not isinstance(self.logits_from, PreTrainedModel):
+            return head, self.logits_from.lookup(input_ids_BT)
+        teacher_head = Head.of(self.logits_from)
+        tokens = min(len(head.weight_VM), len(teacher_head.weight_VM))  # heads are padded to various sizes
+        hidden_BTM = final_hidden(self.logits_from, input_ids_BT.to(self.logits_from.device))
+        return head.first(tokens), FromHidden(hidden_BTM, teacher_head.first(tokens))
+
+
+@contextmanager
+def _outputs(modules: Mapping[str, list[nn.Module]]) -> Iterator[dict[str, list[Tensor]]]:
+    """Within, keeps what these modules return, by name and in order."""
+    kept: dict[str, list[Tensor]] = {name: [] for name in modules}
+
+    def keep(name: str, module: nn.Module, args: Any, output: Any) -> None:
+        kept[name].append(_first(output))
+
+    with ExitStack() as hooks:
+        for name, group in modules.items():
+            for module in group:
+                hooks.callback(module.register_forward_hook(partial(keep, name)).remove)
+        yield kept
+
+
+def _first(output: Any) -> Tensor:
+    """The hidden states of what a module returned."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _with_hidden(args: tuple[Any, ...], kwargs: dict[str, Any], hidden_BTM: Tensor) -> tuple[Any, dict[str, Any]]:
+    """A block's arguments with other hidden states."""
+    return ((hidden_BTM, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden_BTM})
 
 
 def _token_device(model: PreTrainedModel) -> torch.device:
     return next(model.get_input_embeddings().parameters()).device
 
 
-def make_pass(stage: Stage, student: Student, teacher: PreTrainedModel) -> TrainingPass:
-    """The pass of a stage's objective."""
-    if stage.objective == "mixer_output":
-        return TeacherForced(student, teacher, stage.loss)
-    weights = stage.objective if isinstance(stage.objective, dict) else {str(stage.objective): 1.0}
-    return FreeRunning(student, teacher, weights, stage.temperature)
+def make_pass(
+    stage: Stage,
+    student: Student,
+    teacher: PreTrainedModel,
+    logits_from: PreTrainedModel | LogitsStore | None = None,
+) -> TrainingPass:
+    """The pass of a stage. `logits_from`: another teacher, or its stored logits, for the objective `logits`."""
+    if stage.forced:
+        return TeacherForced(stage, student, teacher)
+    return FreeRunning(stage, student, teacher, teacher if logits_from is None else logits_from)
 
 
 @torch.no_grad()

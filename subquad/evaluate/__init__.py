@@ -1,7 +1,7 @@
 """What a student is worth beside its teacher: likelihood, retrieval, memory, and text to read."""
 
 from subquad.evaluate.likelihood import likelihood, standard_error
-from subquad.evaluate.memory import cache_table, held_cache_bytes, peak_rss_bytes
+from subquad.evaluate.memory import cache_table, held_cache_bytes
 from subquad.evaluate.retrieval import retrieval
 from subquad.evaluate.samples import samples
 
@@ -9,7 +9,6 @@ __all__ = [
     "cache_table",
     "held_cache_bytes",
     "likelihood",
-    "peak_rss_bytes",
     "retrieval",
     "samples",
     "standard_error",

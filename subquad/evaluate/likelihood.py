@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from subquad.distill.objectives import final_hidden, head_logits
+from subquad.distill.heads import final_hidden, head_logits
 from subquad.errors import UserError
 
 Measures = dict[str, dict[int, Any]]

@@ -1,7 +1,5 @@
-"""Memory: what a plan says its cache takes, what a cache really holds, what this process took at most."""
+"""Memory of caches: what a plan says its cache takes, and what a cache really holds."""
 
-import resource
-import sys
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -26,12 +24,6 @@ def held_cache_bytes(cache: Cache) -> int:
             storage = tensor.untyped_storage()
             storages[tensor.device, storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
-
-
-def peak_rss_bytes() -> int:
-    """The most memory this process has held at once so far (maximum resident set size), in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in kB, macOS in bytes
 
 
 def _tensors(value: object) -> Iterator[torch.Tensor]:

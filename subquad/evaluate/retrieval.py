@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from subquad.data.retrieval import Probe
-from subquad.distill.objectives import final_hidden, head_logits
+from subquad.distill.heads import final_hidden, head_logits
 from subquad.evaluate.likelihood import evaluating
 
 TOKENS_AT_ONCE = 4096  # short rows go through the decoder together

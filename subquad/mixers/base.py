@@ -141,12 +141,15 @@ class Mixer(nn.Module):
             if shapes != wanted_state:
                 raise ValueError(f"{name} was given the state of another mixer: {shapes}, and keeps {wanted_state}")
 
-    def matrix(self, inputs: MixerInputs) -> Tensor:
-        """The mixing matrix M, (B, H, T, T): what `mix` does to the identity. Row: query, column: key."""
+    def matrix(self, inputs: MixerInputs, columns: slice = slice(None)) -> Tensor:
+        """The mixing matrix M, (B, H, T, T): what `mix` does to the identity. Row: query, column: key.
+
+        `columns`: these of it only, which take the memory of as many.
+        """
         inputs, _ = self.prepare(inputs, {})
         B, G, T, _ = inputs.v_BGTD.shape
-        identity = torch.eye(T, dtype=inputs.v_BGTD.dtype, device=inputs.v_BGTD.device).expand(B, G, T, T)
-        return self.mix(replace(inputs, v_BGTD=identity), {})[0]
+        identity_TC = torch.eye(T, dtype=inputs.v_BGTD.dtype, device=inputs.v_BGTD.device)[:, columns]
+        return self.mix(replace(inputs, v_BGTD=identity_TC.expand(B, G, -1, -1)), {})[0]
 
     @classmethod
     def held(cls, group: HeadGroup, options: Any, context: int) -> dict[str, Held]:

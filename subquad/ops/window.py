@@ -32,7 +32,7 @@ class WindowSum:
 
     def normalised(self) -> Tensor:
         """Sliding-window attention itself, (B, H, T, D)."""
-        return self.numerator_BHTD / self.denominator_BHT1
+        return (self.numerator_BHTD / self.denominator_BHT1).to(self.numerator_BHTD.dtype)
 
 
 def first_real(padding_BL: Tensor | None, batch: int, device: torch.device) -> Tensor:

@@ -143,7 +143,7 @@ class Scores(BaseModel):
 
     by: str
     mixer: str = ""
-    scores: list[Number]
+    scores: list[Number] = []  # none of a selector that measures nothing
     chosen: list[int] = []
     budget: str | int | float | None = None
     tokens: Number = NAN

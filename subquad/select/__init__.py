@@ -4,7 +4,7 @@ A selector gives the layers in the order in which they should keep attention, fo
 says how many. So one set of scores serves any budget.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +33,21 @@ def by_uniform(student: Student, **_: Any) -> Choice:
     return Choice(lambda count: uniform_layers(layers, count))
 
 
+def by_fixed(student: Student, *, layers: Sequence[int], **_: Any) -> Choice:
+    """The layers of a list, most important first: the budget says how many of them."""
+    order, count = list(layers), student.plan.num_layers
+    strange = [layer for layer in order if layer not in range(count)]
+    if strange or len({*order}) < len(order):
+        raise UserError(f"selector.options.layers should be different layers of 0 to {count - 1}, not {order}")
+
+    def first(count: int) -> list[int]:
+        if count > len(order):
+            raise UserError(f"the budget keeps {count} layers, and selector.options.layers names {len(order)}")
+        return sorted(order[:count])
+
+    return Choice(first, {"order": order})
+
+
 def by_kl(
     student: Student,
     *,
@@ -56,17 +71,23 @@ def by_kl(
     return Choice(lambda count: sorted(order[:count]), report)
 
 
-SELECTORS: dict[str, Callable[..., Choice]] = {"uniform": by_uniform, "kl": by_kl}
+SELECTORS: dict[str, Callable[..., Choice]] = {"uniform": by_uniform, "fixed": by_fixed, "kl": by_kl}
+MEASURING = frozenset({"kl"})  # selectors that need an aligned student
 
 
 def check_selector(by: str, options: dict[str, Any]) -> None:
     """Raises UserError, with the nearest valid name, for an unknown selector or an option that it does not take."""
     if by not in SELECTORS:
         raise UserError(f"unknown selector '{by}': {nearest(by, SELECTORS)}")
-    taken = {"kl": ["stride"]}.get(by, [])
+    taken = {"kl": ["stride"], "fixed": ["layers"]}.get(by, [])
     for key in options:
         if key not in taken:
             raise UserError(f"selector '{by}' has no option '{key}' (valid: {', '.join(taken) or 'none'})")
+    layers = options.get("layers")
+    if by == "fixed" and not (isinstance(layers, list) and all(isinstance(layer, int) for layer in layers)):
+        raise UserError(
+            "selector 'fixed' needs the layers to keep, most important first: selector.options.layers=[4,10]"
+        )
 
 
 def choose_plan(

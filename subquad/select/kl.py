@@ -5,9 +5,9 @@ not see. This is SMART's score (Zebra-Llama, arXiv 2505.17272) and, without its 
 selection's (arXiv 2512.20569, "greedy addition"); every candidate shares the aligned mixers, so one alignment serves
 all.
 
-Restoring layer l changes nothing below l: the all-linear pass keeps the output of every decoder block, and a
-candidate's pass starts at block l, so that L candidates cost about L / 2 forward passes. The KL is taken at every
-`stride`-th position.
+A restored layer is the teacher's own block, whatever an alignment stage trained there. Restoring layer l changes
+nothing below l: the all-linear pass keeps the output of every decoder block, and a candidate's pass starts at block l,
+so that L candidates cost about L / 2 forward passes. The KL is taken at every `stride`-th position.
 
 Legend: B rows, T tokens, M model width.
 """
@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from subquad.attention import Pass
-from subquad.distill.objectives import Head, chunked_loss, final_hidden
+from subquad.attention import find_attention
+from subquad.distill.heads import Head, final_hidden
+from subquad.distill.tokens import FromHidden, chunked_loss
 from subquad.student import Student
 
 
@@ -53,7 +54,8 @@ def kl_scores(
     """Scores every layer of an all-linear, aligned `student`. `progress`: called with (passes done, in all)."""
     start = time.perf_counter()
     layers, rows = student.plan.num_layers, len(tokens_BT)
-    blocks = [student.backbone.get_submodule(path.rpartition(".")[0]) for path in student.config.attention_paths]
+    blocks = student.blocks()
+    originals = [teacher.get_submodule(site.path.rpartition(".")[0]) for site in find_attention(teacher)]
     sums = torch.zeros(layers + 1, dtype=torch.float64)  # the last is the all-linear student
     done = 0
 
@@ -62,8 +64,7 @@ def kl_scores(
             student_BTM[:, ::stride],
             Head.of(student),
             weights={"logits": 1.0},
-            teacher_BTM=teacher_BTM[:, ::stride],
-            teacher_head=Head.of(teacher),
+            teacher=FromHidden(teacher_BTM[:, ::stride], Head.of(teacher)),
         )
         return float(loss.total)
 
@@ -73,9 +74,8 @@ def kl_scores(
         with _recorded(blocks) as outputs:
             sums[layers] += kl(student.final_hidden(row), teacher_BTM)
         for layer in range(layers):
-            with _starting_at(blocks, layer, outputs):
-                restored = student.final_hidden(row, student_pass=Pass(restored=frozenset({layer})))
-            sums[layer] += kl(restored, teacher_BTM)
+            with _restored(blocks, layer, originals[layer], outputs):
+                sums[layer] += kl(student.final_hidden(row), teacher_BTM)
             done += 1
             if progress is not None:
                 progress(done, rows * layers)
@@ -100,13 +100,17 @@ def _recorded(blocks: list[nn.Module]) -> Iterator[list[Any]]:
 
 
 @contextmanager
-def _starting_at(blocks: list[nn.Module], layer: int, outputs: list[Any]) -> Iterator[None]:
-    """Within, the blocks below `layer` compute nothing and return what they returned before."""
-    below = list(zip(blocks[:layer], outputs[:layer], strict=True))
-    for block, output in below:
+def _restored(blocks: list[nn.Module], layer: int, original: nn.Module, outputs: list[Any]) -> Iterator[None]:
+    """Within, the teacher's block stands in for one; those below compute nothing and return what they did before."""
+
+    def of_teacher(*args: Any, student_pass: Any = None, **kwargs: Any) -> Any:
+        return original(*args, **kwargs)
+
+    for block, output in zip(blocks[:layer], outputs[:layer], strict=True):
         block.forward = lambda *args, _output=output, **kwargs: _output
+    blocks[layer].forward = of_teacher
     try:
         yield
     finally:
-        for block, _ in below:
+        for block in blocks[: layer + 1]:
             del block.forward

@@ -1,0 +1,95 @@
+"""Arguments and options that several commands share, with their help."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+TeacherArgument = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="TEACHER",
+        help="The pretrained model to start from: a Hugging Face Hub id, a local folder, or a GGUF file. "
+        "Left out: the recipe's teacher, which is SmolLM2-135M-Instruct unless the recipe says otherwise.",
+    ),
+]
+ModelArgument = Annotated[str, typer.Argument(help="A folder that `convert` wrote, or any causal language model.")]
+RecipeOption = Annotated[
+    str,
+    typer.Option(
+        "--recipe",
+        "-r",
+        metavar="NAME|FILE",
+        help="The recipe: mixer, selector, training stages and evaluation. One that ships with Subquad, or your own "
+        ".yaml file. For minutes on two CPU cores: quick, and the -quick form of each of these, which are for GPUs: "
+        "kl-guided, mohawk, mohawk-hybrid, llamba, radlads, lolcats, liger, mamba-in-llama.",
+    ),
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        "-s",
+        metavar="KEY=VALUE",
+        help="Change one value of the recipe, such as stages.0.tokens=50k or mixer.name=gla. May be given many times.",
+    ),
+]
+ScaleOption = Annotated[
+    float,
+    typer.Option(
+        "--tokens-scale",
+        metavar="FACTOR",
+        help="Multiply all token budgets of the recipe: 0.01 tries it out at a hundredth of its cost.",
+    ),
+]
+OutOption = Annotated[
+    Path | None,
+    typer.Option("--out", "-o", metavar="DIR", help="Folder to write to.", show_default="runs/NAME OF THE RECIPE"),
+]
+DataOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--data",
+        "-d",
+        metavar="SOURCE",
+        help="Text to train and measure on, instead of the recipe's: a .txt, .jsonl, .jsonl.gz or .parquet file, a "
+        "folder of them, or the id of a `datasets` data set (org/name[:config:split:column]). May be given many times.",
+    ),
+]
+MixerOption = Annotated[
+    str | None,
+    typer.Option(
+        "--mixer",
+        metavar="NAME",
+        help="What takes the place of attention, instead of the recipe's: linear, hedgehog, liger, retention, gla, "
+        "mamba2, discrete_mamba2, gated_deltanet, kda, rwkv7 or sliding_window. "
+        "Options of the mixer go through --set mixer.options.NAME=VALUE.",
+    ),
+]
+BudgetOption = Annotated[
+    str | None,
+    typer.Option(
+        "--budget",
+        "-b",
+        metavar="BUDGET",
+        help="How much may stay attention, instead of the recipe's budget: a number of layers (15), a share of them "
+        "(50%), or the cache's bytes at a context length (64MiB@32k).",
+    ),
+]
+ResumeOption = Annotated[
+    bool, typer.Option("--resume", help="Go on from the last checkpoint of a run in --out that was interrupted.")
+]
+OverwriteOption = Annotated[
+    bool, typer.Option("--overwrite", help="Delete an earlier run in --out first (never a folder of anything else).")
+]
+SeedOption = Annotated[
+    int | None,
+    typer.Option("--seed", min=0, help="Seed of the new weights and the order of the text.", show_default="recipe's"),
+]
+PickleOption = Annotated[
+    bool,
+    typer.Option("--allow-pickle", help="Accept pickled weights (.bin, .pt): a pickle can run code of its author's."),
+]
+RemoteCodeOption = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run model code that comes with the checkpoint.")
+]

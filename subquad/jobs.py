@@ -1,0 +1,150 @@
+"""The smaller jobs beside `convert` and `select`: measure a model, let it write, write a teacher's answers down."""
+
+import json
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from rich.console import Console
+
+from subquad.data.packing import tokenizer_hash
+from subquad.data.text import load_corpus
+from subquad.distill.cache_writer import claim_folder, write_cache
+from subquad.distill.heads import check_head
+from subquad.distill.loop import make_accelerator
+from subquad.distill.teacher_cache import TeacherCache
+from subquad.errors import UserError
+from subquad.measure import measured_rows
+from subquad.pipeline import open_corpus, open_teacher, settled, shapes_of
+from subquad.plan import Plan
+from subquad.recipe import Recipe, load_recipe
+from subquad.report.format import nats, percent, size
+from subquad.run import Run, facts
+from subquad.student import Student
+from subquad.teacher import load_teacher
+
+
+def evaluate_model(
+    model: str | Path,
+    *,
+    teacher: str | None = None,
+    data: list[str] | None = None,
+    json_path: str | Path | None = None,
+) -> dict[str, Any]:
+    """Measures a student's folder (or any causal language model) beside its teacher; returns metrics.json's rows.
+
+    `teacher` and `data` default to those of the recipe that made the student. Raises UserError where these are unknown.
+    """
+    recipe_file = Path(model) / "recipe.yaml"
+    if teacher is None and not recipe_file.is_file():
+        raise UserError(f"{model} does not say what its teacher is: give --teacher")
+    recipe = load_recipe(recipe_file if recipe_file.is_file() else "quick")
+    recipe = settled(recipe, teacher or recipe.teacher, data)
+    source = load_teacher(recipe.teacher, dtype=recipe.dtype)
+    lm = load_teacher(str(model), dtype=recipe.dtype).model
+    for one in (source.model, lm):
+        check_head(one)
+    corpus = load_corpus(
+        recipe.data.sources,
+        source.tokenizer,
+        max_tokens=recipe.data.max_tokens,
+        heldout_fraction=recipe.data.heldout_fraction,
+    )
+    plan = lm.plan if isinstance(lm, Student) else Plan.all_attention(shapes_of(lm))
+    name = "student" if isinstance(lm, Student) else "model"
+    plans = {"teacher": Plan.all_attention(shapes_of(source.model)), name: plan}
+    metrics = measured_rows({name: lm}, source, corpus, plans, recipe.evaluate, recipe.dtype)
+    text = json.dumps(metrics | {"teacher_name": source.name}, indent=1)
+    if json_path is not None:
+        Path(json_path).write_text(text, encoding="utf-8")
+    return dict(json.loads(text))
+
+
+def generate(
+    model: str | Path,
+    prompt: str,
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    seed: int = 0,
+    chat: bool = False,
+) -> str:
+    """The model's continuation of `prompt` (or, with `chat`, its answer), greedy at temperature 0."""
+    loaded = load_teacher(str(model))
+    lm, tokenizer = loaded.model, loaded.tokenizer
+    if chat:
+        if tokenizer.chat_template is None:
+            raise UserError(f"{model} has no chat template: leave out --chat")
+        messages = [{"role": "user", "content": prompt}]
+        prompt = str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+    encoded = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat).to(lm.device)
+    torch.manual_seed(seed)
+    how = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    tokens = cast(Any, lm).generate(  # of GenerationMixin, which transformers' types hide
+        input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"], max_new_tokens=max_new_tokens, **how
+    )
+    return str(tokenizer.decode(tokens[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True))
+
+
+def cache_teacher(
+    teacher: str = "default",
+    recipe: Recipe | str | Path = "quick",
+    out: str | Path = "teacher-cache",
+    *,
+    data: list[str] | None = None,
+    tokens: int | None = None,
+    sequence_length: int | None = None,
+    top_k: int = 64,
+    batch: int | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+    command: str | None = None,
+) -> TeacherCache:
+    """Writes the teacher's `top_k` likeliest next tokens on the text of `convert` into the folder `out`.
+
+    `tokens`, `sequence_length` and `batch` (rows at a time) default to those of the recipe's first stage on logits.
+    `resume`: go on with an interrupted cache in `out`; `overwrite`: delete an earlier one first. Raises UserError for
+    anything wrong with what was given.
+    """
+    recipe = settled(recipe, teacher, data)
+    out = Path(out)
+    stage = next((stage for stage in recipe.stages if "logits" in stage.weights), None)
+    if stage is not None:
+        tokens, sequence_length = tokens or stage.tokens, sequence_length or stage.sequence_length
+        batch = batch or stage.batch // stage.accumulate
+    if tokens is None or sequence_length is None:
+        raise UserError(f"the recipe '{recipe.name}' has no stage on logits: give --tokens and --sequence-length")
+    run = Run(recipe, out, make_accelerator(out), Console(), resume)
+    if run.accelerator.num_processes > 1:
+        raise UserError("the teacher's cache is written by one process: start the command without accelerate launch")
+    claim_folder(out, resume=resume, overwrite=overwrite)  # now, for what follows takes a while
+    source = open_teacher(run, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
+    corpus = open_corpus(run, source)
+    run.say(f"teacher: {source.name}; text: {len(corpus.train):,} tokens to train on")
+    if len(corpus.train) < tokens:
+        run.say(f"the text is shorter than the {tokens:,} tokens that were asked for: all of it is cached")
+    about = facts(run, command)
+    write_cache(
+        out,
+        source,
+        corpus,
+        tokens=tokens,
+        sequence_length=sequence_length,
+        top_k=top_k,
+        batch=batch or 1,
+        resume=resume,
+        console=run.console,
+        about={key: about[key] for key in ("versions", "machine", "command", "commit")},
+    )
+    cache = TeacherCache.open(
+        out, teacher_fingerprint=source.fingerprint, tokenizer_hash=tokenizer_hash(source.tokenizer)
+    )
+    meta = cache.meta
+    run.say(
+        f"{out}: {cache.tokens:,} tokens at {meta['bytes_per_token']:,.0f} bytes, "
+        f"{size(meta['bytes_per_token'] * cache.tokens)} in all; the top {top_k} keep {percent(meta['mass_kept'])} of "
+        f"the mass and lose {nats(meta['kl_lost'])} nats/token; {meta['tokens_per_second']:,.0f} tokens/s"
+    )
+    return cache
