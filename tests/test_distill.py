@@ -41,6 +41,11 @@ ALIGN = dict(
 )  # fmt: skip
 LOGITS = {**ALIGN, "name": "logits", "objective": {"logits": 1.0, "labels": 0.1}, "trainable": "all", "lr": 1e-3}
 
+LAYERS = {
+    **ALIGN, "name": "layers", "trainable": ["mixers", "qkvo"],
+    "objective": {"matrix": 0.1, "mixer_output": 1.0, "block_output": 1.0},
+}  # fmt: skip
+
 
 class RandomText:
     """Token ids that depend on (seed, step) alone."""
@@ -246,7 +251,7 @@ def test_micro_batches_change_nothing(tmp_path):
             torch.testing.assert_close(tensor, runs[0][0].state_dict()[name], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("settings", [ALIGN, LOGITS], ids=["mixer_output", "logits"])
+@pytest.mark.parametrize("settings", [ALIGN, LOGITS, LAYERS], ids=["mixer_output", "logits", "layers"])
 def test_bfloat16_weights_are_trained_in_float32(tmp_path, settings):
     teacher = tiny("llama", torch.bfloat16)
     student = make_student(teacher, mixer="hedgehog")
@@ -448,7 +453,7 @@ def test_two_processes_do_what_one_does(tmp_path):
 
 
 def job_settings(steps):
-    return {**ALIGN, "tokens": steps * BATCH * T, "checkpoint_every": 3}
+    return {**LAYERS, "tokens": steps * BATCH * T, "checkpoint_every": 3}
 
 
 def lines_whole(out):
