@@ -162,6 +162,19 @@ def test_calibration_fits_the_output_scale(name, options):
     torch.testing.assert_close((y * target).sum((0, 2)), (y * y).sum((0, 2)), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(("name", "options"), [row for row in SCALED if "state_dim" not in row[1]], ids=str)
+def test_calibration_brings_matrices_to_the_size_of_attention(name, options):
+    """A matrix that is the target's but for its size becomes that; one whose rows are averages stays."""
+    mixer, whole = make(name, options), inputs(60)
+    with torch.no_grad():
+        if hasattr(mixer, "D_H"):
+            mixer.D_H.zero_()  # a diagonal beside the gain
+        start = mixer.matrix(whole)
+        v_BHTD = mixer.spread(mixer.prepare(whole, {})[0].v_BGTD)
+        mixer.calibrate(whole, 0.01 * start @ v_BHTD)
+        torch.testing.assert_close(mixer.matrix(whole), start * (1.0 if mixer.averages else 0.01))
+
+
 def test_calibration_of_hedgehog_is_near_the_teacher():
     """A far factor that swamps the window is brought down; what is left is nearer to softmax attention."""
     mixer, whole = make("hedgehog", {"window": 12, "sinks": 3}), inputs(60)
@@ -231,6 +244,7 @@ def test_calibration_of_a_small_state_beats_its_start_and_a_random_one():
     torch.nn.init.zeros_(mixer.D_H)
     random = error(mixer)
     mixer.calibrate(whole, torch.randn_like(whole.q_BHTD))
+    torch.nn.init.ones_(mixer.gain_H)
     assert error(mixer) < 0.2 * wanted.tril().norm() < random
 
 

@@ -42,7 +42,7 @@ def randomised(module):
 
 def of(module, name, options):
     mixer = mixer_class(name)(GROUP, mixer_options(name, options))
-    mixer.load_state_dict(module)
+    mixer.load_state_dict({"gain_H": torch.ones(len(GROUP.heads)), **module})
     return mixer
 
 

@@ -25,24 +25,20 @@ Legend: B batch, H heads, T time, D width of keys and values, C time within a ch
 import argparse
 import json
 import os
-import platform
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
-import transformers
 from rich.console import Console
 
-import subquad
+from benchmarks.common import facts, write_json
 from benchmarks.ops.contenders import FORMULAS, QUICK, Contender, Settings, find_contenders
 from benchmarks.ops.measures import (
     agreement,
@@ -55,7 +51,6 @@ from benchmarks.ops.measures import (
 )
 from benchmarks.ops.report import draw, print_report
 from subquad.ops import triton
-from subquad.run import device_name, processor, source_commit
 
 PARTS = ("times", "decode", "memory", "compile")
 
@@ -63,7 +58,10 @@ PARTS = ("times", "decode", "memory", "compile")
 def run(settings: Settings, parts: Sequence[str], command: str, console: Console) -> dict[str, Any]:
     """Measures `parts` and returns all there is to know, ready for JSON."""
     contenders = find_contenders(settings.device)
-    report: dict[str, Any] = {**facts(settings, command), "contenders": [described(c) for c in contenders]}
+    report: dict[str, Any] = {
+        **facts(command, asdict(settings), torch.device(settings.device)),
+        "contenders": [described(c) for c in contenders],
+    }
     measures = {
         "times": measure_times,
         "decode": measure_decode,
@@ -100,38 +98,6 @@ def described(contender: Contender) -> dict[str, Any]:
 def kept_to_torch(device: str) -> Any:
     """On a GPU, the torch form of `subquad.ops` even where kernels are installed."""
     return patch.object(triton, "serves", lambda x: False) if device == "cuda" else nullcontext()
-
-
-def facts(settings: Settings, command: str) -> dict[str, Any]:
-    """When, where, with what and how."""
-    telling = ("MALLOC_", "OMP_", "MKL_")
-    return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": command,
-        "commit": source_commit(),
-        "modified_since": modified_files(),
-        "machine": {
-            "processor": processor(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "device": device_name(torch.device(settings.device)),
-        },
-        "versions": {
-            "subquad": subquad.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
-        "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith(telling)},
-        "settings": asdict(settings),
-    }
-
-
-def modified_files() -> list[str]:
-    """Files of the source tree that are not as in the commit, if there is one."""
-    command = ["git", "status", "--porcelain", "--", "subquad", "benchmarks/*.py", "benchmarks/ops"]
-    found = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
-    return [line[3:] for line in found.stdout.splitlines()]
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -177,9 +143,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     report = run(settings_of(arguments), arguments.parts, command, console)
     print_report(report, console)
     if arguments.json:
-        aside = arguments.json.with_name(arguments.json.name + ".tmp")
-        aside.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        os.replace(aside, arguments.json)
+        write_json(arguments.json, report)
     if arguments.plot and "times" in report:
         draw(report, arguments.plot)
 

@@ -32,6 +32,7 @@ class Linear(Recurrent):
     options_class = LinearOptions
     options: LinearOptions
     forms = decay_chunk, decay_step
+    averages = True
 
     def __init__(self, group: HeadGroup, options: LinearOptions) -> None:
         super().__init__(group, options)

@@ -5,6 +5,8 @@ Such a mixer writes `terms`: the queries, keys, values and gates of its recurren
 - `share_state`: one state a key/value head instead of one a query head, which divides the state by the group's size.
 - `state_dim`: queries and keys pass through learned projections to fewer channels. These start where the products
   q k^T of a calibration batch are kept best (`low_rank`), not from noise.
+- `gain_H`: a learned factor of each head's matrix. Sums of q k^T over a whole context are hundreds of times as large as
+  attention's averages; the factor starts where the outputs are of the teacher's size, so that the matrices are, too.
 - `bidirectional`: a second scan runs backwards over the tokens *after* each query, with the same gates, so that the
   mixing matrix has both triangles and counts the diagonal once. It keeps no state: for encoders, not for generation.
 - `rotary`: whether queries and keys come with the teacher's rotary embedding.
@@ -44,6 +46,7 @@ class Recurrent(Mixer):
     options_class = RecurrentOptions
     options: RecurrentOptions
     forms: ClassVar[tuple[Form, Form]]  # chunk and step
+    averages: ClassVar[bool] = False  # whether rows of the matrix sum to one, so that they need no gain
     output: Scale
 
     def __init__(self, group: HeadGroup, options: RecurrentOptions) -> None:
@@ -52,6 +55,8 @@ class Recurrent(Mixer):
         self.state_dim = options.state_dim or group.head_dim
         if self.state_dim > group.head_dim:
             raise UserError(f"a state_dim of {self.state_dim} is above the head width of {group.head_dim}")
+        if not self.averages:
+            self.gain_H = nn.Parameter(torch.ones(len(group.heads)))
         if options.state_dim is not None:
             start_DN = torch.eye(group.head_dim)[:, : self.state_dim]
             self.query_map_HDN = nn.Parameter(start_DN.repeat(len(group.heads), 1, 1))
@@ -88,9 +93,12 @@ class Recurrent(Mixer):
         if self.options.bidirectional:
             if state or inputs.past:
                 raise ValueError(f"{type(self).__name__} is bidirectional: it cannot go on from a state")
-            return both_ways(chunk, terms), {}
+            return self._sized(both_ways(chunk, terms)), {}
         y_BHTP, new = (step if inputs.q_BHTD.shape[2] == 1 else chunk)(*terms, state.get("recurrent"))
-        return y_BHTP, {"recurrent": new}
+        return self._sized(y_BHTP), {"recurrent": new}
+
+    def _sized(self, y_BHTP: Tensor) -> Tensor:
+        return y_BHTP if self.averages else y_BHTP * self.gain_H[:, None, None]
 
     def finish(self, y_BHTD: Tensor, inputs: MixerInputs) -> Tensor:
         return self.output(y_BHTD, inputs.hidden_BTM)
@@ -108,13 +116,18 @@ class Recurrent(Mixer):
 
     @torch.no_grad()
     def calibrate(self, inputs: MixerInputs, target_BHTD: Tensor) -> None:
-        """Projects to `state_dim` where least is lost of q k^T, then fits the output's scale."""
+        """Projects to `state_dim` where least is lost of q k^T, then fits the gain and the output's scale."""
         if self.options.state_dim is not None:
             whole, _ = self.convolved(self.shared(inputs, self.options.share_state), {})
             query_map_GDN, key_map_GDN = low_rank(whole.q_BHTD, whole.k_BGTD, self.state_dim)
             self.query_map_HDN.copy_(query_map_GDN.repeat_interleave(len(self.group.heads) // self.states, 0))
             self.key_map_GDN.copy_(key_map_GDN)
         prepared, _ = self.prepare(inputs, {})
+        if not self.averages:
+            y_BHTD, target = wide(self.mix(prepared, {})[0]), wide(target_BHTD)
+            fit_H = (y_BHTD * target).sum((0, 2, 3)) / (y_BHTD * y_BHTD).sum((0, 2, 3)).clamp_min(1e-12)
+            size_H = target.square().mean((0, 2, 3)).sqrt() / y_BHTD.square().mean((0, 2, 3)).sqrt().clamp_min(1e-6)
+            self.gain_H.mul_(torch.maximum(fit_H, 0.1 * size_H))  # where the two have little in common, not nothing
         self.output.calibrate(self.mix(prepared, {})[0], prepared.hidden_BTM, target_BHTD)
 
 
