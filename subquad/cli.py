@@ -32,12 +32,15 @@ from subquad.cli_options import (
     SeedOption,
     SetOption,
     TeacherArgument,
+    command_line,
+    recipe_of,
 )
+from subquad.cli_teachers import cache_teacher, train_teacher
 from subquad.errors import UserError
 from subquad.files import is_disk_full
 
 if TYPE_CHECKING:
-    from subquad.recipe import Recipe
+    pass
 
 
 class _Commands(TyperGroup):
@@ -75,25 +78,11 @@ def main() -> None:
     app(prog_name="subquad")
 
 
-def _command() -> str:
-    """The command line as the user could type it again."""
-    return shlex.join(["subquad", *sys.argv[1:]])
-
-
 def _how_to_resume(command: str | None) -> str:
-    if command not in ("convert", "distill", "cache-teacher"):
+    if command not in ("convert", "distill", "cache-teacher", "train-teacher"):
         return ""
     again = [argument for argument in sys.argv[1:] if argument not in ("--resume", "--overwrite")]
     return f"; go on from the last checkpoint with:\n  {shlex.join(['subquad', *again, '--resume'])}"
-
-
-def _recipe(name: str, changes: list[str] | None, tokens_scale: float = 1.0, **options: object) -> "Recipe":
-    """The recipe with --set and the options that are short for one."""
-    from subquad.recipe import load_recipe
-
-    keys = {"budget": "selector.budget", "by": "selector.by", "mixer": "mixer.name", "seed": "seed"}
-    settings = [f"{keys[option]}={value}" for option, value in options.items() if value is not None]
-    return load_recipe(name, [*(changes or []), *settings], tokens_scale)
 
 
 def _version(wanted: bool) -> None:
@@ -160,7 +149,7 @@ def convert(
 
         subquad convert --recipe quick --out runs/quick --resume
     """
-    chosen = _recipe(recipe, changes, tokens_scale, mixer=mixer, budget=budget, seed=seed)
+    chosen = recipe_of(recipe, changes, tokens_scale, mixer=mixer, budget=budget, seed=seed)
     from subquad.pipeline import convert as run
 
     run(
@@ -173,7 +162,7 @@ def convert(
         data=data,
         allow_pickle=allow_pickle,
         trust_remote_code=trust_remote_code,
-        command=_command(),
+        command=command_line(),
     )
 
 
@@ -213,7 +202,7 @@ def select(
 
         subquad select Qwen/Qwen2.5-1.5B --by uniform --budget 64MiB@32k --mixer gla
     """
-    chosen = _recipe(recipe, changes, tokens_scale, by=by, budget=budget, mixer=mixer, seed=seed)
+    chosen = recipe_of(recipe, changes, tokens_scale, by=by, budget=budget, mixer=mixer, seed=seed)
     from subquad.pipeline import select as run
 
     run(
@@ -224,7 +213,7 @@ def select(
         data=data,
         allow_pickle=allow_pickle,
         trust_remote_code=trust_remote_code,
-        command=_command(),
+        command=command_line(),
     )
 
 
@@ -348,93 +337,5 @@ def report(run: Annotated[Path, typer.Argument(help="The folder of a run, finish
     print(write_report(run))
 
 
-@app.command("cache-teacher")
-def cache_teacher(
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder to write the cache to.")],
-    teacher: TeacherArgument = None,
-    recipe: RecipeOption = "quick",
-    data: DataOption = None,
-    tokens: Annotated[
-        str | None,
-        typer.Option(
-            "--tokens",
-            metavar="COUNT",
-            help="How much of the training text, from its start: 50000, 50k or 1.5M tokens.",
-            show_default="those of the recipe's first stage on logits",
-        ),
-    ] = None,
-    sequence_length: Annotated[
-        int | None,
-        typer.Option(
-            "--sequence-length",
-            min=1,
-            help="Tokens of a row. Training must use the same.",
-            show_default="that of the recipe's first stage on logits",
-        ),
-    ] = None,
-    top_k: Annotated[
-        int,
-        typer.Option("--top-k", "-k", min=1, help="Likeliest next tokens to keep at each position: 4 to 6 bytes each."),
-    ] = 64,
-    batch: Annotated[
-        int | None,
-        typer.Option(
-            "--batch",
-            min=1,
-            help="Rows that go through the teacher at a time.",
-            show_default="as the recipe's stage trains",
-        ),
-    ] = None,
-    changes: SetOption = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with a cache in --out that was interrupted, or make it longer.")
-    ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Delete an earlier cache in --out (never a folder of anything else).")
-    ] = False,
-    allow_pickle: PickleOption = False,
-    trust_remote_code: RemoteCodeOption = False,
-) -> None:
-    """Write the teacher's answers to disk once, so that training on logits needs no teacher.
-
-    Keeps the likeliest next tokens at every position of the training text, and the mass of all others. Give the
-    teacher, recipe and data that you will train with; the last line says what the tokens left out lose.
-
-    Examples:
-
-        subquad cache-teacher --out caches/quick
-
-        subquad cache-teacher Qwen/Qwen2.5-1.5B --recipe kl-guided --tokens 50M --top-k 128 --out caches/qwen
-
-        subquad cache-teacher --out caches/quick --tokens 1M --resume
-    """
-    chosen = _recipe(recipe, changes)
-    from subquad.jobs import cache_teacher as run
-
-    run(
-        teacher=teacher or chosen.teacher,
-        recipe=chosen,
-        out=out,
-        data=data,
-        tokens=None if tokens is None else _tokens(tokens),
-        sequence_length=sequence_length,
-        top_k=top_k,
-        batch=batch,
-        resume=resume,
-        overwrite=overwrite,
-        allow_pickle=allow_pickle,
-        trust_remote_code=trust_remote_code,
-        command=_command(),
-    )
-
-
-def _tokens(text: str) -> int:
-    """`50k` -> 50000, as in a recipe."""
-    from pydantic import TypeAdapter, ValidationError
-
-    from subquad.stage import Count
-
-    try:
-        return int(TypeAdapter(Count).validate_python(text))
-    except ValidationError:
-        raise UserError(f"--tokens is '{text}': give a number of tokens above 0, such as 50000, 50k or 1.5M") from None
+app.command("cache-teacher")(cache_teacher)
+app.command("train-teacher")(train_teacher)

@@ -1,9 +1,14 @@
-"""Arguments and options that several commands share, with their help."""
+"""What several commands share: arguments and options with their help, the recipe they name, the command line."""
 
+import shlex
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from subquad.recipe import Recipe
 
 TeacherArgument = Annotated[
     str | None,
@@ -93,3 +98,17 @@ PickleOption = Annotated[
 RemoteCodeOption = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run model code that comes with the checkpoint.")
 ]
+
+
+def command_line() -> str:
+    """The command line as the user could type it again."""
+    return shlex.join(["subquad", *sys.argv[1:]])
+
+
+def recipe_of(name: str, changes: list[str] | None, tokens_scale: float = 1.0, **options: object) -> "Recipe":
+    """The recipe with --set and the options that are short for one."""
+    from subquad.recipe import load_recipe
+
+    keys = {"budget": "selector.budget", "by": "selector.by", "mixer": "mixer.name", "seed": "seed"}
+    settings = [f"{keys[option]}={value}" for option, value in options.items() if value is not None]
+    return load_recipe(name, [*(changes or []), *settings], tokens_scale)

@@ -7,9 +7,18 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeAlias, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
-from subquad.errors import nearest
+from subquad.errors import UserError, nearest
 
 Objective: TypeAlias = Literal["matrix", "mixer_output", "block_output", "logits", "labels"]
 Divergence: TypeAlias = Literal["forward_kl", "reverse_kl", "jensen_shannon", "soft_cross_entropy"]
@@ -33,6 +42,14 @@ def is_number(value: object) -> bool:
 Count = Annotated[int, BeforeValidator(parse_count), Field(gt=0)]
 Length = Annotated[int, Field(gt=0)]
 Rate = Annotated[float, Field(ge=0)]
+
+
+def count_of(text: int | str, what: str) -> int:
+    """A number of tokens as in a recipe, `50k`. Raises UserError, naming `what`, for anything else."""
+    try:
+        return int(TypeAdapter(Count).validate_python(text))
+    except ValidationError:
+        raise UserError(f"{what} is '{text}': give a number of tokens above 0, such as 50000, 50k or 1.5M") from None
 
 
 class Section(BaseModel):

@@ -108,6 +108,19 @@ def test_extends_merges_mappings_and_replaces_lists(write):
     assert recipe.selector == load_recipe("quick").selector
 
 
+def test_a_mapping_of_stages_changes_those_it_names(write):
+    changes = {"logits": {"divergence": "reverse_kl", "tokens": "2M"}}
+    recipe = load_recipe(write({"extends": "radlads", "stages": changes}))
+    base = load_recipe("radlads")
+    assert [stage.name for stage in recipe.stages] == [stage.name for stage in base.stages]
+    assert recipe.stages[1] == base.stages[1].model_copy(update={"divergence": "reverse_kl", "tokens": 2_000_000})
+    assert [recipe.stages[0], recipe.stages[2]] == [base.stages[0], base.stages[2]]
+    with pytest.raises(UserError, match="changes 'logit', which the recipe it extends lacks: did you mean 'logits'"):
+        load_recipe(write({"extends": "radlads", "stages": {"logit": {"tokens": 1}}}))
+    with pytest.raises(UserError, match=r"'stages\.logits' should be a mapping of what changes there, not 5"):
+        load_recipe(write({"extends": "radlads", "stages": {"logits": 5}}))
+
+
 def test_extending_with_another_mixer_drops_the_options_of_the_base(write):
     recipe = load_recipe(write({"extends": "quick", "mixer": {"name": "sliding_window", "options": {"window": 8}}}))
     assert recipe.mixer.options == {"window": 8}

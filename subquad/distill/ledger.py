@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 from subquad.plan import Plan
 from subquad.stage import Stage
 
-NO_EFFECT = {"name", "scope", "log_every", "checkpoint_every"}  # settings that do not change what a stage ends with
+# Settings that do not change what a stage ends with
+NO_EFFECT = {"name", "scope", "log_every", "checkpoint_every", "gradient_checkpointing"}
 
 
 class TokenSource(Protocol):

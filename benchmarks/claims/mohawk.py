@@ -1,0 +1,367 @@
+"""MOHAWK's claims: do its three stages, the teacher's weights and a free MLP help, and what do mixing matrices hold?
+
+    python -m benchmarks.claims.mohawk [--quick] [--teacher DIR|default] [--json FILE] [--plot FILE.png] [--work DIR]
+
+Parts:
+- stages: at equal tokens, matrix + hidden + logits against hidden + logits against logits alone, for Discrete Mamba-2
+  without rotary embedding (the paper's) and with it, from the teacher's projections and from fresh ones, at two
+  budgets.
+- mlp: the logit stage with the MLPs free or frozen.
+- matrices: how well Toeplitz, low-rank and SSD matrices hold the teacher's, each on its own; and how near the mixers
+  come that the matrix stage trains, by state size.
+
+Notable:
+- All layers are replaced. Rates are tuned for every combination alone, at the smallest budget, on a seed and on text
+  that nothing is reported of; the table shows other seeds on the test split.
+- Of the tokens of three stages a tenth goes to matrices and a fifth to hidden states; of two, three tenths.
+- A small teacher is trained on text and retrieval in turns, as it was itself; a large one on text.
+- Finished runs are kept under --work: a script that was stopped goes on from there.
+"""
+
+import argparse
+import itertools
+import shlex
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from subquad.train_teacher import Lessons
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from benchmarks.claims import matrices
+from benchmarks.claims.report import draw, print_report
+from benchmarks.claims.runs import Result, Settings, Store
+from benchmarks.common import facts, write_json
+from subquad.attention import find_attention, watched_attention
+from subquad.data.retrieval import make_probe
+from subquad.data.text import load_corpus
+from subquad.distill.loop import make_accelerator, run_stage
+from subquad.distill.passes import TeacherForced
+from subquad.evaluate import likelihood, retrieval
+from subquad.plan import Plan
+from subquad.stage import Stage
+from subquad.student import Student
+from subquad.teacher import Teacher, load_teacher
+
+PARTS = ("stages", "mlp", "matrices")
+SMALL_TEACHER = "tests/assets/small-teacher"
+WAYS = {  # shares of the tokens
+    "matrix + hidden + logits": {"matrix": 0.1, "hidden": 0.2, "logits": 0.7},
+    "hidden + logits": {"hidden": 0.3, "logits": 0.7},
+    "logits": {"logits": 1.0},
+}
+MIXERS = {
+    "without rotary": ("discrete_mamba2", {"conv": 4}),
+    "with rotary": ("discrete_mamba2", {"conv": 4, "rotary": True}),
+}
+TRAINED = {  # by the matrix stage alone
+    "linear": {},
+    "retention": {},
+    "gla": {},
+    "mamba2": {"conv": 1},
+    "discrete_mamba2": {"conv": 1},
+    "gated_deltanet": {"conv": 1},
+    "kda": {},
+    "rwkv7": {},
+}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is run: lengths and counts in tokens."""
+
+    teacher: str = SMALL_TEACHER
+    sequence_length: int = 256
+    batch: int = 8
+    budgets: tuple[int, ...] = (40_000, 200_000)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    tuning_seed: int = 100
+    rates: tuple[tuple[float, float], ...] = ((1e-3, 1e-3), (1e-3, 3e-3), (5e-3, 1e-3), (5e-3, 3e-3))  # layers, logits
+    mixers: tuple[str, ...] = tuple(MIXERS)
+    starts: tuple[str, ...] = ("teacher", "fresh")
+    state_dims: tuple[int, ...] = (4, 8, 16, 32)
+    matrix_tokens: int = 30_000
+    matrix_length: int = 256
+    matrix_count: int = 96
+    rows: int = 24
+    probe_rows: int = 64
+    probe_context: int = 128
+
+
+QUICK: dict[str, Any] = {
+    "budgets": (16_000,),
+    "seeds": (0,),
+    "rates": ((1e-3, 3e-3),),
+    "mixers": ("without rotary",),
+    "state_dims": (8, 32),
+    "matrix_tokens": 8_000,
+    "matrix_count": 16,
+    "rows": 8,
+    "probe_rows": 16,
+}
+LARGE: dict[str, Any] = {  # SmolLM2 on two cores
+    "sequence_length": 512,
+    "batch": 1,
+    "budgets": (12_000,),
+    "rates": ((1e-3, 1e-4), (1e-3, 4e-4)),
+    "mixers": ("without rotary",),
+    "starts": ("teacher",),
+    "state_dims": (16, 64),
+    "matrix_tokens": 8_000,
+    "rows": 3,
+    "probe_rows": 4,
+    "probe_context": 256,
+}
+
+
+class Bench:
+    """A teacher, its text, and the runs."""
+
+    def __init__(self, setup: Setup, store: Store) -> None:
+        self.setup, self.store = setup, store
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.teacher: Teacher = load_teacher(setup.teacher, device=self.device)
+        tokenizer: Any = self.teacher.tokenizer
+        self.corpus = load_corpus(None, tokenizer)
+        small = self.teacher.model.config.vocab_size < 10_000
+        self.lessons = Lessons(self.corpus, tokenizer) if small else self.corpus
+        self.shapes = [site.shape for site in find_attention(self.teacher.model)]
+        part = {
+            seed: "selection" if seed == setup.tuning_seed else "test" for seed in (*setup.seeds, setup.tuning_seed)
+        }
+        self.heldout = {
+            seed: self.corpus.heldout_batch(setup.rows, setup.sequence_length, part=part[seed]) for seed in part
+        }
+        self.probes = {
+            task: {
+                setup.probe_context: make_probe(
+                    task, tokenizer, setup.probe_context, setup.probe_rows, haystack_ids=self.test
+                )
+            }
+            for task in ("copy", "dictionary")
+        }
+
+    # ------------------------------------------------------------------ a student
+
+    def student(self, mixer: str, options: dict[str, Any], start: str, seed: int) -> Student:
+        """All layers replaced, with the teacher's projections or fresh ones, calibrated."""
+        torch.manual_seed(seed)
+        student = Student.from_teacher(self.teacher.model, Plan.by_layer(self.shapes, [], mixer, options))
+        if start == "fresh":
+            _refresh(student)
+        rows = self.corpus.batch(0, batch=1, sequence_length=self.setup.sequence_length, seed=seed + 7)
+        student.calibrate(rows.to(student.device))
+        return student
+
+    def train(self, student: Student, stages: Sequence[Stage], seed: int) -> list[Result]:
+        results = []
+        with tempfile.TemporaryDirectory() as folder:
+            accelerator = make_accelerator(Path(folder))
+            for index, stage in enumerate(stages):
+                result = run_stage(
+                    stage,
+                    index=index,
+                    student=student,
+                    teacher_model=self.teacher.model,
+                    corpus=self.lessons,
+                    seed=seed,
+                    out=Path(folder),
+                    accelerator=accelerator,
+                )
+                results.append({k: v for k, v in result.as_dict().items() if k != "final_parts"})
+        return results
+
+    def stage(self, kind: str, tokens: int, rate: float, **more: Any) -> Stage:
+        setup = self.setup
+        common: dict[str, Any] = {
+            "name": kind,
+            "tokens": tokens,
+            "sequence_length": setup.sequence_length,
+            "batch": setup.batch,
+            "schedule": "wsd",
+            "warmup": 0.1,
+            "checkpoint_every": 10**9,
+            "lr": rate,
+        }
+        kinds: dict[str, dict[str, Any]] = {
+            "matrix": {"objective": "matrix", "trainable": ["mixers", "qkvo"]},
+            "hidden": {"objective": "mixer_output", "trainable": ["mixers", "qkvo"]},
+            "logits": {"objective": "logits", "divergence": "soft_cross_entropy", "trainable": "all"},
+        }
+        return Stage(**{**common, **kinds[kind], **more})
+
+    # ------------------------------------------------------------------ stages, weights, MLPs
+
+    def distilled(self, settings: Settings) -> Result:
+        """One run of `settings`: its stages, and what the student is worth after them."""
+        mixer, options = MIXERS[settings["mixer"]]
+        student = self.student(mixer, options, settings["start"], settings["seed"])
+        layers_rate, logits_rate = settings["rates"]
+        stages = [
+            self.stage(
+                kind,
+                round(share * settings["tokens"]),
+                logits_rate if kind == "logits" else layers_rate,
+                **({"trainable": settings["trainable"]} if kind == "logits" else {}),
+            )
+            for kind, share in WAYS[settings["way"]].items()
+        ]
+        results = self.train(student, stages, settings["seed"])
+        text, at = self.tuning if settings["seed"] == self.setup.tuning_seed else self.test, self.setup.sequence_length
+        measured = likelihood({"student": student}, self.teacher.model, text, [at])["student"]
+        scores = retrieval(student, self.probes)
+        return {
+            "kl": measured["kl"][at],
+            "top1": measured["top1"][at],
+            "perplexity": measured["perplexity"][at],
+            "copy": scores["copy"][self.setup.probe_context],
+            "dictionary": scores["dictionary"][self.setup.probe_context],
+            "stages": results,
+        }
+
+    def tuned(self, settings: dict[str, Any]) -> list[Result]:
+        """The runs of all seeds, at the rates that are best on the tuning seed at the smallest budget."""
+        setup = self.setup
+        rates = dict.fromkeys(setup.rates)
+        if settings["way"] == "logits":  # which has one rate
+            rates = dict.fromkeys((setup.rates[0][0], logits) for _, logits in setup.rates)
+        trials = {}
+        for pair in rates if len(rates) > 1 else ():
+            short = settings | {"tokens": setup.budgets[0], "seed": setup.tuning_seed, "rates": list(pair)}
+            trials[pair] = self.store.run(short, self.distilled)["kl"]
+        best = min(trials, key=trials.__getitem__) if trials else next(iter(rates))
+        return [self.store.run(settings | {"seed": seed, "rates": list(best)}, self.distilled) for seed in setup.seeds]
+
+    def cells(self, combinations: Sequence[dict[str, Any]]) -> list[Result]:
+        cells = []
+        for settings in combinations:
+            settings = {"teacher": self.teacher.fingerprint, "part": "stages", "trainable": "all", **settings}
+            cells.append({"settings": settings, "runs": self.tuned(settings)})
+        return cells
+
+    def stages(self) -> list[Result]:
+        setup = self.setup
+        product = itertools.product(setup.budgets, setup.mixers, setup.starts, WAYS)
+        return self.cells(
+            [{"tokens": tokens, "mixer": mixer, "start": start, "way": way} for tokens, mixer, start, way in product]
+        )
+
+    def mlp(self) -> list[Result]:
+        settings = {"tokens": self.setup.budgets[-1], "mixer": self.setup.mixers[0], "start": "teacher"}
+        settings["way"] = "matrix + hidden + logits"
+        return self.cells([{**settings, "trainable": trainable} for trainable in ("all", "all but mlp")])
+
+    # ------------------------------------------------------------------ matrices
+
+    def matrices(self) -> dict[str, Any]:
+        store, teacher = self.store, {"teacher": self.teacher.fingerprint}
+        own = store.run(teacher | {"part": "matrices", **self._sizes()}, self.held)
+        trained = []
+        widest = max(width for width in self.setup.state_dims if width <= self.shapes[0].head_dim)
+        for mixer, options in TRAINED.items():
+            for width in self.setup.state_dims:
+                if width <= self.shapes[0].head_dim and (mixer == "discrete_mamba2" or width == widest):
+                    for seed in self.setup.seeds:
+                        settings = {"part": "trained matrices", "mixer": mixer, "options": options, "state_dim": width}
+                        settings |= {"seed": seed, "tokens": self.setup.matrix_tokens, **self._sizes()}
+                        trained.append(store.run(teacher | settings, self.matrix_stage))
+        return {"each": own, "trained": trained}
+
+    def _sizes(self) -> dict[str, Any]:
+        return {"count": self.setup.matrix_count, "length": self.setup.matrix_length}
+
+    def held(self, settings: Settings) -> Result:
+        """Errors of the families on matrices of the teacher, drawn evenly from layers, heads and two rows of text."""
+        rows = self.corpus.heldout_batch(2, settings["length"]).to(self.device)
+        with watched_attention(self.teacher.model) as calls, torch.no_grad():
+            self.teacher.model.base_model(rows, use_cache=False)
+        probabilities = torch.cat([_probabilities(call).flatten(0, 1) for call in calls.values()]).float().cpu()
+        chosen = torch.linspace(0, len(probabilities) - 1, settings["count"]).round().long()
+        a_XTT = probabilities[chosen]
+        errors = {"nothing": torch.linalg.matrix_norm(a_XTT).tolist()}
+        errors["toeplitz"] = matrices.error(matrices.toeplitz(a_XTT), a_XTT)
+        for columns in self.setup.state_dims:
+            for name, decay in (("low_rank", False), ("ssd", True)):
+                fit_XTT = matrices.fitted(a_XTT, columns, decay=decay)
+                errors[f"{name} {columns}"] = matrices.error(fit_XTT, a_XTT)
+        return {"errors": errors}
+
+    def matrix_stage(self, settings: Settings) -> Result:
+        """The distance of a mixer's matrices from the teacher's on held-out text, before and after a matrix stage."""
+        options = {**settings["options"], "state_dim": settings["state_dim"]}
+        student = self.student(settings["mixer"], options, "teacher", settings["seed"])
+        stage = self.stage("matrix", settings["tokens"], 3e-3)
+        before = self.distance(student, stage)
+        (result,) = self.train(student, [stage], settings["seed"])
+        return {"before": before, "after": self.distance(student, stage), "stage": result}
+
+    @torch.no_grad()
+    def distance(self, student: Student, stage: Stage) -> float:
+        rows = self.corpus.heldout_batch(4, self.setup.matrix_length).to(self.device)
+        losses = TeacherForced(stage, student, self.teacher.model)(rows, 1.0)
+        return float(torch.stack([loss.cpu() for loss in losses.values()]).mean())
+
+
+@torch.no_grad()
+def _refresh(student: Student) -> None:
+    """Projections as a model starts with: random, of the size that keeps the activations'."""
+    inside = [
+        module
+        for attention in student.attention_modules()
+        for name, module in attention.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and not name.startswith("mixer")
+    ]
+    parameters = {id(parameter) for module in inside for parameter in module.parameters()}
+    student.unshare(name for name, parameter in student.named_parameters() if id(parameter) in parameters)
+    for module in inside:
+        module.weight.normal_(std=student.config.get_text_config().hidden_size ** -0.5)
+        if module.bias is not None:
+            module.bias.zero_()
+
+
+def _probabilities(call: Any) -> torch.Tensor:
+    """Causal softmax of what an attention function was called with: (B, H, T, T)."""
+    group = call.q_BHTD.shape[1] // call.k_BGTD.shape[1]
+    scores = call.scale * call.q_BHTD @ call.k_BGTD.repeat_interleave(group, 1).transpose(-1, -2)
+    T = scores.shape[-1]
+    return scores.masked_fill(torch.ones(T, T, dtype=torch.bool, device=scores.device).triu(1), -torch.inf).softmax(-1)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.claims.mohawk", description=(__doc__ or "")[:97])
+    parser.add_argument("--quick", action="store_true", help="one seed, one budget, no tuning: minutes")
+    parser.add_argument("--teacher", default=SMALL_TEACHER, help="a folder, or default: SmolLM2-135M-Instruct")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the stages over tokens")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("--work", type=Path, default=Path("runs/claims-mohawk"), help="folder of the finished runs")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs what is not yet done, prints, and writes what was asked for."""
+    arguments = parse(argv)
+    command = shlex.join(["python", "-m", "benchmarks.claims.mohawk", *(sys.argv[1:] if argv is None else argv)])
+    changes = {**(LARGE if arguments.teacher == "default" else {}), **(QUICK if arguments.quick else {})}
+    setup = replace(Setup(teacher=arguments.teacher), **changes)
+    console = Console() if Console().is_terminal else Console(width=140)
+    bench = Bench(setup, Store(arguments.work, console))
+    report = facts(command, asdict(setup), torch.device(bench.device)) | {"teacher_name": bench.teacher.name}
+    for part in (part for part in PARTS if part in arguments.parts):
+        report[part] = getattr(bench, part)()
+    print_report(report, console)
+    if arguments.json:
+        write_json(arguments.json, report)
+    if arguments.plot and "stages" in report:
+        draw(report, arguments.plot)
+
+
+if __name__ == "__main__":
+    main()

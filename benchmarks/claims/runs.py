@@ -1,0 +1,59 @@
+"""Runs of a claim: each with its settings, kept in a file when it is done, so that a script that was stopped goes on.
+
+Notable:
+- A run is known by its settings alone, not by the code: after a change that matters, give another folder.
+- The order of the runs is by seed first, so that what is compared was measured in the same stretch of time.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any, NamedTuple
+
+from rich.console import Console
+
+from benchmarks.common import write_json
+
+Settings = Mapping[str, Any]
+Result = dict[str, Any]
+
+
+class Store:
+    """Finished runs in a folder, one JSON file each."""
+
+    def __init__(self, folder: Path, console: Console) -> None:
+        self.folder, self.console = folder, console
+
+    def run(self, settings: Settings, job: Callable[[Settings], Result]) -> Result:
+        """The result of `job(settings)`, from the folder if it is there; settings and seconds are added to it."""
+        text = json.dumps(settings, sort_keys=True)
+        path = self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
+        if path.is_file():
+            return json.loads(path.read_text(encoding="utf-8"))
+        started = time.perf_counter()
+        result = job(settings)
+        result |= {"settings": dict(settings), "seconds": time.perf_counter() - started}
+        write_json(path, result)
+        shown = ", ".join(f"{value}" for key, value in settings.items() if key not in ("teacher", "rates"))
+        self.console.print(f"[dim]{result['seconds']:6.1f} s[/]  {shown}", highlight=False)
+        return result
+
+
+class Mean(NamedTuple):
+    """Over seeds; the spread is the standard deviation of a single run (0 of one alone)."""
+
+    mean: float
+    spread: float
+    count: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Mean":
+        return cls(fmean(values), stdev(values) if len(values) > 1 else 0.0, len(values))
+
+    def text(self, digits: int = 3) -> str:
+        """As in a table."""
+        spread = f" ± {self.spread:.{digits}f}" if self.count > 1 else ""
+        return f"{self.mean:.{digits}f}{spread}"

@@ -1,0 +1,84 @@
+"""The scripts behind docs/claims: what they compute, and that they go on where they were stopped."""
+
+import json
+
+import pytest
+import torch
+from rich.console import Console
+
+from benchmarks.claims import matrices, mohawk
+from benchmarks.claims.runs import Mean, Store
+from benchmarks.common import ROOT
+
+
+def test_finished_runs_are_not_run_again(tmp_path):
+    store, asked = Store(tmp_path, Console(quiet=True)), []
+
+    def job(settings):
+        asked.append(settings["seed"])
+        return {"kl": settings["seed"] / 2}
+
+    for seed in (1, 2, 1, 2):
+        result = store.run({"seed": seed, "way": "a"}, job)
+        assert result["kl"] == seed / 2 and result["settings"] == {"seed": seed, "way": "a"}
+    assert asked == [1, 2]
+    assert Mean.of([1.0, 3.0]).text(1) == "2.0 ± 1.4" and Mean.of([1.0]).text(1) == "1.0"
+
+
+def attention(count=3, T=24, N=4):
+    torch.manual_seed(0)
+    scores = torch.randn(count, T, N) @ torch.randn(count, N, T)
+    return scores.masked_fill(torch.ones(T, T, dtype=torch.bool).triu(1), -torch.inf).softmax(-1)
+
+
+def test_toeplitz_is_the_nearest():
+    a_XTT = attention()
+    nearest = matrices.toeplitz(a_XTT)
+    torch.testing.assert_close(matrices.toeplitz(nearest), nearest)
+    assert torch.equal(nearest, nearest.tril()) and torch.equal(nearest[:, 1:, 1:], nearest[:, :-1, :-1])
+    residual = a_XTT - nearest  # is orthogonal to all Toeplitz matrices: every diagonal sums to zero
+    for lag in range(24):
+        assert residual.diagonal(-lag, 1, 2).sum(-1).abs().max() < 1e-5
+
+
+def test_families_hold_what_is_of_them():
+    torch.manual_seed(1)
+    T, N = 24, 3
+    gate = torch.rand(2, T).sub(0.5).mul(0.4).exp().clamp_max(1.0).log().cumsum(1)
+    low = (torch.randn(2, T, N) @ torch.randn(2, N, T)).tril()
+    decayed = low * (gate[:, :, None] - gate[:, None]).clamp_max(0).exp()
+    assert max(matrices.error(matrices.fitted(low, N, decay=False), low)) < 0.05 * float(low.norm())
+    with_decay, without = (matrices.error(matrices.fitted(decayed, N, decay=d), decayed) for d in (True, False))
+    assert max(with_decay) < 0.1 * float(decayed.norm()) and sum(with_decay) < sum(without)
+    a_XTT = attention()
+    errors = [sum(matrices.error(matrices.fitted(a_XTT, columns, decay=True), a_XTT)) for columns in (1, 4, 12)]
+    assert errors == sorted(errors, reverse=True)
+
+
+@pytest.fixture
+def tiny_runs(monkeypatch):
+    changes = {"budgets": (2048,), "batch": 2, "rows": 2, "probe_rows": 2, "matrix_tokens": 1024, "matrix_count": 4}
+    monkeypatch.setitem(mohawk.__dict__, "QUICK", {**mohawk.QUICK, **changes, "matrix_length": 64, "state_dims": (4,)})
+    monkeypatch.setattr(matrices, "STEPS", 5)
+    monkeypatch.setattr(mohawk, "TRAINED", {"gla": {}, "discrete_mamba2": {"conv": 1}})
+
+
+@pytest.mark.skipif(not (ROOT / mohawk.SMALL_TEACHER).is_dir(), reason="the small teacher is not there yet")
+def test_mohawk_from_end_to_end(tmp_path, tiny_runs, capsys):
+    arguments = ["--quick", "--work", str(tmp_path / "work"), "--json", str(tmp_path / "a.json")]
+    mohawk.main([*arguments, "--plot", str(tmp_path / "a.png")])
+    report = json.loads((tmp_path / "a.json").read_text())
+    assert len(report["stages"]) == 2 * 3 and len(report["mlp"]) == 2 and len(report["matrices"]["trained"]) == 2
+    by_way = {(c["settings"]["start"], c["settings"]["way"]): c["runs"][0] for c in report["stages"]}
+    stages = by_way["teacher", "matrix + hidden + logits"]["stages"]
+    assert [stage["name"] for stage in stages] == ["matrix", "hidden", "logits"]
+    assert {"tokens_per_second", "share_of_bare_forward", "peak_memory_bytes"} <= stages[0].keys()
+    assert by_way["teacher", "logits"]["kl"] < by_way["fresh", "logits"]["kl"]
+    assert all(run["after"] < run["before"] for run in report["matrices"]["trained"])
+    assert (tmp_path / "a.png").stat().st_size > 10_000
+    assert report["command"].endswith("a.png") and report["settings"]["teacher"] == mohawk.SMALL_TEACHER
+    shown = capsys.readouterr().out
+    assert "matrix + hidden + logits" in shown and "toeplitz" in shown
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "work").iterdir()}
+    mohawk.main(arguments)
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "work").iterdir()}
