@@ -30,7 +30,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from subquad.train_teacher import Lessons
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -48,6 +47,7 @@ from subquad.plan import Plan
 from subquad.stage import Stage
 from subquad.student import Student
 from subquad.teacher import Teacher, load_teacher
+from subquad.train_teacher import Lessons
 
 PARTS = ("stages", "mlp", "matrices")
 SMALL_TEACHER = "tests/assets/small-teacher"
