@@ -96,3 +96,26 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def claim_folder(folder: Path, *, earlier: bool, kind: str, resume: bool, overwrite: bool) -> None:
+    """Makes `folder` ready to write a `kind` into: new, emptied of an earlier one, or with one that is gone on with.
+
+    `earlier`: whether it holds one. Raises UserError, and touches nothing, for a folder that holds something else, or
+    an earlier one without leave.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; give another folder with --out")
+    if not earlier and folder.exists() and any(folder.iterdir()):
+        owner = {"run": "a run of Subquad", "cache": "a teacher's cache"}[kind]
+        raise UserError(f"{folder} holds something other than {owner}; give another folder with --out")
+    if earlier and not (resume or overwrite):
+        raise UserError(f"{folder} holds an earlier {kind}; go on with it by --resume, or replace it by --overwrite")
+    try:
+        if overwrite and folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"the folder {folder} cannot be made ready: {error.strerror}; give another one with --out"
+        ) from None

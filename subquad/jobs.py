@@ -9,7 +9,7 @@ from rich.console import Console
 
 from subquad.data.packing import tokenizer_hash
 from subquad.data.text import load_corpus
-from subquad.distill.cache_writer import claim_folder, write_cache
+from subquad.distill.cache_writer import claim_cache, write_cache
 from subquad.distill.heads import check_head
 from subquad.distill.loop import make_accelerator
 from subquad.distill.teacher_cache import TeacherCache
@@ -119,7 +119,7 @@ def cache_teacher(
     run = Run(recipe, out, make_accelerator(out), Console(), resume)
     if run.accelerator.num_processes > 1:
         raise UserError("the teacher's cache is written by one process: start the command without accelerate launch")
-    claim_folder(out, resume=resume, overwrite=overwrite)  # now, for what follows takes a while
+    claim_cache(out, resume=resume, overwrite=overwrite)  # now, for what follows takes a while
     source = open_teacher(run, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
     corpus = open_corpus(run, source)
     run.say(f"teacher: {source.name}; text: {len(corpus.train):,} tokens to train on")

@@ -19,6 +19,7 @@ from rich.console import Console
 import subquad
 from subquad.distill.loop import make_accelerator
 from subquad.errors import UserError
+from subquad.files import claim_folder
 from subquad.memory import peak_rss_bytes
 from subquad.recipe import Recipe
 
@@ -93,23 +94,10 @@ def start_run(recipe: Recipe, out: Path, *, resume: bool, overwrite: bool) -> Ru
 
 
 def _claim(out: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file; give another folder with --out")
     before = out / "recipe.yaml"
-    if out.exists() and any(out.iterdir()) and not before.is_file():
-        raise UserError(f"{out} holds something other than a run of Subquad; give another folder with --out")
-    if before.is_file() and not (resume or overwrite):
-        raise UserError(f"{out} holds an earlier run; go on with it by --resume, or replace it by --overwrite")
     if before.is_file() and resume and before.read_text(encoding="utf-8") != recipe.to_yaml():
         raise UserError(f"{out} was started with other settings (see {before}); resume with the same command")
-    try:
-        if overwrite and out.exists():
-            shutil.rmtree(out)
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"the folder {out} cannot be made ready: {error.strerror}; give another one with --out"
-        ) from None
+    claim_folder(out, earlier=before.is_file(), kind="run", resume=resume, overwrite=overwrite)
 
 
 def facts(run: Run, command: str | None) -> dict[str, Any]:

@@ -14,7 +14,6 @@ import hashlib
 import json
 import math
 import os
-import shutil
 import time
 from pathlib import Path
 
@@ -31,7 +30,7 @@ from subquad.distill.log import StageProgress
 from subquad.distill.teacher_cache import FORMAT, KIND, Meta, normalised, read_meta, row_keys, shard_keys
 from subquad.distill.tokens import CHUNK_ELEMENTS
 from subquad.errors import UserError
-from subquad.files import is_disk_full, sync
+from subquad.files import claim_folder, is_disk_full, sync
 from subquad.ops.common import wide
 from subquad.teacher import Teacher
 
@@ -47,26 +46,9 @@ SETTINGS = {
 }
 
 
-def claim_folder(folder: Path, *, resume: bool = False, overwrite: bool = False) -> None:
-    """Makes `folder` ready for a cache: new, emptied of an earlier one, or with one that is to be gone on with.
-
-    Raises UserError, and touches nothing, for a folder that holds something else, or an earlier cache without leave.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file; give another folder with --out")
-    before = read_meta(folder)
-    if before is None and folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder} holds something other than a teacher's cache; give another folder with --out")
-    if before is not None and not (resume or overwrite):
-        raise UserError(f"{folder} holds an earlier cache; go on with it by --resume, or replace it by --overwrite")
-    try:
-        if overwrite and folder.exists():
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"the folder {folder} cannot be made ready: {error.strerror}; give another one with --out"
-        ) from None
+def claim_cache(folder: Path, *, resume: bool = False, overwrite: bool = False) -> None:
+    """Makes `folder` ready for a cache. Raises UserError as `files.claim_folder` does."""
+    claim_folder(folder, earlier=read_meta(folder) is not None, kind="cache", resume=resume, overwrite=overwrite)
 
 
 @torch.no_grad()
@@ -98,7 +80,7 @@ def write_cache(
         UserError: `folder` is not free, or its cache was made with other settings; top_k beyond the vocabulary; text
             shorter than one row; logits that are not finite; a disk that cannot be written.
     """
-    claim_folder(folder, resume=resume)
+    claim_cache(folder, resume=resume)
     vocabulary = Head.of(teacher.model).weight_VM.shape[0]
     if not 1 <= top_k <= vocabulary:
         raise UserError(
