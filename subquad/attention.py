@@ -48,6 +48,16 @@ class AttentionSite:
     path: str
     shape: AttentionShape
 
+    @property
+    def block(self) -> str:
+        """The path of the decoder block that it is in."""
+        return block_path(self.path)
+
+
+def block_path(attention_path: str) -> str:
+    """The path of the decoder block around an attention module."""
+    return attention_path.rpartition(".")[0]
+
 
 @dataclass(frozen=True)
 class AttentionCall:

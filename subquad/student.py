@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreT
 from transformers.configuration_utils import SubConfigSpec
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from subquad.attention import Observer, Pass, attach, find_attention, keep_initialised, layer_mixer
+from subquad.attention import Observer, Pass, attach, block_path, find_attention, keep_initialised, layer_mixer
 from subquad.cache import StudentCache
 from subquad.errors import UserError
 from subquad.mixers import Mixer
@@ -211,7 +211,7 @@ class Student(PreTrainedModel, GenerationMixin):
 
     def blocks(self) -> list[nn.Module]:
         """The decoder blocks that these modules are in."""
-        return [self.backbone.get_submodule(path.rpartition(".")[0]) for path in self.config.attention_paths]
+        return [self.backbone.get_submodule(block_path(path)) for path in self.config.attention_paths]
 
     def mixer_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The weights that the teacher does not have."""

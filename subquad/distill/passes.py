@@ -77,7 +77,7 @@ class TeacherForced:
         self.device = _token_device(teacher)
         sites = find_attention(teacher)
         self.attention = [teacher.get_submodule(site.path) for site in sites]
-        self.blocks = [teacher.get_submodule(site.path.rpartition(".")[0]) for site in sites]
+        self.blocks = [teacher.get_submodule(site.block) for site in sites]
         groups = [range(start, min(start + stage.gap, len(sites))) for start in range(0, len(sites), stage.gap)]
         self.groups = {  # by layer, of the block outputs that are compared
             layer: group for group in groups if not set(group).isdisjoint(self.layers) for layer in group
@@ -198,7 +198,7 @@ class FreeRunning:
         self.device = _token_device(student.backbone)
         sites = find_attention(teacher)
         theirs, mine = [teacher.get_submodule(site.path) for site in sites], student.attention_modules()
-        blocks = [teacher.get_submodule(site.path.rpartition(".")[0]) for site in sites]
+        blocks = [teacher.get_submodule(site.block) for site in sites]
         both = {"mixer_output": (theirs, mine), "block_output": (blocks, student.blocks())}
         self.modules = {
             name: [[modules[layer] for layer in self.layers] for modules in both[name]] for name in self.hidden

@@ -55,7 +55,7 @@ def kl_scores(
     start = time.perf_counter()
     layers, rows = student.plan.num_layers, len(tokens_BT)
     blocks = student.blocks()
-    originals = [teacher.get_submodule(site.path.rpartition(".")[0]) for site in find_attention(teacher)]
+    originals = [teacher.get_submodule(site.block) for site in find_attention(teacher)]
     sums = torch.zeros(layers + 1, dtype=torch.float64)  # the last is the all-linear student
     done = 0
 
