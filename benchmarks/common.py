@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import transformers
+from rich.console import Console
 
 import subquad
 from subquad.run import device_name, processor, source_commit
@@ -65,3 +66,9 @@ def write_json(path: Path, report: Mapping[str, Any]) -> None:
     aside = path.with_name(path.name + ".tmp")
     aside.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     os.replace(aside, path)
+
+
+def wide_console() -> Console:
+    """Where tables are printed: a file has room; 80 columns would break every cell."""
+    console = Console()
+    return console if console.is_terminal else Console(width=140)

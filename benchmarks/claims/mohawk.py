@@ -29,17 +29,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from benchmarks.claims import matrices
 from benchmarks.claims.report import draw, print_report
 from benchmarks.claims.runs import Result, Settings, Store
-from benchmarks.common import facts, write_json
-from subquad.attention import find_attention, watched_attention
+from benchmarks.common import facts, wide_console, write_json
+from subquad.attention import AttentionCall, find_attention, watched_attention
 from subquad.data.retrieval import make_probe
 from subquad.data.text import load_corpus
+from subquad.distill.hidden import attention_scores
 from subquad.distill.loop import make_accelerator, run_stage
 from subquad.distill.passes import TeacherForced
 from subquad.evaluate import likelihood, retrieval
@@ -132,12 +132,8 @@ class Bench:
         small = self.teacher.model.config.vocab_size < 10_000
         self.lessons = Lessons(self.corpus, tokenizer) if small else self.corpus
         self.shapes = [site.shape for site in find_attention(self.teacher.model)]
-        part = {
-            seed: "selection" if seed == setup.tuning_seed else "test" for seed in (*setup.seeds, setup.tuning_seed)
-        }
-        self.heldout = {
-            seed: self.corpus.heldout_batch(setup.rows, setup.sequence_length, part=part[seed]) for seed in part
-        }
+        rows, length = setup.rows, setup.sequence_length
+        self.test, self.tuning = (self.corpus.heldout_batch(rows, length, part=part) for part in ("test", "selection"))
         self.probes = {
             task: {
                 setup.probe_context: make_probe(
@@ -281,7 +277,8 @@ class Bench:
         rows = self.corpus.heldout_batch(2, settings["length"]).to(self.device)
         with watched_attention(self.teacher.model) as calls, torch.no_grad():
             self.teacher.model.base_model(rows, use_cache=False)
-        probabilities = torch.cat([_probabilities(call).flatten(0, 1) for call in calls.values()]).float().cpu()
+        layers = [_probabilities(c, s.window) for c, s in zip(calls.values(), self.shapes, strict=True)]
+        probabilities = torch.cat([layer_BHTT.flatten(0, 1) for layer_BHTT in layers]).float().cpu()
         chosen = torch.linspace(0, len(probabilities) - 1, settings["count"]).round().long()
         a_XTT = probabilities[chosen]
         errors = {"nothing": torch.linalg.matrix_norm(a_XTT).tolist()}
@@ -325,12 +322,10 @@ def _refresh(student: Student) -> None:
             module.bias.zero_()
 
 
-def _probabilities(call: Any) -> torch.Tensor:
-    """Causal softmax of what an attention function was called with: (B, H, T, T)."""
+def _probabilities(call: AttentionCall, window: int | None) -> torch.Tensor:
+    """What an attention function computed with this call: (B, H, T, T)."""
     group = call.q_BHTD.shape[1] // call.k_BGTD.shape[1]
-    scores = call.scale * call.q_BHTD @ call.k_BGTD.repeat_interleave(group, 1).transpose(-1, -2)
-    T = scores.shape[-1]
-    return scores.masked_fill(torch.ones(T, T, dtype=torch.bool, device=scores.device).triu(1), -torch.inf).softmax(-1)
+    return attention_scores(call, call.q_BHTD, call.k_BGTD.repeat_interleave(group, 1), window).softmax(-1)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -351,7 +346,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     command = shlex.join(["python", "-m", "benchmarks.claims.mohawk", *(sys.argv[1:] if argv is None else argv)])
     changes = {**(LARGE if arguments.teacher == "default" else {}), **(QUICK if arguments.quick else {})}
     setup = replace(Setup(teacher=arguments.teacher), **changes)
-    console = Console() if Console().is_terminal else Console(width=140)
+    console = wide_console()
     bench = Bench(setup, Store(arguments.work, console))
     report = facts(command, asdict(setup), torch.device(bench.device)) | {"teacher_name": bench.teacher.name}
     for part in (part for part in PARTS if part in arguments.parts):

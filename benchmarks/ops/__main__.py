@@ -38,7 +38,7 @@ from unittest.mock import patch
 import torch
 from rich.console import Console
 
-from benchmarks.common import facts, write_json
+from benchmarks.common import facts, wide_console, write_json
 from benchmarks.ops.contenders import FORMULAS, QUICK, Contender, Settings, find_contenders
 from benchmarks.ops.measures import (
     agreement,
@@ -136,9 +136,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         with kept_to_torch(settings.device):
             print(json.dumps(measure_one_memory(contender, settings)))
         return
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=140)  # a file has room; 80 columns would break every cell
+    console = wide_console()
     command = shlex.join(["python", "-m", "benchmarks.ops", *(sys.argv[1:] if argv is None else argv)])
     report = run(settings_of(arguments), arguments.parts, command, console)
     print_report(report, console)

@@ -1,7 +1,7 @@
 """Losses layer by layer: the distance of hidden states, and of the mixing matrices behind them.
 
-Legend: B batch, H query heads of a mixer, G key/value heads, T tokens, D head width, M model width, C columns of a
-block.
+Legend: B batch, H query heads of a mixer, G key/value heads, T tokens, D head width, M model width, R rows and C
+columns of a block.
 """
 
 import math
@@ -32,6 +32,30 @@ def output_distance(student_BTM: Tensor, teacher_BTM: Tensor, kind: Literal["nor
     return torch.linalg.vector_norm(difference_BTM, dim=-1).mean() / math.sqrt(student_BTM.shape[-1])
 
 
+def attention_scores(
+    call: AttentionCall,
+    q_BHTD: Tensor,
+    k_BHTD: Tensor,
+    window: int | None,
+    rows: slice = slice(None),
+    columns: slice = slice(None),
+) -> Tensor:
+    """What `call` takes the softmax of, for these rows (queries) and columns (keys): (B, H, R, C), -inf where unseen.
+
+    `q_BHTD` and `k_BHTD` are those of some heads, a key head for each query head; `window` is the layer's, in tokens.
+    """
+    scores_BHRC = call.scale * q_BHTD[:, :, rows] @ k_BHTD[:, :, columns].transpose(-1, -2)
+    if call.softcap is not None:
+        scores_BHRC = call.softcap * torch.tanh(scores_BHRC / call.softcap)
+    if not call.causal:
+        return scores_BHRC
+    T = q_BHTD.shape[2]
+    position_T = torch.arange(T, device=q_BHTD.device)
+    ahead_RC = position_T[rows, None] - position_T[None, columns]  # of the key, in tokens
+    seen_RC = (ahead_RC >= 0) & (ahead_RC < (window or T))
+    return scores_BHRC.masked_fill(~seen_RC, -math.inf)
+
+
 def matrix_distance(mixer: Mixer, inputs: MixerInputs, call: AttentionCall, *, block: int | None = None) -> Tensor:
     """Mean over rows and heads of |M - A|_F, the mixer's matrix from the softmax of the teacher's heads.
 
@@ -48,15 +72,7 @@ def matrix_distance(mixer: Mixer, inputs: MixerInputs, call: AttentionCall, *, b
     blocks = [slice(start, min(start + size, T)) for start in range(0, T, size)]
 
     def scores(rows: slice, columns: slice) -> Tensor:
-        scores_BHRC = call.scale * q_BHTD[:, :, rows] @ k_BHTD[:, :, columns].transpose(-1, -2)
-        if call.softcap is not None:
-            scores_BHRC = call.softcap * torch.tanh(scores_BHRC / call.softcap)
-        if not call.causal:
-            return scores_BHRC
-        position_T = torch.arange(T, device=q_BHTD.device)
-        ahead_RC = position_T[rows, None] - position_T[None, columns]  # of the key, in tokens
-        seen_RC = (ahead_RC >= 0) & (ahead_RC < (group.window or T))
-        return scores_BHRC.masked_fill(~seen_RC, -math.inf)
+        return attention_scores(call, q_BHTD, k_BHTD, group.window, rows, columns)
 
     with torch.no_grad():
         everything = slice(0, T)
