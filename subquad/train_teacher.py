@@ -1,8 +1,8 @@
 """A small teacher for experiments, trained from nothing until it copies and looks up perfectly.
 
-A pretrained model is too slow for a test, and a random one has nothing to lose. This one is a Llama of 4 layers that a
-thread of a CPU trains within the hour: it reads plain text, and it answers the retrieval probes without a fault, so
-whatever a conversion takes from it shows.
+A pretrained model is too slow for a test, and a random one has nothing to lose. This one is a Llama of 4 layers, small
+enough for a thread of a CPU. The goal is that it reads plain text and answers the retrieval probes without a fault, so
+that whatever a conversion takes from it shows; no run has reached it yet, and each says what it did reach.
 
 Notable:
 - The contexts of `LADDER` are trained one after the other, in rounds. A round is a stage of the one training loop
