@@ -22,6 +22,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -33,8 +34,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from subquad.cache import StudentCache
 from subquad.errors import UserError
+from subquad.join import Branch, JoinStart, RecolouringAdapter, output_projection, projected
 from subquad.mixers import MIXERS, HeadGroup, Mixer, MixerInputs, mixer_options
-from subquad.plan import AttentionShape, Plan
+from subquad.plan import ATTENTION, AttentionShape, Plan
 
 PROBE = "subquad_probe"
 WATCH = "subquad_watch"
@@ -91,21 +93,30 @@ class Pass:
 
 
 class LayerMixer(nn.ModuleDict):
-    """The mixers of one layer by name, each over its own heads. State dict: `<attention module>.mixer.<name>.*`."""
+    """The mixers of one layer by name, each over its own heads, and the adapter of the parallel join (`join`).
 
-    def __init__(self, plan: Plan, layer: int) -> None:
-        super().__init__(
-            {
-                name: MIXERS[name](group, mixer_options(name, plan.mixers[name]))
-                for name, group in plan.groups(layer).items()
-            }
-        )
+    State dict: `<attention module>.mixer.<name>.*`.
+    """
+
+    def __init__(self, plan: Plan, layer: int, join_start: JoinStart = "identity") -> None:
+        parts: dict[str, nn.Module] = {
+            name: MIXERS[name](group, mixer_options(name, plan.mixers[name]))
+            for name, group in plan.groups(layer).items()
+        }
+        if plan.joined(layer):
+            parts["join"] = RecolouringAdapter(plan.shapes[layer].hidden_size, join_start)
+        super().__init__(parts)
         self.layer = layer
 
     @property
     def by_name(self) -> dict[str, Mixer]:
         """The mixers; a ModuleDict's own methods know them as modules only."""
-        return cast(dict[str, Mixer], dict(self.items()))
+        return {name: part for name, part in self.items() if isinstance(part, Mixer)}
+
+    @property
+    def adapter(self) -> RecolouringAdapter | None:
+        """The adapter by which attention joins as a branch, where it does."""
+        return cast(RecolouringAdapter | None, self["join"] if "join" in self else None)
 
 
 def layer_mixer(module: nn.Module) -> LayerMixer:
@@ -129,9 +140,11 @@ def mixed_attention(
     plain: tuple[Tensor, Tensor] | None = None,
     look: list[tuple[Tensor, Tensor]] | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Branch | None]:
     """The attention function of a student: query (B, H, T, D), key and value (B, G, T, D) -> (B, T, H, D).
 
+    Under the parallel join attention is a branch of its own, returned where other functions return their weights; the
+    module hands it on, and `_join` finds it there.
     The cache has counted the new tokens already (the module called `update`) and holds one state for each mixer.
     `plain`: query and key without rotary embedding, where a mixer wants them so. With `look` nothing is computed: the
     query and the key are put there.
@@ -180,13 +193,16 @@ def mixed_attention(
         outputs[name], new_state = mixer(inputs_of(mixer), state)
         if cached is not None:
             cached.store(name, new_state)
+    branch = None
+    if layer.adapter is not None:
+        branch = Branch(mixers[ATTENTION].group, outputs.pop(ATTENTION).transpose(1, 2))
     if len(outputs) == 1:
         (y_BHTD,) = outputs.values()
     else:
         joined = torch.cat(list(outputs.values()), 1)
-        order = torch.tensor([head for mixer in mixers.values() for head in mixer.group.heads])
+        order = torch.tensor([head for name in outputs for head in mixers[name].group.heads])
         y_BHTD = joined[:, order.argsort().to(joined.device)]
-    return y_BHTD.transpose(1, 2), None
+    return y_BHTD.transpose(1, 2), branch
 
 
 def _of_group(inputs: MixerInputs, group: HeadGroup) -> MixerInputs:
@@ -227,7 +243,7 @@ def register(base: str) -> str:
     """Makes our function known for students whose kept heads use `base`; returns the implementation's name."""
     name = PREFIX + base
 
-    def function(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+    def function(*args: Any, **kwargs: Any) -> tuple[Tensor, Branch | None]:
         return mixed_attention(*args, base=base, **kwargs)
 
     AttentionInterface.register(name, function)
@@ -235,11 +251,15 @@ def register(base: str) -> str:
     return name
 
 
-def attach(model: PreTrainedModel, paths: Sequence[str], plan: Plan) -> None:
-    """Gives each attention module its mixers and its hook, and makes the model call our attention function."""
+def attach(model: PreTrainedModel, paths: Sequence[str], plan: Plan, join_start: JoinStart = "identity") -> None:
+    """Gives each attention module its mixers and its hooks, and makes the model call our attention function."""
     for layer, path in enumerate(paths):
         module = model.get_submodule(path)
-        module.mixer = keep_initialised(LayerMixer(plan, layer))
+        if plan.joined(layer):
+            shape = plan.shapes[layer]
+            projection = output_projection(module, shape.heads * shape.head_dim, shape.hidden_size)
+            module.register_forward_hook(partial(_join, projection, shape.heads))
+        module.mixer = keep_initialised(LayerMixer(plan, layer, join_start))
         module.register_forward_pre_hook(_provide, with_kwargs=True)
     set_attention(model, register(model.config._attn_implementation))
 
@@ -270,6 +290,16 @@ def _provide(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     no_cache = {name: None if isinstance(value, StudentCache) else value for name, value in unrotated.items()}
     module.forward(*args, **no_cache, look=look)
     return args, {**given, "plain": look[0]}
+
+
+def _join(projection: nn.Module, heads: int, module: nn.Module, args: Any, output: tuple[Any, ...]) -> Any:
+    """The module's output with the branch of the retained heads, where its attention function gave one."""
+    u_BTM, branch, *rest = output
+    if not isinstance(branch, Branch):
+        return output
+    adapter = layer_mixer(module).adapter
+    assert adapter is not None
+    return adapter(u_BTM, projected(projection, branch, heads)), None, *rest
 
 
 def set_attention(model: PreTrainedModel, name: str) -> None:

@@ -13,6 +13,10 @@ A layer-level hybrid is the plan in which a layer's heads agree. Plans are small
       2: {attention: [0, 3], hedgehog: [1, 2, 4, 5, 6, 7, 8]}
       3: attention
 
+`join` says how the two parts of a layer such as 2 become one output. `split`: each head has one mixer, and the output
+projection joins them. `parallel`: the other mixer has all the heads, those of attention too (`hedgehog: [0, ..., 8]`),
+and attention comes as a second branch through an adapter (join.py).
+
 A plan knows what its cache costs: `plan.cache_bytes(context, batch, dtype)`.
 """
 
@@ -21,13 +25,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from subquad.errors import UserError
 from subquad.mixers import HeadGroup, mixer_class, mixer_options
+
+Join: TypeAlias = Literal["split", "parallel"]
 
 FORMAT = 1
 ATTENTION = "attention"
@@ -65,13 +71,15 @@ class AttentionShape(BaseModel):
 
 
 class Plan(BaseModel):
-    """Mixers by layer and head. `layers[l]` maps a mixer's name to its head indices; every head has just one mixer."""
+    """Mixers by layer and head. `layers[l]` maps a mixer's name to its head indices; every head has just one mixer, but
+    under the parallel join, where those that attend have another one as well."""
 
     model_config = ConfigDict(extra="forbid")
 
     shapes: list[AttentionShape]
     mixers: dict[str, dict[str, Any]]
     layers: list[dict[str, list[int]]]
+    join: Join = "split"
 
     def model_post_init(self, context: Any) -> None:
         """Checks the whole plan. Raises UserError naming the layer or mixer that is wrong."""
@@ -80,10 +88,12 @@ class Plan(BaseModel):
         if len(self.shapes) != len(self.layers):
             raise UserError(f"the plan lists {len(self.layers)} layers but describes {len(self.shapes)}")
         for index, (shape, layer) in enumerate(zip(self.shapes, self.layers, strict=True)):
+            beside = sorted(layer.get(ATTENTION, [])) if self.joined(index) else []
             listed = sorted(head for heads in layer.values() for head in heads)
-            if listed != list(range(shape.heads)):
+            if listed != sorted([*range(shape.heads), *beside]):
+                others = " beside attention" if beside else ""
                 raise UserError(
-                    f"layer {index} of the plan must give each of its {shape.heads} heads exactly one mixer, "
+                    f"layer {index} of the plan must give each of its {shape.heads} heads exactly one mixer{others}, "
                     f"but lists heads {listed}"
                 )
             for name in layer:
@@ -105,11 +115,33 @@ class Plan(BaseModel):
         outside = keep - set(range(len(shapes)))
         if outside:
             raise UserError(f"layer {min(outside)} is not one of the teacher's {len(shapes)} layers")
-        layers = [
-            {ATTENTION if index in keep else mixer: list(range(shape.heads))} for index, shape in enumerate(shapes)
-        ]
+        heads = [(layer, head) for layer in keep for head in range(shapes[layer].heads)]
+        return cls.by_head(shapes, heads, mixer, options)
+
+    @classmethod
+    def by_head(
+        cls,
+        shapes: list[AttentionShape],
+        attention_heads: Iterable[tuple[int, int]],
+        mixer: str,
+        options: dict[str, Any] | None = None,
+        join: Join = "split",
+    ) -> Plan:
+        """The head-level hybrid that keeps attention in these heads (layer, head) and uses `mixer` for all others."""
+        keep = set(attention_heads)
+        outside = keep - {(layer, head) for layer, shape in enumerate(shapes) for head in range(shape.heads)}
+        if outside:
+            layer, head = min(outside)
+            raise UserError(f"head {head} of layer {layer} is not one of the teacher's heads")
+        layers = []
+        for index, shape in enumerate(shapes):
+            kept = [head for head in range(shape.heads) if (index, head) in keep]
+            others = [head for head in range(shape.heads) if head not in kept]
+            if join == "parallel" and kept and others:
+                others = list(range(shape.heads))
+            layers.append({name: heads for name, heads in ((ATTENTION, kept), (mixer, others)) if heads})
         filled = mixer_options(mixer, options or {}).model_dump(exclude_none=True)
-        return cls(shapes=shapes, mixers={ATTENTION: {}, mixer: filled}, layers=layers)
+        return cls(shapes=shapes, mixers={ATTENTION: {}, mixer: filled}, layers=layers, join=join)
 
     @classmethod
     def all_attention(cls, shapes: list[AttentionShape]) -> Plan:
@@ -128,16 +160,26 @@ class Plan(BaseModel):
         """Layers in which every head keeps attention."""
         return [index for index, layer in enumerate(self.layers) if list(layer) == [ATTENTION]]
 
+    @property
+    def attention_heads(self) -> list[tuple[int, int]]:
+        """The heads that keep attention: (layer, head)."""
+        return [(index, head) for index, layer in enumerate(self.layers) for head in layer.get(ATTENTION, [])]
+
+    def joined(self, layer: int) -> bool:
+        """Whether attention is a branch beside the other mixers in this layer."""
+        return self.join == "parallel" and ATTENTION in self.layers[layer] and len(self.layers[layer]) > 1
+
     def groups(self, layer: int) -> dict[str, HeadGroup]:
         """The head groups of one layer by mixer."""
         return {name: self.shapes[layer].group(heads) for name, heads in self.layers[layer].items()}
 
     def head_table(self) -> list[list[str]]:
-        """Mixer names, layers by heads."""
-        return [
-            [next(name for name, heads in layer.items() if head in heads) for head in range(shape.heads)]
-            for shape, layer in zip(self.shapes, self.layers, strict=True)
+        """Mixer names, layers by heads; a head that attends beside another mixer counts as attention."""
+        by_head = [
+            {head: name for name in sorted(layer, key=ATTENTION.__eq__) for head in layer[name]}
+            for layer in self.layers
         ]
+        return [[names[head] for head in range(len(names))] for names in by_head]
 
     def pattern(self) -> str:
         """One letter a layer: the mixer's initial in capitals, or * where a layer's heads differ."""
@@ -165,7 +207,8 @@ class Plan(BaseModel):
         same = all(shape == shapes[0] for shape in shapes)
         shape = {"shape": {"layers": len(shapes)} | shapes[0]} if same else {"shapes": dict(enumerate(shapes))}
         names = [next(iter(layer)) if len(layer) == 1 else layer for layer in self.layers]
-        parts = {"format": FORMAT} | shape | {"mixers": self.mixers, "layers": dict(enumerate(names))}
+        join = {} if self.join == "split" else {"join": self.join}
+        parts = {"format": FORMAT} | shape | join | {"mixers": self.mixers, "layers": dict(enumerate(names))}
         return "".join(_block(key, value) for key, value in parts.items())
 
     @classmethod
@@ -185,7 +228,8 @@ class Plan(BaseModel):
             else:
                 shapes = [AttentionShape(**shape) for shape in raw["shapes"].values()]
             layers = [cls._read_layer(raw["layers"], index, shape) for index, shape in enumerate(shapes)]
-            return cls(shapes=shapes, mixers={k: v or {} for k, v in raw["mixers"].items()}, layers=layers)
+            mixers = {name: options or {} for name, options in raw["mixers"].items()}
+            return cls(shapes=shapes, mixers=mixers, layers=layers, join=raw.get("join", "split"))
         except (ValidationError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"the plan is malformed: {' '.join(str(error).split())}") from None
 

@@ -23,6 +23,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from subquad.attention import Observer, Pass, attach, block_path, find_attention, keep_initialised, layer_mixer
 from subquad.cache import StudentCache
 from subquad.errors import UserError
+from subquad.join import JoinStart
 from subquad.mixers import Mixer
 from subquad.plan import ATTENTION, Plan
 
@@ -66,7 +67,9 @@ class Student(PreTrainedModel, GenerationMixin):
     _supports_flash_attn = True
     _is_stateful = True  # a recurrent state cannot be rolled back, as assisted decoding would need
 
-    def __init__(self, config: StudentConfig, backbone: PreTrainedModel | None = None) -> None:
+    def __init__(
+        self, config: StudentConfig, backbone: PreTrainedModel | None = None, join_start: JoinStart = "identity"
+    ) -> None:
         super().__init__(config)
         self.plan = Plan.from_yaml(config.plan)
         if backbone is None:
@@ -74,15 +77,23 @@ class Student(PreTrainedModel, GenerationMixin):
             base = config.attention if requested in (None, "sdpa") else requested
             backbone = AutoModelForCausalLM.from_config(config.text_config, attn_implementation=base)
         self.backbone = backbone
-        attach(backbone, config.attention_paths, self.plan)
+        attach(backbone, config.attention_paths, self.plan, join_start)
         config.text_config = backbone.config
         self.post_init()
 
     # ------------------------------------------------------------------ making and saving
 
     @classmethod
-    def from_teacher(cls, teacher: PreTrainedModel, plan: Plan, mixers_from: Student | None = None) -> Student:
+    def from_teacher(
+        cls,
+        teacher: PreTrainedModel,
+        plan: Plan,
+        mixers_from: Student | None = None,
+        join_start: JoinStart = "identity",
+    ) -> Student:
         """A student of `teacher` with this plan; every tensor that is not a mixer's shares the teacher's storage.
+
+        `join_start`: how the adapters of the parallel join begin (join.py).
 
         `mixers_from`: another student of the same teacher. Where the plan has the same mixers on the same heads of a
         layer, what it learned in that layer's block is taken (shared); elsewhere the mixers that are the same.
@@ -109,7 +120,7 @@ class Student(PreTrainedModel, GenerationMixin):
             dtype=teacher.dtype,
             auto_map=dict(AUTO_MAP),
         )
-        student = cls(config, backbone=_shared_copy(teacher))
+        student = cls(config, backbone=_shared_copy(teacher), join_start=join_start)
         student.generation_config = copy.deepcopy(teacher.generation_config)
         for module, path in zip(student.attention_modules(), config.attention_paths, strict=True):
             place = next(teacher.get_submodule(path).parameters())
