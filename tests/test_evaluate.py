@@ -166,7 +166,9 @@ def test_retrieval_equals_its_definition(family, monkeypatch):
     targets, scored = ids[:, 1:], mask[:, 1:]
     hit = logits.argmax(-1) == targets
     logprob = logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0][scored].mean().item()
-    whole, single = (retrieval(model, {"t": {40: Probe(ids, mask, per_token=flag)}})["t"][40] for flag in (False, True))
+    start = torch.full((5,), 30)
+    probes = [Probe(ids, mask, start, per_token=flag) for flag in (False, True)]
+    whole, single = (retrieval(model, {"t": {40: probe}})["t"][40] for probe in probes)
     assert whole["accuracy"] == pytest.approx((hit | ~scored).all(1).double().mean().item())
     assert single["accuracy"] == pytest.approx(hit[scored].double().mean().item())
     assert 0 < whole["accuracy"] < single["accuracy"] < 1

@@ -1,5 +1,8 @@
 """The retrieval probes: right answers at the end, exact lengths, seeded, for any tokenizer."""
 
+import re
+import string
+
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -13,6 +16,7 @@ TEXT = [
     "There is important information hidden in a lot of irrelevant text. Find it and memorize it. What is the pass key?",
     " ".join(WORDS),
 ]
+ALPHABET = string.ascii_letters + string.digits + ":='.,?$\n"
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -36,7 +40,7 @@ def metaspace_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
     specials = ["<unk>", "<bos>", "<eos>"]
-    trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=specials, initial_alphabet=list("0123456789:'\n"))
+    trainer = trainers.BpeTrainer(vocab_size=800, special_tokens=specials, initial_alphabet=list(ALPHABET))
     tokenizer.train_from_iterator(TEXT, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<bos>", eos_token="<eos>")
 
@@ -72,9 +76,12 @@ def test_rows_have_the_context_and_end_with_the_answer(name, context, tokenizer)
     probe = make_probe(name, tokenizer, context, 5, seed=3)
     assert probe.input_ids.shape == probe.answer_mask.shape == (5, context)
     assert probe.input_ids.dtype == torch.int64 and probe.answer_mask.dtype == torch.bool
-    assert probe.per_token == (name == "copy")
-    for mask in probe.answer_mask:  # one run of answer tokens, at the very end
-        assert mask[-int(mask.sum()) :].all()
+    assert probe.per_token == (name in ("copy", "associative"))
+    for mask, start in zip(probe.answer_mask, probe.question_start, strict=True):
+        if name == "associative":  # every other token of the question
+            assert not mask[start::2].any() and mask[start + 1 :: 2].all() and mask.sum() == (context - start) // 2
+        else:  # one run of answer tokens, at the very end
+            assert start < context - mask.sum() and mask[-int(mask.sum()) :].all()
     again, other = (make_probe(name, tokenizer, context, 5, seed=seed) for seed in (3, 4))
     assert torch.equal(probe.input_ids, again.input_ids) and torch.equal(probe.answer_mask, again.answer_mask)
     assert not torch.equal(probe.input_ids, other.input_ids)
@@ -131,7 +138,56 @@ def test_passkey_lies_at_all_depths_of_the_haystack():
     assert min(thirds) >= 2
 
 
-@pytest.mark.parametrize("name", ["dictionary", "passkey"])
+@pytest.mark.parametrize("context", [101, 256, 1500])
+def test_associative_recall_asks_pairs_of_distinct_tokens_in_another_order(context, tokenizer):
+    probe = make_probe("associative", tokenizer, context, 3, seed=0)
+    for ids, mask, start in zip(probe.input_ids, probe.answer_mask, probe.question_start.tolist(), strict=True):
+        first = len(tokenizer("")["input_ids"]) + (context - len(tokenizer("")["input_ids"])) % 2
+        tokens = ids[first:start].tolist()
+        pairs = dict(zip(tokens[::2], tokens[1::2], strict=True))
+        assert len(set(tokens)) == len(tokens) and not set(tokens) & set(tokenizer.all_special_ids)
+        keys, values = ids[start::2].tolist(), ids[mask].tolist()
+        assert values == [pairs[key] for key in keys]
+        assert keys[: len(pairs)] != tokens[::2] and set(keys) <= set(pairs)
+        if context == 1500 and tokenizer is TOKENIZERS["bytes"]:  # too few tokens: all pairs, again and again
+            assert len(pairs) == 127 and set(keys[:127]) == set(keys[127:254]) == set(pairs)
+        else:
+            assert len(set(keys)) == len(keys) >= len(pairs) - 1
+
+
+def follow(text: str) -> tuple[str, int, int]:
+    """What a row of `variables` asks for, by its text: the value, how many chains there are, and the hops to it."""
+    named = dict(re.findall(r"^VAR ([A-Z]) = (\w+)$", text, re.MULTILINE))
+    asked = re.search(r"What is the value of VAR ([A-Z])\?", text)[1]
+    assert asked not in named.values()  # the last of its chain
+    for new, old in named.items():
+        assert old.isdigit() or text.index(f"VAR {old} =") < text.index(f"VAR {new} =")
+    value, hops = named[asked], 0
+    while not value.isdigit():
+        value, hops = named[value], hops + 1
+    return value, sum(of.isdigit() for of in named.values()), hops
+
+
+@pytest.mark.parametrize(("context", "chains", "hops"), [(200, 2, 1), (257, 2, 1), (512, 3, 3), (1024, 5, 4)])
+def test_variables_are_chains_through_the_haystack(context, chains, hops):
+    tokenizer = TOKENIZERS["bytes"]
+    probe = make_probe("variables", tokenizer, context, 12, seed=1)
+    for row in range(12):
+        text = tokenizer.decode(probe.input_ids[row])
+        answer = answer_text(tokenizer, probe, row)
+        assert follow(text) == (answer, chains, hops)
+        assert text.count(answer) == 2 and text.endswith(f" is {answer}") and answer.isdigit() and len(answer) == 5
+
+
+def test_variables_lie_at_all_depths():
+    tokenizer = TOKENIZERS["bytes"]
+    probe = make_probe("variables", tokenizer, 4000, 20, seed=1)
+    texts = [tokenizer.decode(ids) for ids in probe.input_ids]
+    depths = [match.start() / 4000 for text in texts for match in re.finditer("^VAR", text, re.MULTILINE)]
+    assert min(sum(low <= depth < low + 1 / 4 for depth in depths) for low in (0, 1 / 4, 2 / 4, 3 / 4)) > 60
+
+
+@pytest.mark.parametrize("name", ["dictionary", "passkey", "variables"])
 def test_answers_are_scored_without_the_space_before_them(name, tokenizer):
     probe = make_probe(name, tokenizer, 300, 4, seed=0)
     for row in range(4):
@@ -148,7 +204,7 @@ def test_rows_start_as_the_tokenizer_starts_a_text():
         assert not (ids[:, 1:] == tokenizer.bos_token_id).any()
 
 
-@pytest.mark.parametrize("name", ["dictionary", "passkey"])
+@pytest.mark.parametrize("name", ["dictionary", "passkey", "variables"])
 def test_a_given_haystack_fills_the_room_without_its_separators(name):
     tokenizer = TOKENIZERS["bytes"]
     z = tokenizer("z", add_special_tokens=False)["input_ids"][0]
@@ -164,7 +220,7 @@ def test_a_given_haystack_fills_the_room_without_its_separators(name):
 def test_too_short_a_context_says_how_long_it_must_be(name, tokenizer):
     with pytest.raises(UserError, match=f"context of 3 tokens is too short .* '{name}'") as caught:
         make_probe(name, tokenizer, 3, 1, seed=0)
-    if name != "dictionary":  # its words differ in length with the context's draw
+    if name not in ("dictionary", "variables"):  # their words differ in length with the context's draw
         needed = int(str(caught.value).split(" give it ")[1].split()[0])
         assert make_probe(name, tokenizer, needed, 1, seed=0).input_ids.shape == (1, needed)
 
@@ -177,10 +233,23 @@ def test_bad_requests():
         make_probe("copy", tokenizer, 300, 0)
     letters = Tokenizer(models.WordLevel({"<unk>": 0, "the": 1, "key": 2, "a": 3}, unk_token="<unk>"))
     letters.pre_tokenizer = pre_tokenizers.Whitespace()
-    with pytest.raises(UserError, match="no tokens for"):
-        make_probe("passkey", PreTrainedTokenizerFast(tokenizer_object=letters, unk_token="<unk>"), 300, 1)
-    with pytest.raises(ValueError, match="needs an answer"):
-        Probe(torch.zeros(1, 4, dtype=torch.long), torch.zeros(1, 4, dtype=torch.bool))
+    for name in ("passkey", "variables"):
+        with pytest.raises(UserError, match="no tokens for"):
+            make_probe(name, PreTrainedTokenizerFast(tokenizer_object=letters, unk_token="<unk>"), 300, 1)
+
+
+def test_a_probe_is_well_formed():
+    ids, mask = torch.zeros(1, 4, dtype=torch.long), torch.tensor([[False, False, True, True]])
+    Probe(ids, mask, torch.tensor([1]))
+    for wrong, answers, start in (
+        ("same shape", mask[:, 1:], [1]),
+        ("needs an answer", torch.zeros_like(mask), [1]),
+        ("first token", torch.ones_like(mask), [0]),
+        ("one question_start", mask, [1, 1]),
+        ("belong to its questions", mask, [3]),
+    ):
+        with pytest.raises(ValueError, match=wrong):
+            Probe(ids, answers, torch.tensor(start))
 
 
 def test_words():
