@@ -238,6 +238,16 @@ def test_bad_requests():
             make_probe(name, PreTrainedTokenizerFast(tokenizer_object=letters, unk_token="<unk>"), 300, 1)
 
 
+@pytest.mark.parametrize("name", TASKS)
+def test_exchanged_rows_keep_their_questions_and_lose_their_facts(name, tokenizer):
+    probe = make_probe(name, tokenizer, 300, 4, seed=0)
+    other = probe.exchanged()
+    assert torch.equal(other.answer_mask, probe.answer_mask) and other.per_token == probe.per_token
+    for row, start in enumerate(probe.question_start.tolist()):
+        assert torch.equal(other.input_ids[row, start:], probe.input_ids[row, start:])
+        assert torch.equal(other.input_ids[row, :start], probe.input_ids[row - 1, :start])
+
+
 def test_a_probe_is_well_formed():
     ids, mask = torch.zeros(1, 4, dtype=torch.long), torch.tensor([[False, False, True, True]])
     Probe(ids, mask, torch.tensor([1]))

@@ -25,7 +25,7 @@ Shapes: N rows, T tokens (the context).
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from string import ascii_uppercase
 from typing import TypeAlias
@@ -82,6 +82,17 @@ class Probe:
             raise ValueError("every row of a Probe needs an answer, and its first token cannot be one")
         if (self.answer_mask.int().argmax(dim=1) < self.question_start).any():
             raise ValueError("the answers of a Probe belong to its questions: none can stand before question_start")
+
+    def exchanged(self) -> "Probe":
+        """The same questions and answers, each after the facts of the row before (the last row's, for the first).
+
+        Raises `UserError` for a probe of one row.
+        """
+        rows, length = self.input_ids.shape
+        if rows < 2:
+            raise UserError("a retrieval probe of one row has no other to exchange facts with: raise the count of rows")
+        in_question = torch.arange(length) >= self.question_start[:, None]
+        return replace(self, input_ids=self.input_ids.where(in_question, self.input_ids.roll(1, dims=0)))
 
 
 def make_probe(
