@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from test_retrieval import byte_tokenizer
+from test_retrieval import byte_tokenizer, task_probe
 from transformers import DynamicCache, Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from subquad.data.retrieval import TASKS, Probe, make_probe
@@ -227,9 +227,9 @@ class Copier(torch.nn.Module):
         return SimpleNamespace(last_hidden_state=F.one_hot(said, 300) * (best > 0)[..., None] * self.logit)
 
 
-@pytest.mark.parametrize("task", ["copy", "passkey", "associative"])
+@pytest.mark.parametrize("task", ["copy", "passkey", "associative", "questions"])
 def test_a_probe_is_usable_with_a_teacher_that_can_answer_it(task):
-    probe = make_probe(task, byte_tokenizer(), 240, 4, seed=0)
+    probe = task_probe(task, byte_tokenizer(), 240, 4)
     assert usable(Copier(), probe).usable
     verdict = usable(Copier(), probe, "logprob")
     assert verdict.usable and re.match(
@@ -242,7 +242,7 @@ def test_a_probe_is_usable_with_a_teacher_that_can_answer_it(task):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_no_probe_is_usable_with_a_random_teacher(task):
-    probe = make_probe(task, byte_tokenizer(), 240, 16, seed=0)
+    probe = task_probe(task, byte_tokenizer(), 240, 16)
     verdict = usable(tiny(), probe)
     assert not verdict.usable
     assert re.fullmatch(

@@ -8,6 +8,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from subquad.data.questions import Cloze, clozes
 from subquad.data.retrieval import MAX_PAIRS, TASKS, WORDS, Probe, make_probe
 from subquad.errors import UserError
 
@@ -61,6 +62,23 @@ def _byte_level(merges: int, digits: bool) -> PreTrainedTokenizerFast:
 TOKENIZERS = {"bytes": byte_tokenizer(), "bpe": bpe_tokenizer(), "metaspace": metaspace_tokenizer()}
 
 
+SALES = "".join(
+    f"Near the {WORDS[i]} the old {WORDS[-i]} was then sold for ${7000 + 13 * i}. It is said no {WORDS[i]} was left.\n"
+    for i in range(1, 60)
+)
+
+
+def sales(tokenizer) -> torch.Tensor:
+    """A text to ask about, and a separator in it."""
+    return torch.tensor([tokenizer.eos_token_id, *tokenizer(SALES, add_special_tokens=False)["input_ids"]])
+
+
+def task_probe(name: str, tokenizer, context: int, count: int, seed: int = 0) -> Probe:
+    """`make_probe`, with a text for the one task that cannot do without."""
+    haystack_ids = sales(tokenizer) if name == "questions" else None
+    return make_probe(name, tokenizer, context, count, seed=seed, haystack_ids=haystack_ids)
+
+
 @pytest.fixture(params=TOKENIZERS, scope="module")
 def tokenizer(request):
     return TOKENIZERS[request.param]
@@ -73,7 +91,7 @@ def answer_text(tokenizer, probe: Probe, row: int) -> str:
 @pytest.mark.parametrize("name", TASKS)
 @pytest.mark.parametrize("context", [257, 512])
 def test_rows_have_the_context_and_end_with_the_answer(name, context, tokenizer):
-    probe = make_probe(name, tokenizer, context, 5, seed=3)
+    probe = task_probe(name, tokenizer, context, 5, seed=3)
     assert probe.input_ids.shape == probe.answer_mask.shape == (5, context)
     assert probe.input_ids.dtype == torch.int64 and probe.answer_mask.dtype == torch.bool
     assert probe.per_token == (name in ("copy", "associative"))
@@ -82,11 +100,11 @@ def test_rows_have_the_context_and_end_with_the_answer(name, context, tokenizer)
             assert not mask[start::2].any() and mask[start + 1 :: 2].all() and mask.sum() == (context - start) // 2
         else:  # one run of answer tokens, at the very end
             assert start < context - mask.sum() and mask[-int(mask.sum()) :].all()
-    again, other = (make_probe(name, tokenizer, context, 5, seed=seed) for seed in (3, 4))
+    again, other = (task_probe(name, tokenizer, context, 5, seed=seed) for seed in (3, 4))
     assert torch.equal(probe.input_ids, again.input_ids) and torch.equal(probe.answer_mask, again.answer_mask)
     assert not torch.equal(probe.input_ids, other.input_ids)
     assert len(set(map(tuple, probe.input_ids.tolist()))) == 5
-    more = make_probe(name, tokenizer, context, 9, seed=3)
+    more = task_probe(name, tokenizer, context, 9, seed=3)
     assert torch.equal(more.input_ids[:5], probe.input_ids)
 
 
@@ -187,6 +205,60 @@ def test_variables_lie_at_all_depths():
     assert min(sum(low <= depth < low + 1 / 4 for depth in depths) for low in (0, 1 / 4, 2 / 4, 3 / 4)) > 60
 
 
+def test_questions_are_answered_by_their_text_alone(tokenizer):
+    probe = task_probe("questions", tokenizer, 400, 12, seed=1)
+    depths = []
+    for row, start in enumerate(probe.question_start.tolist()):
+        text, question = (str(tokenizer.decode(ids)) for ids in probe.input_ids[row].tensor_split([start]))
+        answer = answer_text(tokenizer, probe, row)
+        lead = question.split("Complete this sentence of the text:")[1].removesuffix(answer).strip()
+        assert question.startswith("\n") and len(lead.split()) >= 5
+        assert text.count(lead) == text.count(answer) == 1 and SALES.count(answer) == 1
+        said = text.split(lead)[1]  # what an oracle reads off
+        assert said.strip().startswith(answer) and re.match(r"\W", said.strip().removeprefix(answer))
+        assert not set(probe.input_ids[row, 1:].tolist()) & set(tokenizer.all_special_ids)
+        depths.append(SALES.index(lead) / len(SALES))
+    thirds = [sum(low <= depth < low + 1 / 3 for depth in depths) for low in (0, 1 / 3, 2 / 3)]
+    assert min(thirds) >= 2
+
+
+def test_questions_need_a_text_that_can_be_asked_about(tokenizer):
+    few = tokenizer("It was sold for 12 dollars. " * 99, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    for haystack_ids in (None, few):
+        with pytest.raises(
+            UserError, match="'questions' finds nothing to ask in .* 300 at a time: give it more real text"
+        ):
+            make_probe("questions", tokenizer, 300, 2, haystack_ids=haystack_ids)
+    with pytest.raises(UserError, match="3 at a time: .* longer context"):
+        task_probe("questions", tokenizer, 3, 2)
+
+
+CLOZES = [
+    ("The bill that was passed on March 4, 1921, went far.", ["March 4, 1921"]),
+    ("We spent as much as all of $2.5 trillion, and more.", ["$2.5 trillion"]),
+    ("It had been known since the winter of 1776.", ["1776"]),
+    ("No one in all the land was as tall as John Smith was.", ["John Smith"]),
+    ("No one in all the land was as tall as Mister John Adam Smith was.", []),  # asked whole or not at all
+    ("No one in all the land was as tall as O'Neil was.", []),
+    ("No one in all the land was as old as 1,234,56 or 12th or 3rd-born men.", []),
+    ("It was in 1776.", []),  # too little to know it again by
+    ("It was never seen again. Then came the year 1776.", []),
+    ("It had been known since the winter of 1776, so of 1776 we speak.", []),
+    ("It was in the month of 12 men. It was in the month of 13 men.", []),  # one lead, two answers
+]
+
+
+@pytest.mark.parametrize(("text", "answers"), CLOZES)
+def test_clozes(text, answers):
+    found = clozes(text)
+    assert [cloze.answer for cloze in found] == answers
+    assert all(str(cloze) in text for cloze in found)
+
+
+def test_a_cloze_quotes_no_more_than_it_needs():
+    assert clozes(f"{' '.join(WORDS[:40])} 1776, {' '.join(WORDS[40:])}") == [Cloze(" ".join(WORDS[28:40]), "1776")]
+
+
 @pytest.mark.parametrize("name", ["dictionary", "passkey", "variables"])
 def test_answers_are_scored_without_the_space_before_them(name, tokenizer):
     probe = make_probe(name, tokenizer, 300, 4, seed=0)
@@ -199,7 +271,7 @@ def test_answers_are_scored_without_the_space_before_them(name, tokenizer):
 def test_rows_start_as_the_tokenizer_starts_a_text():
     tokenizer = TOKENIZERS["bpe"]
     for name in TASKS:
-        ids = make_probe(name, tokenizer, 300, 3, seed=0).input_ids
+        ids = task_probe(name, tokenizer, 300, 3).input_ids
         assert (ids[:, 0] == tokenizer.bos_token_id).all()
         assert not (ids[:, 1:] == tokenizer.bos_token_id).any()
 
@@ -216,7 +288,7 @@ def test_a_given_haystack_fills_the_room_without_its_separators(name):
         make_probe(name, tokenizer, 3000, 2, seed=0, haystack_ids=torch.tensor([tokenizer.eos_token_id]))
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", [name for name in TASKS if name != "questions"])
 def test_too_short_a_context_says_how_long_it_must_be(name, tokenizer):
     with pytest.raises(UserError, match=f"context of 3 tokens is too short .* '{name}'") as caught:
         make_probe(name, tokenizer, 3, 1, seed=0)
@@ -240,7 +312,7 @@ def test_bad_requests():
 
 @pytest.mark.parametrize("name", TASKS)
 def test_exchanged_rows_keep_their_questions_and_lose_their_facts(name, tokenizer):
-    probe = make_probe(name, tokenizer, 300, 4, seed=0)
+    probe = task_probe(name, tokenizer, 300, 4)
     other = probe.exchanged()
     assert torch.equal(other.answer_mask, probe.answer_mask) and other.per_token == probe.per_token
     for row, start in enumerate(probe.question_start.tolist()):

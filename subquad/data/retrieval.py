@@ -14,6 +14,8 @@ anything up. Probes for any tokenizer, each row exactly `context` tokens long wi
   in lines of their own, `VAR X = 12345` and `VAR Y = X`, lie in order in a haystack, several chains through each other;
   then "What is the value of VAR Y? The value of VAR Y is" asks for the end of one. Two chains of one hop, and more, up
   to five of four hops, while they take no more than half of the row.
+- `questions`: a stretch of real text (the haystack), and the beginning of one of its sentences, to be continued with a
+  date, amount or name that stands nowhere else in it (subquad/data/questions.py).
 
 Notable:
 - Row i depends on (name, context, seed, i) alone: asking for more rows leaves the first ones as they were.
@@ -34,6 +36,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from subquad.data.questions import clozes
 from subquad.errors import UserError, nearest
 
 MAX_PAIRS = 100  # values are distinct integers of 0-99
@@ -106,10 +109,10 @@ def make_probe(
     """Make `count` rows of the task `name` (one of `TASKS`), each exactly `context` tokens long.
 
     `haystack_ids`: tokens of real text (any shape, read flat) that fill the room between a fact and its question; a row
-    takes a stretch from a random place, starting over at the end. Without it a plain text is tiled. If the tokenizer
-    starts its texts with a special token (`<bos>`), so does every row.
-    Raises `UserError` for an unknown task, a context too short for the task, a haystack without text, or a tokenizer
-    that has no tokens for the answers.
+    takes a stretch from a random place, starting over at the end. Without it a plain text is tiled, in which there is
+    nothing for `questions` to ask. If the tokenizer starts its texts with a special token (`<bos>`), so does every row.
+    Raises `UserError` for an unknown task, a context too short for the task, a haystack without text or without a
+    sentence to ask about, or a tokenizer that has no tokens for the answers.
     """
     if name not in _ROWS:
         raise UserError(f"unknown retrieval task '{name}': {nearest(name, _ROWS)}")
@@ -154,6 +157,14 @@ class _Text:
         """Every token id that is not special, in order."""
         return sorted(set(self.tokenizer.get_vocab().values()) - self.special)
 
+    @cached_property
+    def written(self) -> str:
+        """The haystack as text."""
+        return self.decode(self.haystack)
+
+    def decode(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids))
+
     def encode(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
@@ -171,16 +182,19 @@ class _Text:
         first that is not just a space (a separate space before a number tells nothing about recall)."""
         alone, ids = self.encode(question), self.encode(f"{question} {answer}")
         first = next((i for i, (a, b) in enumerate(zip(alone, ids, strict=False)) if a != b), len(alone))
-        while first < len(ids) - 1 and not str(self.tokenizer.decode([ids[first]])).strip():
+        while first < len(ids) - 1 and not self.decode([ids[first]]).strip():
             first += 1
         scored = self._known(ids[first:], answer)
         return ids, [False] * first + [True] * len(scored)
 
     def fill(self, length: int, rng: random.Random) -> list[int]:
         """`length` tokens of haystack from a random place, closed by a newline as far as there is room."""
-        start = rng.randrange(len(self.haystack))
-        ids = [self.haystack[(start + i) % len(self.haystack)] for i in range(length)]
+        ids = self.stretch(rng.randrange(len(self.haystack)), length)
         return (ids + self.newline)[len(self.newline) :]
+
+    def stretch(self, start: int, length: int) -> list[int]:
+        """`length` tokens of haystack from `start` on, starting over at the end."""
+        return [self.haystack[(start + i) % len(self.haystack)] for i in range(length)]
 
 
 # The facts of a row, then its question with the answers, and which tokens of the question are scored.
@@ -232,7 +246,7 @@ def _passkey_row(text: _Text, context: int, rng: random.Random, row: int) -> Row
     room = context - len(intro) - len(needle) - len(question)
     if room < 0:
         raise UserError(_too_short("passkey", context, context - room))
-    before = int((rng.random() / 8 + row * GOLDEN) % 1 * (room + 1))
+    before = int(_spread(rng, row) * (room + 1))
     return intro + text.fill(before, rng) + needle + text.fill(room - before, rng), question, answer
 
 
@@ -281,6 +295,29 @@ def _variables_row(text: _Text, context: int, rng: random.Random, row: int) -> R
     return facts + text.fill(room - filled, rng), question, answer
 
 
+def _questions_row(text: _Text, context: int, rng: random.Random, row: int) -> Row:
+    room, whole = context - len(text.start), len(text.haystack)
+    first = int(_spread(rng, row) * whole)
+    for start in range(first, first + whole, max(1, room // 2)):
+        passage = text.stretch(start, room)
+        # What stands but once in all of the text is least likely to be guessed.
+        found = [cloze for cloze in clozes(text.decode(passage)) if text.written.count(cloze.answer) == 1]
+        for cloze in rng.sample(found, len(found)):
+            question, answer = text.question(f"\nComplete this sentence of the text: {cloze.lead}", cloze.answer)
+            kept = passage[: max(0, room - len(question))]
+            if str(cloze) in text.decode(kept):
+                return text.start + kept, question, answer
+    raise UserError(
+        f"the retrieval task 'questions' finds nothing to ask in {whole} tokens of text, {context} at a time: give it "
+        "more real text or a longer context, or leave it out"
+    )
+
+
+def _spread(rng: random.Random, row: int) -> float:
+    """A share of the whole, 0 to 1, such that any few rows in succession lie all over it."""
+    return (rng.random() / 8 + row * GOLDEN) % 1
+
+
 def _too_short(name: str, context: int, needed: int) -> str:
     return f"a context of {context} tokens is too short for the retrieval task '{name}': give it {needed} or more"
 
@@ -291,6 +328,7 @@ _ROWS: dict[str, Callable[[_Text, int, random.Random, int], Row]] = {
     "passkey": _passkey_row,
     "associative": _associative_row,
     "variables": _variables_row,
+    "questions": _questions_row,
 }
 _PER_TOKEN = ("copy", "associative")
 TASKS: Sequence[str] = tuple(_ROWS)

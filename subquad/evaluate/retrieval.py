@@ -107,8 +107,9 @@ def usable(
     """Whether `teacher` answers `probe` well enough for a student's loss to show, by the measure that will be used.
 
     "accuracy": it gives at least `floor` (0.5) of the answers. "logprob": its log-probability of an answer token is at
-    least `floor` (1.0) nats above that of the same answer after the facts of another row, which a model that merely
-    finds all numbers likely would find just as likely. Raises `UserError` for "logprob" and a probe of one row.
+    least `floor` (1.0) nats above that of the same answer after the facts of another row, so that a mere liking for
+    numbers does not count; a guess among the numbers it has read still does. Raises `UserError` for "logprob" and a
+    probe of one row.
     """
     floor = FLOORS[by] if floor is None else floor
     value = answers(teacher, probe).score()[by]
