@@ -23,7 +23,7 @@ from subquad.stage import Count, Length, Section, Stage, check_order, scaled
 
 RECIPES = Path(__file__).parent / "recipes"
 
-Task: TypeAlias = Literal["copy", "dictionary", "passkey"]
+Task: TypeAlias = Literal["copy", "dictionary", "passkey", "associative", "variables", "questions"]
 
 
 def _text(value: object) -> object:

@@ -9,8 +9,9 @@ import pytest
 from test_pipeline import RECIPE, make_teacher, make_text
 
 from subquad import pipeline
+from subquad.data.retrieval import TASKS
 from subquad.mixers import MIXERS
-from subquad.recipe import Recipe, load_recipe, recipe_names
+from subquad.recipe import Recipe, Task, load_recipe, recipe_names
 from subquad.stage import Objective
 
 ROOT = Path(__file__).parent.parent
@@ -51,3 +52,9 @@ def test_recipes_of_the_documentation(tmp_path):
         assert load_recipe(tmp_path / f"{number}.yaml").stages
     assert all(f"`{name}`" in page for name in recipe_names() if not name.startswith("quick") and "-quick" not in name)
     assert all(f"| `{name}` |" in page for name in get_args(Objective))
+
+
+def test_every_retrieval_task_is_in_the_documentation():
+    page = (ROOT / "docs" / "how-it-works.md").read_text(encoding="utf-8")
+    assert set(get_args(Task)) == set(TASKS)
+    assert all(f"| `{task}` |" in page for task in TASKS)

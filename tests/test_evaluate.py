@@ -2,17 +2,19 @@
 
 import copy
 import math
+import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from test_retrieval import byte_tokenizer
+from test_retrieval import byte_tokenizer, task_probe
 from transformers import DynamicCache, Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from subquad.data.retrieval import Probe, make_probe
+from subquad.data.retrieval import TASKS, Probe, make_probe
 from subquad.errors import UserError
-from subquad.evaluate import cache_table, held_cache_bytes, likelihood, retrieval, samples
+from subquad.evaluate import answers, cache_table, held_cache_bytes, likelihood, retrieval, samples, usable
 from subquad.memory import peak_rss_bytes
 from subquad.plan import Plan
 from subquad.student import Student, find_attention
@@ -166,11 +168,24 @@ def test_retrieval_equals_its_definition(family, monkeypatch):
     targets, scored = ids[:, 1:], mask[:, 1:]
     hit = logits.argmax(-1) == targets
     logprob = logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0][scored].mean().item()
-    whole, single = (retrieval(model, {"t": {40: Probe(ids, mask, per_token=flag)}})["t"][40] for flag in (False, True))
+    start = torch.full((5,), 30)
+    probes = [Probe(ids, mask, start, per_token=flag) for flag in (False, True)]
+    whole, single = (retrieval(model, {"t": {40: probe}})["t"][40] for probe in probes)
     assert whole["accuracy"] == pytest.approx((hit | ~scored).all(1).double().mean().item())
     assert single["accuracy"] == pytest.approx(hit[scored].double().mean().item())
     assert 0 < whole["accuracy"] < single["accuracy"] < 1
     assert whole["logprob"] == pytest.approx(logprob, rel=1e-5) and whole["logprob"] == single["logprob"]
+
+    by_row, by_token = (answers(model, probe) for probe in probes)
+    rights, tokens = (hit & scored).sum(1).double(), scored.sum(1).double()
+    logprobs = logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0].masked_fill(~scored, 0).sum(1)
+    assert torch.equal(by_token.hits_N, rights) and torch.equal(by_token.counted_N, tokens)
+    assert torch.equal(by_row.hits_N, (rights == tokens).double()) and torch.equal(
+        by_row.counted_N, torch.ones(5).double()
+    )
+    for got in (by_row, by_token):
+        assert torch.equal(got.tokens_N, tokens)
+        torch.testing.assert_close(got.logprob_N, logprobs, rtol=1e-5, atol=1e-5)
 
 
 def test_retrieval_tells_a_model_that_copies_from_one_that_does_not():
@@ -188,6 +203,67 @@ def test_retrieval_tells_a_model_that_copies_from_one_that_does_not():
     after = retrieval(model, probes)["copy"][32]
     assert before["accuracy"] < 0.2 and after["accuracy"] > 0.9
     assert before["logprob"] < -3 and after["logprob"] > -1
+
+
+class Copier(torch.nn.Module):
+    """Says again what followed where the text last read as it does now: the longest match, and `logit` sure of it."""
+
+    def __init__(self, logit: float = 10.0):
+        super().__init__()
+        self.head = torch.nn.Linear(300, 300, bias=False)
+        self.config, self.device, self.logit = LlamaConfig(), torch.device("cpu"), logit
+        torch.nn.init.eye_(self.head.weight)
+
+    def get_output_embeddings(self) -> torch.nn.Linear:
+        return self.head
+
+    def base_model(self, input_ids: torch.Tensor, **_: object) -> SimpleNamespace:
+        same = (input_ids[:, :, None] == input_ids[:, None, :]).long().tril(-1)
+        match = same.clone()  # (t, s): how many tokens up to t equal those up to s
+        for t in range(1, input_ids.shape[1]):
+            match[:, t, 1:] = same[:, t, 1:] * (match[:, t - 1, :-1] + 1)
+        best, place = match.max(-1)
+        said = input_ids.gather(1, (place + 1).clamp_max(input_ids.shape[1] - 1))
+        return SimpleNamespace(last_hidden_state=F.one_hot(said, 300) * (best > 0)[..., None] * self.logit)
+
+
+@pytest.mark.parametrize("task", ["copy", "passkey", "associative", "questions"])
+def test_a_probe_is_usable_with_a_teacher_that_can_answer_it(task):
+    probe = task_probe(task, byte_tokenizer(), 240, 4)
+    assert usable(Copier(), probe).usable
+    verdict = usable(Copier(), probe, "logprob")
+    assert verdict.usable and re.match(
+        r"usable: its facts make an answer [4-9]\.\d\d nats/token likelier", verdict.reason
+    )
+    assert not usable(Copier(), probe, floor=1.01).usable and not usable(Copier(), probe, "logprob", floor=11).usable
+    # Right, but hardly sure of it: good for accuracy alone.
+    assert usable(Copier(0.1), probe).usable and not usable(Copier(0.1), probe, "logprob").usable
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_no_probe_is_usable_with_a_random_teacher(task):
+    probe = task_probe(task, byte_tokenizer(), 240, 16)
+    verdict = usable(tiny(), probe)
+    assert not verdict.usable
+    assert re.fullmatch(
+        r"unusable: the teacher gives \d\.\d% of the answers, and should give 50\.0% or more", verdict.reason
+    )
+    assert not usable(tiny(), probe, "logprob").usable
+
+
+def test_a_teacher_that_only_likes_the_answers_passes_by_neither_measure():
+    """Digits are likely everywhere to it, whatever it has read."""
+    probe = make_probe("passkey", byte_tokenizer(), 240, 8, seed=0)
+    model = Copier(0.0)
+    digits = byte_tokenizer().convert_tokens_to_ids(list("0123456789"))
+    model.head.bias = torch.nn.Parameter(torch.zeros(300).index_fill(0, torch.tensor(digits), 20.0))
+    assert answers(model, probe).score()["logprob"] == pytest.approx(-math.log(10), abs=1e-3)
+    assert not usable(model, probe).usable and not usable(model, probe, "logprob").usable
+
+
+def test_facts_cannot_be_exchanged_in_one_row():
+    with pytest.raises(UserError, match="raise the count"):
+        usable(Copier(), make_probe("copy", byte_tokenizer(), 32, 1), "logprob")
 
 
 def test_held_cache_bytes_counts_every_tensor_once():

@@ -1,10 +1,14 @@
 """The retrieval probes: right answers at the end, exact lengths, seeded, for any tokenizer."""
 
+import re
+import string
+
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from subquad.data.questions import Cloze, clozes
 from subquad.data.retrieval import MAX_PAIRS, TASKS, WORDS, Probe, make_probe
 from subquad.errors import UserError
 
@@ -13,6 +17,7 @@ TEXT = [
     "There is important information hidden in a lot of irrelevant text. Find it and memorize it. What is the pass key?",
     " ".join(WORDS),
 ]
+ALPHABET = string.ascii_letters + string.digits + ":='.,?$\n"
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -36,7 +41,7 @@ def metaspace_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
     specials = ["<unk>", "<bos>", "<eos>"]
-    trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=specials, initial_alphabet=list("0123456789:'\n"))
+    trainer = trainers.BpeTrainer(vocab_size=800, special_tokens=specials, initial_alphabet=list(ALPHABET))
     tokenizer.train_from_iterator(TEXT, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<bos>", eos_token="<eos>")
 
@@ -57,6 +62,23 @@ def _byte_level(merges: int, digits: bool) -> PreTrainedTokenizerFast:
 TOKENIZERS = {"bytes": byte_tokenizer(), "bpe": bpe_tokenizer(), "metaspace": metaspace_tokenizer()}
 
 
+SALES = "".join(
+    f"Near the {WORDS[i]} the old {WORDS[-i]} was then sold for ${7000 + 13 * i}. It is said no {WORDS[i]} was left.\n"
+    for i in range(1, 60)
+)
+
+
+def sales(tokenizer) -> torch.Tensor:
+    """A text to ask about, and a separator in it."""
+    return torch.tensor([tokenizer.eos_token_id, *tokenizer(SALES, add_special_tokens=False)["input_ids"]])
+
+
+def task_probe(name: str, tokenizer, context: int, count: int, seed: int = 0) -> Probe:
+    """`make_probe`, with a text for the one task that cannot do without."""
+    haystack_ids = sales(tokenizer) if name == "questions" else None
+    return make_probe(name, tokenizer, context, count, seed=seed, haystack_ids=haystack_ids)
+
+
 @pytest.fixture(params=TOKENIZERS, scope="module")
 def tokenizer(request):
     return TOKENIZERS[request.param]
@@ -69,17 +91,20 @@ def answer_text(tokenizer, probe: Probe, row: int) -> str:
 @pytest.mark.parametrize("name", TASKS)
 @pytest.mark.parametrize("context", [257, 512])
 def test_rows_have_the_context_and_end_with_the_answer(name, context, tokenizer):
-    probe = make_probe(name, tokenizer, context, 5, seed=3)
+    probe = task_probe(name, tokenizer, context, 5, seed=3)
     assert probe.input_ids.shape == probe.answer_mask.shape == (5, context)
     assert probe.input_ids.dtype == torch.int64 and probe.answer_mask.dtype == torch.bool
-    assert probe.per_token == (name == "copy")
-    for mask in probe.answer_mask:  # one run of answer tokens, at the very end
-        assert mask[-int(mask.sum()) :].all()
-    again, other = (make_probe(name, tokenizer, context, 5, seed=seed) for seed in (3, 4))
+    assert probe.per_token == (name in ("copy", "associative"))
+    for mask, start in zip(probe.answer_mask, probe.question_start, strict=True):
+        if name == "associative":  # every other token of the question
+            assert not mask[start::2].any() and mask[start + 1 :: 2].all() and mask.sum() == (context - start) // 2
+        else:  # one run of answer tokens, at the very end
+            assert start < context - mask.sum() and mask[-int(mask.sum()) :].all()
+    again, other = (task_probe(name, tokenizer, context, 5, seed=seed) for seed in (3, 4))
     assert torch.equal(probe.input_ids, again.input_ids) and torch.equal(probe.answer_mask, again.answer_mask)
     assert not torch.equal(probe.input_ids, other.input_ids)
     assert len(set(map(tuple, probe.input_ids.tolist()))) == 5
-    more = make_probe(name, tokenizer, context, 9, seed=3)
+    more = task_probe(name, tokenizer, context, 9, seed=3)
     assert torch.equal(more.input_ids[:5], probe.input_ids)
 
 
@@ -131,7 +156,110 @@ def test_passkey_lies_at_all_depths_of_the_haystack():
     assert min(thirds) >= 2
 
 
-@pytest.mark.parametrize("name", ["dictionary", "passkey"])
+@pytest.mark.parametrize("context", [101, 256, 1500])
+def test_associative_recall_asks_pairs_of_distinct_tokens_in_another_order(context, tokenizer):
+    probe = make_probe("associative", tokenizer, context, 3, seed=0)
+    for ids, mask, start in zip(probe.input_ids, probe.answer_mask, probe.question_start.tolist(), strict=True):
+        first = len(tokenizer("")["input_ids"]) + (context - len(tokenizer("")["input_ids"])) % 2
+        tokens = ids[first:start].tolist()
+        pairs = dict(zip(tokens[::2], tokens[1::2], strict=True))
+        assert len(set(tokens)) == len(tokens) and not set(tokens) & set(tokenizer.all_special_ids)
+        keys, values = ids[start::2].tolist(), ids[mask].tolist()
+        assert values == [pairs[key] for key in keys]
+        assert keys[: len(pairs)] != tokens[::2] and set(keys) <= set(pairs)
+        if context == 1500 and tokenizer is TOKENIZERS["bytes"]:  # too few tokens: all pairs, again and again
+            assert len(pairs) == 127 and set(keys[:127]) == set(keys[127:254]) == set(pairs)
+        else:
+            assert len(set(keys)) == len(keys) >= len(pairs) - 1
+
+
+def follow(text: str) -> tuple[str, int, int]:
+    """What a row of `variables` asks for, by its text: the value, how many chains there are, and the hops to it."""
+    named = dict(re.findall(r"^VAR ([A-Z]) = (\w+)$", text, re.MULTILINE))
+    asked = re.search(r"What is the value of VAR ([A-Z])\?", text)[1]
+    assert asked not in named.values()  # the last of its chain
+    for new, old in named.items():
+        assert old.isdigit() or text.index(f"VAR {old} =") < text.index(f"VAR {new} =")
+    value, hops = named[asked], 0
+    while not value.isdigit():
+        value, hops = named[value], hops + 1
+    return value, sum(of.isdigit() for of in named.values()), hops
+
+
+@pytest.mark.parametrize(("context", "chains", "hops"), [(200, 2, 1), (257, 2, 1), (512, 3, 3), (1024, 5, 4)])
+def test_variables_are_chains_through_the_haystack(context, chains, hops):
+    tokenizer = TOKENIZERS["bytes"]
+    probe = make_probe("variables", tokenizer, context, 12, seed=1)
+    for row in range(12):
+        text = tokenizer.decode(probe.input_ids[row])
+        answer = answer_text(tokenizer, probe, row)
+        assert follow(text) == (answer, chains, hops)
+        assert text.count(answer) == 2 and text.endswith(f" is {answer}") and answer.isdigit() and len(answer) == 5
+
+
+def test_variables_lie_at_all_depths():
+    tokenizer = TOKENIZERS["bytes"]
+    probe = make_probe("variables", tokenizer, 4000, 20, seed=1)
+    texts = [tokenizer.decode(ids) for ids in probe.input_ids]
+    depths = [match.start() / 4000 for text in texts for match in re.finditer("^VAR", text, re.MULTILINE)]
+    assert min(sum(low <= depth < low + 1 / 4 for depth in depths) for low in (0, 1 / 4, 2 / 4, 3 / 4)) > 60
+
+
+def test_questions_are_answered_by_their_text_alone(tokenizer):
+    probe = task_probe("questions", tokenizer, 400, 12, seed=1)
+    depths = []
+    for row, start in enumerate(probe.question_start.tolist()):
+        text, question = (str(tokenizer.decode(ids)) for ids in probe.input_ids[row].tensor_split([start]))
+        answer = answer_text(tokenizer, probe, row)
+        lead = question.split("Complete this sentence of the text:")[1].removesuffix(answer).strip()
+        assert question.startswith("\n") and len(lead.split()) >= 5
+        assert text.count(lead) == text.count(answer) == 1 and SALES.count(answer) == 1
+        said = text.split(lead)[1]  # what an oracle reads off
+        assert said.strip().startswith(answer) and re.match(r"\W", said.strip().removeprefix(answer))
+        assert not set(probe.input_ids[row, 1:].tolist()) & set(tokenizer.all_special_ids)
+        depths.append(SALES.index(lead) / len(SALES))
+    thirds = [sum(low <= depth < low + 1 / 3 for depth in depths) for low in (0, 1 / 3, 2 / 3)]
+    assert min(thirds) >= 2
+
+
+def test_questions_need_a_text_that_can_be_asked_about(tokenizer):
+    few = tokenizer("It was sold for 12 dollars. " * 99, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    for haystack_ids in (None, few):
+        with pytest.raises(
+            UserError, match="'questions' finds nothing to ask in .* 300 at a time: give it more real text"
+        ):
+            make_probe("questions", tokenizer, 300, 2, haystack_ids=haystack_ids)
+    with pytest.raises(UserError, match="3 at a time: .* longer context"):
+        task_probe("questions", tokenizer, 3, 2)
+
+
+CLOZES = [
+    ("The bill that was passed on March 4, 1921, went far.", ["March 4, 1921"]),
+    ("We spent as much as all of $2.5 trillion, and more.", ["$2.5 trillion"]),
+    ("It had been known since the winter of 1776.", ["1776"]),
+    ("No one in all the land was as tall as John Smith was.", ["John Smith"]),
+    ("No one in all the land was as tall as Mister John Adam Smith was.", []),  # asked whole or not at all
+    ("No one in all the land was as tall as O'Neil was.", []),
+    ("No one in all the land was as old as 1,234,56 or 12th or 3rd-born men.", []),
+    ("It was in 1776.", []),  # too little to know it again by
+    ("It was never seen again. Then came the year 1776.", []),
+    ("It had been known since the winter of 1776, so of 1776 we speak.", []),
+    ("It was in the month of 12 men. It was in the month of 13 men.", []),  # one lead, two answers
+]
+
+
+@pytest.mark.parametrize(("text", "answers"), CLOZES)
+def test_clozes(text, answers):
+    found = clozes(text)
+    assert [cloze.answer for cloze in found] == answers
+    assert all(str(cloze) in text for cloze in found)
+
+
+def test_a_cloze_quotes_no_more_than_it_needs():
+    assert clozes(f"{' '.join(WORDS[:40])} 1776, {' '.join(WORDS[40:])}") == [Cloze(" ".join(WORDS[28:40]), "1776")]
+
+
+@pytest.mark.parametrize("name", ["dictionary", "passkey", "variables"])
 def test_answers_are_scored_without_the_space_before_them(name, tokenizer):
     probe = make_probe(name, tokenizer, 300, 4, seed=0)
     for row in range(4):
@@ -143,12 +271,12 @@ def test_answers_are_scored_without_the_space_before_them(name, tokenizer):
 def test_rows_start_as_the_tokenizer_starts_a_text():
     tokenizer = TOKENIZERS["bpe"]
     for name in TASKS:
-        ids = make_probe(name, tokenizer, 300, 3, seed=0).input_ids
+        ids = task_probe(name, tokenizer, 300, 3).input_ids
         assert (ids[:, 0] == tokenizer.bos_token_id).all()
         assert not (ids[:, 1:] == tokenizer.bos_token_id).any()
 
 
-@pytest.mark.parametrize("name", ["dictionary", "passkey"])
+@pytest.mark.parametrize("name", ["dictionary", "passkey", "variables"])
 def test_a_given_haystack_fills_the_room_without_its_separators(name):
     tokenizer = TOKENIZERS["bytes"]
     z = tokenizer("z", add_special_tokens=False)["input_ids"][0]
@@ -160,11 +288,11 @@ def test_a_given_haystack_fills_the_room_without_its_separators(name):
         make_probe(name, tokenizer, 3000, 2, seed=0, haystack_ids=torch.tensor([tokenizer.eos_token_id]))
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", [name for name in TASKS if name != "questions"])
 def test_too_short_a_context_says_how_long_it_must_be(name, tokenizer):
     with pytest.raises(UserError, match=f"context of 3 tokens is too short .* '{name}'") as caught:
         make_probe(name, tokenizer, 3, 1, seed=0)
-    if name != "dictionary":  # its words differ in length with the context's draw
+    if name not in ("dictionary", "variables"):  # their words differ in length with the context's draw
         needed = int(str(caught.value).split(" give it ")[1].split()[0])
         assert make_probe(name, tokenizer, needed, 1, seed=0).input_ids.shape == (1, needed)
 
@@ -177,10 +305,33 @@ def test_bad_requests():
         make_probe("copy", tokenizer, 300, 0)
     letters = Tokenizer(models.WordLevel({"<unk>": 0, "the": 1, "key": 2, "a": 3}, unk_token="<unk>"))
     letters.pre_tokenizer = pre_tokenizers.Whitespace()
-    with pytest.raises(UserError, match="no tokens for"):
-        make_probe("passkey", PreTrainedTokenizerFast(tokenizer_object=letters, unk_token="<unk>"), 300, 1)
-    with pytest.raises(ValueError, match="needs an answer"):
-        Probe(torch.zeros(1, 4, dtype=torch.long), torch.zeros(1, 4, dtype=torch.bool))
+    for name in ("passkey", "variables"):
+        with pytest.raises(UserError, match="no tokens for"):
+            make_probe(name, PreTrainedTokenizerFast(tokenizer_object=letters, unk_token="<unk>"), 300, 1)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_exchanged_rows_keep_their_questions_and_lose_their_facts(name, tokenizer):
+    probe = task_probe(name, tokenizer, 300, 4)
+    other = probe.exchanged()
+    assert torch.equal(other.answer_mask, probe.answer_mask) and other.per_token == probe.per_token
+    for row, start in enumerate(probe.question_start.tolist()):
+        assert torch.equal(other.input_ids[row, start:], probe.input_ids[row, start:])
+        assert torch.equal(other.input_ids[row, :start], probe.input_ids[row - 1, :start])
+
+
+def test_a_probe_is_well_formed():
+    ids, mask = torch.zeros(1, 4, dtype=torch.long), torch.tensor([[False, False, True, True]])
+    Probe(ids, mask, torch.tensor([1]))
+    for wrong, answers, start in (
+        ("same shape", mask[:, 1:], [1]),
+        ("needs an answer", torch.zeros_like(mask), [1]),
+        ("first token", torch.ones_like(mask), [0]),
+        ("one question_start", mask, [1, 1]),
+        ("belong to its questions", mask, [3]),
+    ):
+        with pytest.raises(ValueError, match=wrong):
+            Probe(ids, answers, torch.tensor(start))
 
 
 def test_words():

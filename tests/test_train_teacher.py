@@ -14,7 +14,7 @@ from subquad import train_teacher as module
 from subquad.attention import find_attention
 from subquad.cli import app
 from subquad.data.packing import document_separator
-from subquad.data.retrieval import FILLER, TASKS, WORDS, make_probe
+from subquad.data.retrieval import FILLER, WORDS, make_probe
 from subquad.data.text import load_corpus
 from subquad.errors import UserError
 from subquad.evaluate import retrieval
@@ -97,11 +97,11 @@ def test_lessons_never_use_a_seed_of_an_evaluation(length, lessons, monkeypatch)
 @pytest.mark.parametrize("length", [256, 512])
 def test_problems_are_right(length, lessons):
     separator = document_separator(lessons.tokenizer)
-    asked = {task: 0 for task in TASKS}
+    asked = dict.fromkeys(CHECKS, 0)
     for step in range(12):
         rng = random.Random(step)
         text_BT = lessons.corpus.batch(step, batch=1, sequence_length=length, seed=0)
-        for task in TASKS:
+        for task in CHECKS:
             rows = lessons.problems(task, 2, length, text_BT, rng)
             assert rows.shape == (2, length)
             for row in rows.tolist():
@@ -188,7 +188,7 @@ def test_the_same_seed_gives_the_same_weights_also_after_an_interruption(tmp_pat
 
 
 def test_it_stops_when_it_is_perfect(tmp_path, text, small, monkeypatch):
-    monkeypatch.setattr(module, "NEEDED", dict.fromkeys(TASKS, 0.0))
+    monkeypatch.setattr(module, "NEEDED", dict.fromkeys(module.NEEDED, 0.0))
     metrics = train_teacher(tmp_path / "run", tokens="1M", data=text)
     assert metrics["outcome"] == "perfect"
     assert [result["name"] for result in metrics["rounds"]] == ["context-64-round-0", "context-128-round-1"]
@@ -235,7 +235,7 @@ def test_the_shipped_teacher_scores_what_its_metrics_say():
     assert (ASSET / "model.safetensors").stat().st_size <= 12_000_000
     rows = 24
     for task, by_context in metrics["retrieval"].items():
-        for context in ("128", "256"):
+        for context in {"128", "256"} & by_context.keys():  # none of the tasks it does not learn
             probe = make_probe(task, teacher.tokenizer, int(context), rows, seed=7)
             found = retrieval(teacher.model, {task: {int(context): probe}})[task][int(context)]["accuracy"]
             stated = by_context[context]["accuracy"]

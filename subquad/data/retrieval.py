@@ -1,13 +1,21 @@
-"""Synthetic retrieval: can a model fetch a token from far back in its context?
+"""Retrieval: can a model fetch a token from far back in its context?
 
 Likelihood hides the loss of recall: a student may match its teacher on running text and still be unable to look
-anything up. Three probes for any tokenizer, each row exactly `context` tokens long with the answer at its very end:
+anything up. Probes for any tokenizer, each row exactly `context` tokens long with the answer at its very end:
 
 - `copy`: a random token sequence, twice. Nothing but looking back predicts the second copy.
 - `dictionary`: key-value pairs, then one key; the prompt of Retrieval-Aware Distillation (arXiv 2602.11374): English
   words as keys, distinct integers 0-99 as values, and as many pairs as fit. Past 100 pairs text fills the room between
   the dictionary and the question, so that the distance grows with the context.
 - `passkey`: five digits hidden in a haystack of text, then asked for. From row to row the depth goes over all of it.
+- `associative`: multi-query associative recall (Zoology, arXiv 2312.04927): pairs of random tokens, key and value, fill
+  half of the row, and the keys are asked again in random order in the other half, each with its value after it.
+- `variables`: variable tracking (after RULER, arXiv 2404.06654, which asks for the variables of a value): assignments
+  in lines of their own, `VAR X = 12345` and `VAR Y = X`, lie in order in a haystack, several chains through each other;
+  then "What is the value of VAR Y? The value of VAR Y is" asks for the end of one. Two chains of one hop, and more, up
+  to five of four hops, while they take no more than half of the row.
+- `questions`: a stretch of real text (the haystack), and the beginning of one of its sentences, to be continued with a
+  date, amount or name that stands nowhere else in it (subquad/data/questions.py).
 
 Notable:
 - Row i depends on (name, context, seed, i) alone: asking for more rows leaves the first ones as they were.
@@ -19,16 +27,20 @@ Shapes: N rows, T tokens (the context).
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from string import ascii_uppercase
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from subquad.data.questions import clozes
 from subquad.errors import UserError, nearest
 
 MAX_PAIRS = 100  # values are distinct integers of 0-99
+CHAINS_AND_HOPS = ((5, 4), (4, 4), (4, 3), (3, 3), (3, 2), (2, 2), (2, 1))  # each variable has a letter of its own
 GOLDEN = 0.6180339887498949  # steps of this share of the haystack spread the depths evenly for any number of rows
 
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
@@ -55,18 +67,35 @@ class Probe:
     """Rows of one retrieval task at one context length.
 
     `input_ids` (N, T) int64. `answer_mask` (N, T) bool marks the tokens that are scored: the one at p is predicted by
-    the logits at p - 1. `per_token`: accuracy is counted token by token (copying) rather than answer by answer.
+    the logits at p - 1. `question_start` (N,) int64: where the question begins, which the answers stand in; the facts
+    lie before it. `per_token`: accuracy is counted token by token (copying) rather than answer by answer.
     """
 
     input_ids: Tensor
     answer_mask: Tensor
+    question_start: Tensor
     per_token: bool = False
 
     def __post_init__(self) -> None:
         if self.input_ids.ndim != 2 or self.input_ids.shape != self.answer_mask.shape:
             raise ValueError("a Probe needs input_ids and answer_mask of the same shape (rows, context)")
+        if self.question_start.shape != self.input_ids.shape[:1]:
+            raise ValueError("a Probe needs one question_start for each row")
         if self.answer_mask[:, 0].any() or not self.answer_mask.any(dim=1).all():
             raise ValueError("every row of a Probe needs an answer, and its first token cannot be one")
+        if (self.answer_mask.int().argmax(dim=1) < self.question_start).any():
+            raise ValueError("the answers of a Probe belong to its questions: none can stand before question_start")
+
+    def exchanged(self) -> "Probe":
+        """The same questions and answers, each after the facts of the row before (the last row's, for the first).
+
+        Raises `UserError` for a probe of one row.
+        """
+        rows, length = self.input_ids.shape
+        if rows < 2:
+            raise UserError("a retrieval probe of one row has no other to exchange facts with: raise the count of rows")
+        in_question = torch.arange(length) >= self.question_start[:, None]
+        return replace(self, input_ids=self.input_ids.where(in_question, self.input_ids.roll(1, dims=0)))
 
 
 def make_probe(
@@ -77,25 +106,26 @@ def make_probe(
     seed: int = 0,
     haystack_ids: Tensor | None = None,
 ) -> Probe:
-    """Make `count` rows of the task `name` ("copy", "dictionary" or "passkey"), each exactly `context` tokens long.
+    """Make `count` rows of the task `name` (one of `TASKS`), each exactly `context` tokens long.
 
     `haystack_ids`: tokens of real text (any shape, read flat) that fill the room between a fact and its question; a row
-    takes a stretch from a random place, starting over at the end. Without it a plain text is tiled. If the tokenizer
-    starts its texts with a special token (`<bos>`), so does every row.
-    Raises `UserError` for an unknown task, a context too short for the task, a haystack without text, or a tokenizer
-    that has no tokens for the answers.
+    takes a stretch from a random place, starting over at the end. Without it a plain text is tiled, in which there is
+    nothing for `questions` to ask. If the tokenizer starts its texts with a special token (`<bos>`), so does every row.
+    Raises `UserError` for an unknown task, a context too short for the task, a haystack without text or without a
+    sentence to ask about, or a tokenizer that has no tokens for the answers.
     """
     if name not in _ROWS:
         raise UserError(f"unknown retrieval task '{name}': {nearest(name, _ROWS)}")
     if count < 1:
         raise UserError(f"a retrieval probe needs at least one row, not {count}: raise the count")
     text = _Text(tokenizer, haystack_ids)
-    rows, answers = [], []
+    rows, answers, starts = [], [], []
     for row in range(count):
-        ids, answer = _ROWS[name](text, context, random.Random(f"{name} {context} {seed} {row}"), row)
-        rows.append(ids)
-        answers.append([False] * (context - len(answer)) + answer)
-    return Probe(torch.tensor(rows), torch.tensor(answers), per_token=name == "copy")
+        facts, question, answer = _ROWS[name](text, context, random.Random(f"{name} {context} {seed} {row}"), row)
+        rows.append(facts + question)
+        answers.append([False] * len(facts) + answer)
+        starts.append(len(facts))
+    return Probe(torch.tensor(rows), torch.tensor(answers), torch.tensor(starts), per_token=name in _PER_TOKEN)
 
 
 class _Text:
@@ -127,28 +157,51 @@ class _Text:
         """Every token id that is not special, in order."""
         return sorted(set(self.tokenizer.get_vocab().values()) - self.special)
 
+    @cached_property
+    def written(self) -> str:
+        """The haystack as text."""
+        return self.decode(self.haystack)
+
+    def decode(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids))
+
     def encode(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def exact(self, text: str) -> list[int]:
+        """Tokens of a text that is read to the letter. Raises `UserError` where the tokenizer lacks one."""
+        return self._known(self.encode(text), text.strip())
+
+    def _known(self, ids: list[int], text: str) -> list[int]:
+        if not ids or self.tokenizer.unk_token_id in ids:
+            raise UserError(f"this tokenizer has no tokens for '{text}': leave out the retrieval tasks about numbers")
+        return ids
 
     def question(self, question: str, answer: str) -> tuple[list[int], list[bool]]:
         """Tokens of the question with its answer, and which of them are scored: those after the question, from the
         first that is not just a space (a separate space before a number tells nothing about recall)."""
         alone, ids = self.encode(question), self.encode(f"{question} {answer}")
         first = next((i for i, (a, b) in enumerate(zip(alone, ids, strict=False)) if a != b), len(alone))
-        while first < len(ids) - 1 and not str(self.tokenizer.decode([ids[first]])).strip():
+        while first < len(ids) - 1 and not self.decode([ids[first]]).strip():
             first += 1
-        if first >= len(ids) or self.tokenizer.unk_token_id in ids[first:]:
-            raise UserError(f"this tokenizer has no tokens for '{answer}': leave out the retrieval tasks about numbers")
-        return ids, [False] * first + [True] * (len(ids) - first)
+        scored = self._known(ids[first:], answer)
+        return ids, [False] * first + [True] * len(scored)
 
     def fill(self, length: int, rng: random.Random) -> list[int]:
         """`length` tokens of haystack from a random place, closed by a newline as far as there is room."""
-        start = rng.randrange(len(self.haystack))
-        ids = [self.haystack[(start + i) % len(self.haystack)] for i in range(length)]
+        ids = self.stretch(rng.randrange(len(self.haystack)), length)
         return (ids + self.newline)[len(self.newline) :]
 
+    def stretch(self, start: int, length: int) -> list[int]:
+        """`length` tokens of haystack from `start` on, starting over at the end."""
+        return [self.haystack[(start + i) % len(self.haystack)] for i in range(length)]
 
-def _copy_row(text: _Text, context: int, rng: random.Random, row: int) -> tuple[list[int], list[bool]]:
+
+# The facts of a row, then its question with the answers, and which tokens of the question are scored.
+Row: TypeAlias = tuple[list[int], list[int], list[bool]]
+
+
+def _copy_row(text: _Text, context: int, rng: random.Random, row: int) -> Row:
     length = (context - len(text.start)) // 2
     if length < 2:
         raise UserError(_too_short("copy", context, len(text.start) + 4))
@@ -156,14 +209,14 @@ def _copy_row(text: _Text, context: int, rng: random.Random, row: int) -> tuple[
     sequence = rng.sample(text.plain, length) if length <= len(text.plain) else rng.choices(text.plain, k=length)
     odd = rng.choices(text.plain, k=context - len(text.start) - 2 * length)
     # The first token of the second copy is anybody's guess.
-    return text.start + odd + sequence + sequence, [True] * (length - 1)
+    return text.start + odd + sequence, sequence, [False] + [True] * (length - 1)
 
 
-def _dictionary_row(text: _Text, context: int, rng: random.Random, row: int) -> tuple[list[int], list[bool]]:
+def _dictionary_row(text: _Text, context: int, rng: random.Random, row: int) -> Row:
     pairs = list(zip(rng.sample(WORDS, MAX_PAIRS), rng.sample(range(100), MAX_PAIRS), strict=True))
     target = rng.random()
 
-    def build(count: int) -> tuple[list[int], list[int], list[bool]]:
+    def build(count: int) -> Row:
         key, value = pairs[int(target * count)]
         lines = "".join(f"{k}:{v}\n" for k, v in pairs[:count])
         dictionary = text.encode(f"Memorize the following dictionary:\n{lines}")
@@ -180,10 +233,10 @@ def _dictionary_row(text: _Text, context: int, rng: random.Random, row: int) -> 
         middle = (low + high + 1) // 2
         low, high = (middle, high) if length(middle) <= context else (low, middle - 1)
     dictionary, question, answer = build(low)
-    return dictionary + text.fill(context - len(dictionary) - len(question), rng) + question, answer
+    return dictionary + text.fill(context - len(dictionary) - len(question), rng), question, answer
 
 
-def _passkey_row(text: _Text, context: int, rng: random.Random, row: int) -> tuple[list[int], list[bool]]:
+def _passkey_row(text: _Text, context: int, rng: random.Random, row: int) -> Row:
     key = str(rng.randrange(10_000, 100_000))
     intro = text.start + text.encode(
         "There is a pass key hidden in a lot of irrelevant text. Find it and memorize it.\n"
@@ -193,17 +246,89 @@ def _passkey_row(text: _Text, context: int, rng: random.Random, row: int) -> tup
     room = context - len(intro) - len(needle) - len(question)
     if room < 0:
         raise UserError(_too_short("passkey", context, context - room))
-    before = int((rng.random() / 8 + row * GOLDEN) % 1 * (room + 1))
-    return intro + text.fill(before, rng) + needle + text.fill(room - before, rng) + question, answer
+    before = int(_spread(rng, row) * (room + 1))
+    return intro + text.fill(before, rng) + needle + text.fill(room - before, rng), question, answer
+
+
+def _associative_row(text: _Text, context: int, rng: random.Random, row: int) -> Row:
+    slots, odd = divmod(context - len(text.start), 2)
+    if slots < 4:
+        raise UserError(_too_short("associative", context, len(text.start) + 8))
+    # A small vocabulary has tokens for fewer pairs than fill half of the row: each is then asked several times.
+    count = min(slots - slots // 2, (len(text.plain) - 1) // 2)
+    spare, *tokens = rng.sample(text.plain, 2 * count + 1)
+    pairs = list(zip(tokens[:count], tokens[count:], strict=True))
+    rounds = [pair for _ in range(0, slots, count) for pair in rng.sample(pairs, count)]
+    facts = [token for pair in pairs for token in pair]
+    question = [token for pair in rounds[: slots - count] for token in pair]
+    return text.start + [spare] * odd + facts, question, [False, True] * (slots - count)
+
+
+def _variables_row(text: _Text, context: int, rng: random.Random, row: int) -> Row:
+    letters, values = rng.sample(ascii_uppercase, 25), rng.sample(range(10_000, 100_000), 5)
+    target = rng.random()
+    intro = text.start + text.encode("Keep track of the variables that are assigned in the following text.\n")
+
+    def build(chains: int, hops: int) -> tuple[list[list[list[int]]], list[int], list[bool]]:
+        lines, ends = [], []
+        for chain, value in enumerate(values[:chains]):
+            names = letters[chain * (hops + 1) :][: hops + 1]
+            sources = [str(value), *names]  # one more than there are names: nothing is assigned the last of them
+            lines.append([text.exact(f"VAR {name} = {of}\n") for name, of in zip(names, sources, strict=False)])
+            ends.append((names[-1], str(value)))
+        name, answer = ends[int(target * chains)]
+        return lines, *text.question(f"What is the value of VAR {name}? The value of VAR {name} is", answer)
+
+    for shape in CHAINS_AND_HOPS:
+        lines, question, answer = build(*shape)
+        room = context - len(intro) - len(question) - sum(len(line) for chain in lines for line in chain)
+        if 2 * room >= context:
+            break
+    if room < 0:
+        raise UserError(_too_short("variables", context, context - room))
+    order = [chain for chain in lines for _ in chain]
+    rng.shuffle(order)
+    facts, filled = intro, 0
+    for place, chain in zip(sorted(rng.randint(0, room) for _ in order), order, strict=True):
+        facts = facts + text.fill(place - filled, rng) + chain.pop(0)
+        filled = place
+    return facts + text.fill(room - filled, rng), question, answer
+
+
+def _questions_row(text: _Text, context: int, rng: random.Random, row: int) -> Row:
+    room, whole = context - len(text.start), len(text.haystack)
+    first = int(_spread(rng, row) * whole)
+    for start in range(first, first + whole, max(1, room // 2)):
+        passage = text.stretch(start, room)
+        # What stands but once in all of the text is least likely to be guessed.
+        found = [cloze for cloze in clozes(text.decode(passage)) if text.written.count(cloze.answer) == 1]
+        for cloze in rng.sample(found, len(found)):
+            question, answer = text.question(f"\nComplete this sentence of the text: {cloze.lead}", cloze.answer)
+            kept = passage[: max(0, room - len(question))]
+            if str(cloze) in text.decode(kept):
+                return text.start + kept, question, answer
+    raise UserError(
+        f"the retrieval task 'questions' finds nothing to ask in {whole} tokens of text, {context} at a time: give it "
+        "more real text or a longer context, or leave it out"
+    )
+
+
+def _spread(rng: random.Random, row: int) -> float:
+    """A share of the whole, 0 to 1, such that any few rows in succession lie all over it."""
+    return (rng.random() / 8 + row * GOLDEN) % 1
 
 
 def _too_short(name: str, context: int, needed: int) -> str:
     return f"a context of {context} tokens is too short for the retrieval task '{name}': give it {needed} or more"
 
 
-_ROWS: dict[str, Callable[[_Text, int, random.Random, int], tuple[list[int], list[bool]]]] = {
+_ROWS: dict[str, Callable[[_Text, int, random.Random, int], Row]] = {
     "copy": _copy_row,
     "dictionary": _dictionary_row,
     "passkey": _passkey_row,
+    "associative": _associative_row,
+    "variables": _variables_row,
+    "questions": _questions_row,
 }
+_PER_TOKEN = ("copy", "associative")
 TASKS: Sequence[str] = tuple(_ROWS)

@@ -2,14 +2,16 @@
 
 from subquad.evaluate.likelihood import likelihood, standard_error
 from subquad.evaluate.memory import cache_table, held_cache_bytes
-from subquad.evaluate.retrieval import retrieval
+from subquad.evaluate.retrieval import answers, retrieval, usable
 from subquad.evaluate.samples import samples
 
 __all__ = [
+    "answers",
     "cache_table",
     "held_cache_bytes",
     "likelihood",
     "retrieval",
     "samples",
     "standard_error",
+    "usable",
 ]

@@ -3,12 +3,17 @@
 Accuracy alone says little of a small model (0 % and 0 % look equal, whatever was lost), so the log-probability of the
 answer stands beside it. Decoders run over whole rows; heads only see the positions that predict answer tokens.
 
+A probe that the teacher itself fails measures nothing in a student: `usable` says so before it is used.
+
 Shapes: N rows, T tokens, A answer tokens of all rows together, M model width, V vocabulary.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from subquad.data.retrieval import Probe
@@ -18,7 +23,39 @@ from subquad.evaluate.likelihood import evaluating
 TOKENS_AT_ONCE = 4096  # short rows go through the decoder together
 POSITIONS_AT_ONCE = 256  # of logits
 
+FLOORS = {"accuracy": 0.5, "logprob": 1.0}  # of a teacher: share of answers right, nats/token that the facts are worth
+
 Score = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model made of the answers of a probe, row by row; four float64 tensors (N,) on the CPU.
+
+    `hits_N` of `counted_N` were right: answer tokens if `probe.per_token`, otherwise the row's one answer, right if all
+    its tokens are. `logprob_N`: natural log-probability of the row's whole answer of `tokens_N` tokens, given the true
+    tokens before each.
+    """
+
+    hits_N: Tensor
+    counted_N: Tensor
+    logprob_N: Tensor
+    tokens_N: Tensor
+
+    def score(self) -> Score:
+        """The share of answers right and the mean log-probability of an answer token, over all rows."""
+        return {
+            "accuracy": (self.hits_N.sum() / self.counted_N.sum()).item(),
+            "logprob": (self.logprob_N.sum() / self.tokens_N.sum()).item(),
+        }
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a probe can be used with a teacher, and why (not), in words."""
+
+    usable: bool
+    reason: str
 
 
 def retrieval(model: PreTrainedModel, probes: Mapping[str, Mapping[int, Probe]]) -> dict[str, dict[int, Score]]:
@@ -27,29 +64,59 @@ def retrieval(model: PreTrainedModel, probes: Mapping[str, Mapping[int, Probe]])
     `accuracy`: the share of rows whose answer tokens are all the model's likeliest (of tokens if `probe.per_token`).
     `logprob`: mean natural log-probability per answer token, given the true tokens before it.
     """
-    with evaluating(model):
-        return {
-            task: {c: _score(model, probe) for c, probe in by_context.items()} for task, by_context in probes.items()
-        }
+    return {
+        task: {context: answers(model, probe).score() for context, probe in by_context.items()}
+        for task, by_context in probes.items()
+    }
 
 
 @torch.no_grad()
-def _score(model: PreTrainedModel, probe: Probe) -> Score:
+def answers(model: PreTrainedModel, probe: Probe) -> Answers:
+    """What `model` makes of every row of `probe`, in evaluation mode."""
     rows, length = probe.input_ids.shape
     batch = max(1, TOKENS_AT_ONCE // length)
     hits, logprobs = [], []
-    for start in range(0, rows, batch):
-        ids_NT = probe.input_ids[start : start + batch].to(model.device)
-        answers_NT = probe.answer_mask[start : start + batch].to(model.device)
-        hidden_AM = final_hidden(model, ids_NT)[:, :-1][answers_NT[:, 1:]]
-        targets_A = ids_NT[answers_NT]
-        hit, logprob = [], []
-        for hidden, targets in zip(hidden_AM.split(POSITIONS_AT_ONCE), targets_A.split(POSITIONS_AT_ONCE), strict=True):
-            logp_AV = head_logits(model, hidden[None])[0].float().log_softmax(-1)
-            hit.append(logp_AV.argmax(-1) == targets)
-            logprob.append(logp_AV.gather(-1, targets[:, None])[:, 0])
-        answers = answers_NT.sum(dim=1).tolist()
-        hits += [row.double().cpu() for row in torch.cat(hit).split(answers)]
-        logprobs.append(torch.cat(logprob).double().cpu())
-    accuracy = torch.cat(hits).mean() if probe.per_token else torch.stack([row.min() for row in hits]).mean()
-    return {"accuracy": accuracy.item(), "logprob": torch.cat(logprobs).mean().item()}
+    with evaluating(model):
+        for start in range(0, rows, batch):
+            ids_NT = probe.input_ids[start : start + batch].to(model.device)
+            answers_NT = probe.answer_mask[start : start + batch].to(model.device)
+            hidden_AM = final_hidden(model, ids_NT)[:, :-1][answers_NT[:, 1:]]
+            targets_A = ids_NT[answers_NT]
+            for hidden, targets in zip(
+                hidden_AM.split(POSITIONS_AT_ONCE), targets_A.split(POSITIONS_AT_ONCE), strict=True
+            ):
+                logp_AV = head_logits(model, hidden[None])[0].float().log_softmax(-1)
+                hits.append(logp_AV.argmax(-1) == targets)
+                logprobs.append(logp_AV.gather(-1, targets[:, None])[:, 0])
+    tokens_N = probe.answer_mask.sum(dim=1)
+    hits_by_row, logprobs_by_row = (torch.cat(x).cpu().double().split(tokens_N.tolist()) for x in (hits, logprobs))
+    return Answers(
+        hits_N=torch.stack([row.sum() if probe.per_token else row.min() for row in hits_by_row]),
+        counted_N=(tokens_N if probe.per_token else torch.ones(rows)).double(),
+        logprob_N=torch.stack([row.sum() for row in logprobs_by_row]),
+        tokens_N=tokens_N.double(),
+    )
+
+
+def usable(
+    teacher: PreTrainedModel,
+    probe: Probe,
+    by: Literal["accuracy", "logprob"] = "accuracy",
+    floor: float | None = None,
+) -> Verdict:
+    """Whether `teacher` answers `probe` well enough for a student's loss to show, by the measure that will be used.
+
+    "accuracy": it gives at least `floor` (0.5) of the answers. "logprob": its log-probability of an answer token is at
+    least `floor` (1.0) nats above that of the same answer after the facts of another row, so that a mere liking for
+    numbers does not count; a guess among the numbers it has read still does. Raises `UserError` for "logprob" and a
+    probe of one row.
+    """
+    floor = FLOORS[by] if floor is None else floor
+    value = answers(teacher, probe).score()[by]
+    if by == "accuracy":
+        found = f"the teacher gives {value:.1%} of the answers, and should give {floor:.1%}"
+    else:
+        value -= answers(teacher, probe.exchanged()).score()["logprob"]
+        found = f"its facts make an answer {value:.2f} nats/token likelier to the teacher, and should by {floor:.2f}"
+    passed = value >= floor  # not where it is NaN
+    return Verdict(passed, f"{'usable' if passed else 'unusable'}: {found} or more")
