@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from subquad.data.questions import Cloze, clozes
+from subquad.data.clozes import Cloze, clozes
 from subquad.data.retrieval import MAX_PAIRS, TASKS, WORDS, Probe, make_probe
 from subquad.errors import UserError
 

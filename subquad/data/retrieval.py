@@ -15,7 +15,7 @@ anything up. Probes for any tokenizer, each row exactly `context` tokens long wi
   then "What is the value of VAR Y? The value of VAR Y is" asks for the end of one. Two chains of one hop, and more, up
   to five of four hops, while they take no more than half of the row.
 - `questions`: a stretch of real text (the haystack), and the beginning of one of its sentences, to be continued with a
-  date, amount or name that stands nowhere else in it (subquad/data/questions.py).
+  date, amount or name that stands nowhere else in it (subquad/data/clozes.py).
 
 Notable:
 - Row i depends on (name, context, seed, i) alone: asking for more rows leaves the first ones as they were.
@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from subquad.data.questions import clozes
+from subquad.data.clozes import clozes
 from subquad.errors import UserError, nearest
 
 MAX_PAIRS = 100  # values are distinct integers of 0-99
@@ -85,6 +85,24 @@ class Probe:
             raise ValueError("every row of a Probe needs an answer, and its first token cannot be one")
         if (self.answer_mask.int().argmax(dim=1) < self.question_start).any():
             raise ValueError("the answers of a Probe belong to its questions: none can stand before question_start")
+
+    def rows(self, chosen: slice) -> "Probe":
+        """Some of the rows."""
+        return replace(
+            self,
+            input_ids=self.input_ids[chosen],
+            answer_mask=self.answer_mask[chosen],
+            question_start=self.question_start[chosen],
+        )
+
+    def repeated(self, times: int) -> "Probe":
+        """All rows, `times` over."""
+        return replace(
+            self,
+            input_ids=self.input_ids.repeat(times, 1),
+            answer_mask=self.answer_mask.repeat(times, 1),
+            question_start=self.question_start.repeat(times),
+        )
 
     def exchanged(self) -> "Probe":
         """The same questions and answers, each after the facts of the row before (the last row's, for the first).
