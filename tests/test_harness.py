@@ -5,19 +5,23 @@ environment. To run it all: .venv/bin/pip install -e '.[eval]'.
 """
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import tiny
+from test_pipeline import RECIPE, make_teacher, make_text
 from test_retrieval import byte_tokenizer
 
+from subquad import jobs, pipeline
 from subquad.attention import find_attention
 from subquad.data.questions import read_questions
 from subquad.errors import UserError
 from subquad.evaluate import harness
 from subquad.evaluate.harness import load_tasks
 from subquad.plan import Plan
+from subquad.recipe import Recipe
 from subquad.student import Student
 
 WRITTEN = [{"prompt": f"Repeat {'very ' * i}often\nAnswer:", "answer": "abcdef"[: 1 + i]} for i in range(6)]
@@ -120,7 +124,25 @@ def test_a_missing_file_is_one_sentence(tmp_path):
         read_questions(tmp_path / "none.jsonl")
 
 
+def test_without_lm_eval_a_recipe_with_tasks_is_refused_at_the_start(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules["subquad.evaluate.harness"], "find_spec", lambda name: None)
+    assert load_tasks([]) == []
+    recipe = Recipe(name="mine", evaluate={"tasks": ["arc_easy"], "task_limit": 5})
+    with pytest.raises(UserError, match=r"the task 'arc_easy' needs lm-eval: run pip install 'subquad\[eval\]'"):
+        pipeline.convert("no/teacher", recipe, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
 # With lm-eval --------------------------------------------------------------------------------------------------------
+
+
+def test_unknown_tasks_are_named_at_the_start(lm_eval, tmp_path):
+    recipe = Recipe(name="mine", evaluate={"tasks": ["arc_esy"]})
+    with pytest.raises(UserError, match="unknown task 'arc_esy': did you mean 'arc_easy' or .*valid: a .jsonl file"):
+        pipeline.convert("no/teacher", recipe, tmp_path / "out")
+    (tmp_path / "mine.yaml").write_text("task: mine\nclass: !function evil.Task\n")
+    with pytest.raises(UserError, match="unknown task"):
+        load_tasks([str(tmp_path / "mine.yaml")])  # it could run code
 
 
 def test_data_that_cannot_be_had_is_one_sentence(lm_eval, monkeypatch):
@@ -211,3 +233,23 @@ def test_the_limit_takes_the_first_documents(lm_eval, files, tokenizer):
     found = harness(student, tokenizer, files, limit=1)
     logp, _ = logprobs(student, tokenizer, WRITTEN[0]["prompt"], WRITTEN[0]["answer"])
     assert found[files[0]]["logprob"] == {"value": pytest.approx(logp, rel=1e-4), "stderr": None}
+
+
+def test_convert_and_eval_measure_tasks(lm_eval, tmp_path):
+    for name in ("teacher", "text"):
+        (tmp_path / name).mkdir()
+    file = tmp_path / "mine.jsonl"
+    file.write_text("\n".join(json.dumps({"prompt": f"w1 w{i}", "answer": f"w{i}"}) for i in range(4)))
+    recipe = Recipe(**RECIPE).model_copy(deep=True)
+    recipe.evaluate.tasks, recipe.evaluate.task_limit = [str(file)], 3
+    out = tmp_path / "out"
+    pipeline.convert(make_teacher(tmp_path / "teacher"), recipe, out, data=make_text(tmp_path / "text"))
+    metrics = json.loads((out / "metrics.json").read_text())
+    for name in ("teacher", "student", "uniform", "window"):
+        assert metrics[name]["tasks"][str(file)].keys() == {"acc", "exact_match", "logprob"}
+    assert all("mine.jsonl" in (out / name).read_text(encoding="utf-8") for name in ("report.html", "README.md"))
+    again = jobs.evaluate_model(out)
+    assert again["student"]["tasks"][str(file)]["logprob"] == pytest.approx(
+        metrics["student"]["tasks"][str(file)]["logprob"], rel=1e-4
+    )
+    assert jobs.evaluate_model(out, tasks=[])["student"]["tasks"] == {}
