@@ -5,6 +5,7 @@ environment. To run it all: .venv/bin/pip install -e '.[eval]'.
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from subquad.plan import Plan
 from subquad.recipe import Recipe
 from subquad.student import Student
 
+PAGE = Path(__file__).parent.parent / "docs" / "evaluate.md"
 WRITTEN = [{"prompt": f"Repeat {'very ' * i}often\nAnswer:", "answer": "abcdef"[: 1 + i]} for i in range(6)]
 CHOSEN = [
     {"prompt": f"The sky is{' very' * i}", "choices": ["blue", "green or so", "a red"], "answer": i % 3}
@@ -74,6 +76,14 @@ def test_questions_are_read_as_they_stand(files):
     assert [(question.prompt, question.answer) for question in written] == [(x["prompt"], x["answer"]) for x in WRITTEN]
     assert [question.right for question in chosen] == [0, 1, 2, 0, 1, 2]
     assert written[0].spaced_prompt.endswith("Answer: ")
+
+
+def test_the_files_of_the_documentation_are_read(tmp_path):
+    blocks = re.findall(r"^```jsonl\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 2
+    for number, block in enumerate(blocks):
+        (tmp_path / f"{number}.jsonl").write_text(block, encoding="utf-8")
+        assert len(read_questions(tmp_path / f"{number}.jsonl")) == 2
 
 
 def test_an_answer_may_be_a_number_or_a_text(tmp_path):
@@ -152,6 +162,11 @@ def test_data_that_cannot_be_had_is_one_sentence(lm_eval, monkeypatch):
     monkeypatch.setattr("datasets.load_dataset", unreachable)
     with pytest.raises(UserError, match=r"the task 'arc_easy' cannot be loaded \(no route to the Hub\): check"):
         load_tasks(["arc_easy"])
+
+
+def test_the_tasks_of_the_documentation_are_there(lm_eval):
+    names = re.findall(r"^\| [^|]+ \| `(\w+)` \|", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(names) == 6 and set(names) <= set(sys.modules["subquad.evaluate.harness"]._task_manager().all_tasks)
 
 
 @pytest.mark.parametrize("mixer, options", [("gla", {}), ("hedgehog", {"window": 8, "sinks": 1}), ("kda", {})])
