@@ -268,6 +268,22 @@ def evaluate(
         typer.Option("--teacher", "-t", help="The model to compare with.", show_default="the student's teacher"),
     ] = None,
     data: DataOption = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            "--tasks",
+            metavar="NAME,FILE,...",
+            help="Tasks of lm-eval's by name, and JSONL files of your own questions, with commas between them; "
+            "needs pip install 'subquad[eval]'.",
+            show_default="recipe's",
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            "--limit", min=1, help="Documents of each task to measure, its first ones.", show_default="recipe's"
+        ),
+    ] = None,
     json_path: Annotated[
         Path | None,
         typer.Option("--json", metavar="FILE", help="Also write the numbers to this file."),
@@ -275,20 +291,24 @@ def evaluate(
 ) -> None:
     """Measure a model beside its teacher: KL, perplexity, top-1 agreement, retrieval, cache bytes, by context length.
 
-    The text is held out: training never saw it.
+    The text is held out: training never saw it. With --tasks also benchmarks, and your own questions.
 
     Examples:
 
         subquad eval runs/quick
 
         subquad eval runs/quick --teacher default --data book.txt --json numbers.json
+
+        subquad eval runs/quick --tasks arc_easy,swde,my.jsonl --limit 100
     """
     from rich.console import Console
 
     from subquad.jobs import evaluate_model
     from subquad.report import print_table
 
-    print_table(evaluate_model(model, teacher=teacher, data=data, json_path=json_path), Console())
+    names = None if tasks is None else [name.strip() for name in tasks.split(",") if name.strip()]
+    metrics = evaluate_model(model, teacher=teacher, data=data, tasks=names, limit=limit, json_path=json_path)
+    print_table(metrics, Console())
 
 
 @app.command()

@@ -29,16 +29,22 @@ def evaluate_model(
     *,
     teacher: str | None = None,
     data: list[str] | None = None,
+    tasks: list[str] | None = None,
+    limit: int | None = None,
     json_path: str | Path | None = None,
 ) -> dict[str, Any]:
     """Measures a student's folder (or any causal language model) beside its teacher; returns metrics.json's rows.
 
-    `teacher` and `data` default to those of the recipe that made the student. Raises UserError where these are unknown.
+    `teacher`, `data`, `tasks` and `limit` (documents a task) default to those of the recipe that made the student.
+    Raises UserError where these are unknown.
     """
     recipe_file = Path(model) / "recipe.yaml"
     if teacher is None and not recipe_file.is_file():
         raise UserError(f"{model} does not say what its teacher is: give --teacher")
     recipe = load_recipe(recipe_file if recipe_file.is_file() else "quick")
+    given = {"tasks": tasks, "task_limit": limit}
+    changes = {key: value for key, value in given.items() if value is not None}
+    recipe.evaluate = recipe.evaluate.model_copy(update=changes)
     recipe = settled(recipe, teacher or recipe.teacher, data)
     source = load_teacher(recipe.teacher, dtype=recipe.dtype)
     lm = load_teacher(str(model), dtype=recipe.dtype).model

@@ -1,4 +1,4 @@
-"""What a conversion is measured by: held-out text, retrieval, cache bytes, and the rivals of the same budget or bytes.
+"""What a conversion is measured by: held-out text, retrieval, tasks, cache bytes, rivals of the same budget or bytes.
 
 Every number of metrics.json's rows is made here, and in the same pass for all models.
 """
@@ -11,7 +11,7 @@ import torch
 
 from subquad.data.retrieval import Probe, make_probe
 from subquad.data.text import Corpus
-from subquad.evaluate import cache_table, likelihood, retrieval, standard_error
+from subquad.evaluate import cache_table, harness, likelihood, retrieval, standard_error
 from subquad.mixers.sliding_window import WindowOptions
 from subquad.plan import ATTENTION, ITEMSIZE, Plan
 from subquad.recipe import EvaluateConfig
@@ -33,6 +33,7 @@ def measured_rows(
         name: {
             **measured[name],
             "retrieval": retrieval(model, probes),
+            "tasks": harness(model, source.tokenizer, config.tasks, limit=config.task_limit),
             "cache_bytes": cache_table(plans[name], config.cache_contexts, dtype),
             "attention_layers": plans[name].attention_layers,
             "plan_pattern": plans[name].pattern(),

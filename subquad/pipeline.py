@@ -25,6 +25,7 @@ from subquad.distill.loop import run_stage
 from subquad.distill.teacher_cache import TeacherCache
 from subquad.errors import UserError
 from subquad.evaluate import samples
+from subquad.evaluate.harness import load_tasks
 from subquad.measure import measured_rows, verdicts, window_plan
 from subquad.mixers import mixer_options
 from subquad.plan import ATTENTION, AttentionShape, Plan
@@ -144,7 +145,7 @@ def select(
 
 
 def settled(recipe: Recipe | str | Path, teacher: str, data: list[str] | None) -> Recipe:
-    """The recipe with what was given beside it written in, and what only selectors and mixers can check, checked."""
+    """The recipe with what was given beside it, and checked by those who know its mixer, its selector and its tasks."""
     recipe = (recipe if isinstance(recipe, Recipe) else load_recipe(recipe)).model_copy(deep=True)
     recipe.teacher = teacher
     if data:
@@ -158,6 +159,7 @@ def settled(recipe: Recipe | str | Path, teacher: str, data: list[str] | None) -
         raise UserError("the recipe's mixer is attention itself, so there is nothing to convert: choose another mixer")
     check_selector(recipe.selector.by, recipe.selector.options)
     Budget.parse(recipe.selector.budget)
+    load_tasks(recipe.evaluate.tasks)
     return recipe
 
 

@@ -80,6 +80,10 @@ class EvaluateConfig(Section):
     rows: Length = 8
     """Held-out sequences of the longest of `contexts`."""
     retrieval: RetrievalConfig = RetrievalConfig()
+    tasks: list[str] = []
+    """Tasks of lm-eval (`arc_easy`), or JSONL files of your own questions; the teacher and every model are measured."""
+    task_limit: Length | None = None
+    """Documents of a task to measure, its first ones; none: all."""
     cache_contexts: list[Length] = [2048, 4096, 8192, 16384, 32768, 65536, 131072]
     """Context lengths that cache bytes are given for."""
     prompts: list[str] = [

@@ -136,9 +136,18 @@ def test_select_passes_on_what_was_asked(run, called):
 
 def test_eval_prints_a_table(run, called):
     evaluate, print_table = called("evaluate_model", "subquad.jobs"), called("print_table", "subquad.report")
-    result = run("eval", "folder", "--teacher", "default", "--data", "a.txt", "--json", "numbers.json")
+    result = run(
+        *"eval folder --teacher default --data a.txt --tasks arc_easy,my.jsonl --limit 9 --json numbers.json".split()
+    )
     assert result.exit_code == 0, result.output
-    evaluate.assert_called_once_with("folder", teacher="default", data=["a.txt"], json_path=Path("numbers.json"))
+    evaluate.assert_called_once_with(
+        "folder",
+        teacher="default",
+        data=["a.txt"],
+        tasks=["arc_easy", "my.jsonl"],
+        limit=9,
+        json_path=Path("numbers.json"),
+    )
     assert print_table.call_args.args[0] is evaluate.return_value
 
 

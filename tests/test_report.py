@@ -46,6 +46,9 @@ def make_variant(name: str) -> dict:
         "perplexity": {str(c): 16.2 * math.exp(value + 80 / c) for c, value in by_context.items()},
         "top1": {str(c): math.exp(-1.9 * value) for c, value in by_context.items()},
         "retrieval": {task: answers for task in ("copy", "dictionary", "passkey")},
+        "tasks": {
+            "arc_easy": {"acc": {"value": 0.5 - kl / 10, "stderr": 0.02}, "other": {"value": -kl, "stderr": None}}
+        },
         "cache_bytes": {str(c): grows * c + fixed for c in CACHE_CONTEXTS},
         "attention_layers": KEPT if kept == 15 else list(range(kept)),
         "plan_pattern": "".join("A" if layer in KEPT else "H" for layer in range(30)),
@@ -162,6 +165,7 @@ def test_page_shows_what_the_files_hold(run):
         assert name in text and f"{kl:.3f}" in text
         assert f"{metrics[name]['perplexity']['2048']:.2f}" in text
         assert fmt.logprob(metrics[name]["retrieval"]["copy"]["1024"]["logprob"]) in text
+        assert f"{0.5 - kl / 10:.3f} ± 0.020" in text
     assert all(verdict in text for verdict in metrics["verdicts"])
     for words in (
         metrics["command"],
@@ -222,7 +226,7 @@ def test_unknown_numbers_are_dashes(run):
     metrics = make_metrics()
     metrics["student"]["kl"] = {"256": None, "1024": math.nan, "2048": math.inf}
     metrics["stages"][0]["share_of_bare_forward"] = None
-    del metrics["uniform"], metrics["window"]["retrieval"], metrics["seconds"]
+    del metrics["uniform"], metrics["window"]["retrieval"], metrics["window"]["tasks"], metrics["seconds"]
     (run / "metrics.json").write_text(json.dumps(metrics))
     text = Page(write_report(run).read_text(encoding="utf-8")).text
     assert "–" in text and "∞" in text and not re.search(r"\b(nan|inf|None)\b", text)
@@ -294,7 +298,7 @@ def test_model_card_has_hub_metadata(run):
     assert {"subquad", "hedgehog"} <= set(card.data.tags)
     assert "import subquad" in card.text and 'from_pretrained("quick")' in card.text and "4-bit" in card.text
     tables = [block.splitlines() for block in re.findall(r"(?:^\|.*\n)+", card.text, flags=re.MULTILINE)]
-    assert [len(table) for table in tables] == [8, 8, 5]
+    assert [len(table) for table in tables] == [8, 8, 4, 5]
     for table in tables:
         assert len({row.count("|") for row in table}) == 1, "a row has too few or too many cells"
 
@@ -308,11 +312,12 @@ def test_model_card_claims_only_known_base_models(run, teacher, base):
 
 
 def test_table_in_the_terminal():
-    console = Console(width=100, record=True, file=open("/dev/null", "w"))
+    console = Console(width=120, record=True, file=open("/dev/null", "w"))
     print_table(make_metrics(), console)
     text = console.export_text().replace(fmt.NBSP, " ")
     rows = [line.split()[0] for line in text.splitlines() if line.strip()]
     assert [row for row in rows if row in VARIANT_KL] == list(VARIANT_KL)
+    assert "0.496 ± 0.020" in text and "−0.043" in text  # tasks
     assert "0.043" in text and "44 %" in text and "beats the uniform plan" in text
     with pytest.raises(UserError, match="stages"):
         print_table({"stages": 3}, console)

@@ -1,5 +1,6 @@
-"""What a student is worth beside its teacher: likelihood, retrieval, memory, and text to read."""
+"""What a student is worth beside its teacher: likelihood, retrieval, tasks, memory, and text to read."""
 
+from subquad.evaluate.harness import harness
 from subquad.evaluate.likelihood import likelihood, standard_error
 from subquad.evaluate.memory import cache_table, held_cache_bytes
 from subquad.evaluate.retrieval import answers, retrieval, usable
@@ -8,6 +9,7 @@ from subquad.evaluate.samples import samples
 __all__ = [
     "answers",
     "cache_table",
+    "harness",
     "held_cache_bytes",
     "likelihood",
     "retrieval",

@@ -34,6 +34,14 @@ def percent(value: float, digits: int = 1) -> str:
     return f"{100 * value:.{digits}f}{NBSP}%" if math.isfinite(value) else DASH
 
 
+def measure(value: float, stderr: float) -> str:
+    """A metric of a task with its standard error, where it has one."""
+    if not math.isfinite(value):
+        return DASH
+    error = f"{NBSP}±{NBSP}{stderr:.3f}" if math.isfinite(stderr) else ""
+    return f"{value:.3f}".replace("-", "−") + error
+
+
 def integer(value: float) -> str:
     """A count with thousands separated, or a dash."""
     return f"{value:,.0f}" if math.isfinite(value) else DASH

@@ -43,6 +43,13 @@ class Answer(BaseModel):
     logprob: Number = NAN
 
 
+class Measure(BaseModel):
+    """One metric of a task; no standard error where lm-eval has none."""
+
+    value: Number = NAN
+    stderr: Number = NAN
+
+
 class Variant(BaseModel):
     """What was measured of one model; dictionaries are keyed by context length in tokens."""
 
@@ -51,6 +58,7 @@ class Variant(BaseModel):
     perplexity: dict[int, Number] = {}
     top1: dict[int, Number] = {}
     retrieval: dict[str, dict[int, Answer]] = {}
+    tasks: dict[str, dict[str, Measure]] = {}
     cache_bytes: dict[int, Number] = {}
     attention_layers: list[int] = []
     plan_pattern: str | None = None
@@ -129,6 +137,16 @@ class Metrics(BaseModel):
             for task, answers in variant.retrieval.items():
                 tasks.setdefault(task, set()).update(answers)
         return {task: sorted(contexts) for task, contexts in tasks.items()}
+
+    @property
+    def task_rows(self) -> dict[tuple[str, str], dict[str, Measure]]:
+        """Every metric of every task, as (task, metric), with what was measured of each model."""
+        rows: dict[tuple[str, str], dict[str, Measure]] = {}
+        for name, variant in self.variants.items():
+            for task, measures in variant.tasks.items():
+                for metric, measure in measures.items():
+                    rows.setdefault((task, metric), {})[name] = measure
+        return rows
 
     def cache_ratio(self, context: int) -> float:
         """The student's cache bytes over the teacher's, at one context length; NaN where either is unknown."""

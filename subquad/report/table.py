@@ -1,4 +1,4 @@
-"""The result in the terminal: held-out numbers by variant, the stages, and what was found."""
+"""The result in the terminal: held-out numbers by variant, tasks, the stages, and what was found."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,13 +8,13 @@ from rich.table import Table
 from rich.text import Text
 
 from subquad.report import format as fmt
-from subquad.report.run import NAN, Metrics, check_metrics
+from subquad.report.run import NAN, Measure, Metrics, check_metrics
 
 
 def print_table(metrics: Mapping[str, Any], console: Console) -> None:
     """Prints the main rows of metrics.json. Raises `UserError` if `metrics` is not of that form."""
     checked = check_metrics(dict(metrics))
-    for table in (_variants(checked), _stages(checked)):
+    for table in (_variants(checked), _tasks(checked), _stages(checked)):
         if table.row_count:
             console.print(table)
     for verdict in checked.verdicts:
@@ -34,6 +34,18 @@ def _variants(metrics: Metrics) -> Table:
         cells += [fmt.perplexity(variant.perplexity.get(headline, NAN)), fmt.percent(variant.top1.get(headline, NAN))]
         cells += [fmt.size(variant.cache_bytes.get(longest, NAN))] if longest else []
         table.add_row(name, *cells, style="bold" if name == "student" else "")
+    return table
+
+
+def _tasks(metrics: Metrics) -> Table:
+    table = Table(title=Text("Tasks"), title_justify="left", box=None, header_style="bold", pad_edge=False)
+    for heading in ("", "metric"):
+        table.add_column(heading)
+    for name in metrics.variants:
+        table.add_column(name, justify="right", style="bold" if name == "student" else "")
+    for (task, metric), found in metrics.task_rows.items():
+        measures = [found.get(name, Measure()) for name in metrics.variants]
+        table.add_row(Text(task), Text(metric), *(fmt.measure(one.value, one.stderr) for one in measures))
     return table
 
 
