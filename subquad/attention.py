@@ -19,9 +19,9 @@ Legend: B batch, H query heads, G key/value heads, T new tokens, L past and new 
 """
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
@@ -90,6 +90,7 @@ class Pass:
     observer: Observer | None = None
     inspector: Inspector | None = None
     restored: frozenset[int] = frozenset()  # layers that compute the teacher's attention whatever the plan says
+    gains: Mapping[int, Tensor] = field(default_factory=dict)  # (B, H) by layer: factors of what the heads put out
 
 
 class LayerMixer(nn.ModuleDict):
@@ -202,6 +203,8 @@ def mixed_attention(
         joined = torch.cat(list(outputs.values()), 1)
         order = torch.tensor([head for name in outputs for head in mixers[name].group.heads])
         y_BHTD = joined[:, order.argsort().to(joined.device)]
+    if layer.layer in student_pass.gains:
+        y_BHTD = y_BHTD * student_pass.gains[layer.layer].to(y_BHTD.dtype)[:, :, None, None]
     return y_BHTD.transpose(1, 2), branch
 
 

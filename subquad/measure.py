@@ -15,6 +15,7 @@ from subquad.evaluate import cache_table, harness, likelihood, retrieval, standa
 from subquad.mixers.sliding_window import WindowOptions
 from subquad.plan import ATTENTION, ITEMSIZE, Plan
 from subquad.recipe import EvaluateConfig
+from subquad.select import uniform_layers
 from subquad.teacher import Teacher
 
 
@@ -61,22 +62,37 @@ def questions(
 def window_plan(plan: Plan, dtype: str) -> Plan:
     """The training-free rival: sliding windows with sinks for the plan's mixers, at its cache bytes or just under."""
     sinks = WindowOptions().sinks
+    kept = set(plan.attention_heads)
+    mixers: dict[str, dict[str, Any]] = {ATTENTION: {}, "sliding_window": {"window": 1, "sinks": sinks}}
+    layers = []
+    for index, shape in enumerate(plan.shapes):
+        attends = [head for head in range(shape.heads) if (index, head) in kept]
+        others = [head for head in range(shape.heads) if (index, head) not in kept]
+        layers.append({name: heads for name, heads in ((ATTENTION, attends), ("sliding_window", others)) if heads})
+    windows = Plan(shapes=plan.shapes, mixers=mixers, layers=layers)
     per_token = sum(
-        2 * group.states(share=True) * group.head_dim * ITEMSIZE[dtype]
+        2 * len(group.kv_heads) * group.head_dim * ITEMSIZE[dtype]
         for layer in range(plan.num_layers)
-        for name, group in plan.groups(layer).items()
+        for name, group in windows.groups(layer).items()
         if name != ATTENTION
     )
     if per_token == 0:
         return plan
     window = max(1, plan.cache_bytes(0, dtype=dtype) // per_token - sinks + 1)
-    layers = []
-    for layer in plan.layers:
-        replaced = sorted(head for name, heads in layer.items() if name != ATTENTION for head in heads)
-        kept = {ATTENTION: layer[ATTENTION]} if ATTENTION in layer else {}
-        layers.append(kept | ({"sliding_window": replaced} if replaced else {}))
-    mixers: dict[str, dict[str, Any]] = {ATTENTION: {}, "sliding_window": {"window": window, "sinks": sinks}}
-    return Plan(shapes=plan.shapes, mixers=mixers, layers=layers)
+    return windows.model_copy(update={"mixers": {ATTENTION: {}, "sliding_window": {"window": window, "sinks": sinks}}})
+
+
+def even_plan(plan: Plan, mixer: str, options: dict[str, Any], dtype: str) -> Plan:
+    """The rival that measures nothing: evenly spaced whole layers, as many as cost no more cache than `plan`."""
+    context = 2**15  # where keys and values outweigh states
+
+    def plan_of(count: int) -> Plan:
+        return Plan.by_layer(plan.shapes, uniform_layers(plan.num_layers, count), mixer, options)
+
+    allowed = plan.cache_bytes(context, dtype=dtype)
+    counts = range(plan.num_layers + 1)
+    within = [count for count in counts if plan_of(count).cache_bytes(context, dtype=dtype) <= allowed]
+    return plan_of(max(within, default=0))
 
 
 def verdicts(metrics: dict[str, Any], contexts: list[int]) -> list[str]:

@@ -26,13 +26,13 @@ from subquad.distill.teacher_cache import TeacherCache
 from subquad.errors import UserError
 from subquad.evaluate import samples
 from subquad.evaluate.harness import load_tasks
-from subquad.measure import measured_rows, verdicts, window_plan
+from subquad.measure import even_plan, measured_rows, verdicts, window_plan
 from subquad.mixers import mixer_options
 from subquad.plan import ATTENTION, AttentionShape, Plan
 from subquad.recipe import Recipe, load_recipe
 from subquad.report import print_table, write_model_card, write_report
 from subquad.run import Run, facts, start_run
-from subquad.select import MEASURING, SELECTORS, Budget, Choice, check_selector, choose_plan, uniform_layers
+from subquad.select import MEASURING, READING, SELECTORS, Budget, Choice, Question, check_selector, choose_plan
 from subquad.stage import Stage
 from subquad.student import Student, tied
 from subquad.teacher import Teacher, load_teacher
@@ -80,7 +80,7 @@ def convert(
         run.write("plan.yaml", chosen.to_yaml())
     run.say(f"plan: {chosen.pattern()}")
 
-    student = _student(source, chosen, corpus, mixers_from=linear)
+    student = _student(run, source, chosen, corpus, mixers_from=linear)
     if recipe.tied_embeddings in ("untie", "retie"):
         student.untie()
     results += _train(run, student, source, corpus, scope="plan")
@@ -188,20 +188,21 @@ def shapes_of(model: Any) -> list[AttentionShape]:
     return [site.shape for site in find_attention(model)]
 
 
-def _student(source: Teacher, plan: Plan, corpus: Corpus, mixers_from: Student | None = None) -> Student:
-    """A student with this plan: calibrated, or with the mixers of another one."""
+def _student(run: Run, source: Teacher, plan: Plan, corpus: Corpus, mixers_from: Student | None = None) -> Student:
+    """A student with this plan: its mixers are another one's where that has the same, and calibrated elsewhere."""
     torch.manual_seed(0)  # the few new weights that start at random: gates' inner projections
-    student = Student.from_teacher(source.model, plan, mixers_from=mixers_from)
-    if mixers_from is None or plan.mixers.keys() - mixers_from.plan.mixers.keys():
+    start = run.recipe.mixer.join_start
+    student = Student.from_teacher(source.model, plan, mixers_from=mixers_from, join_start=start)
+    if new := student.new_mixers(mixers_from):
         length = min(CALIBRATION_TOKENS, len(corpus.train))
-        student.calibrate(corpus.batch(0, batch=1, sequence_length=length, seed=0).to(student.device))
+        student.calibrate(corpus.batch(0, batch=1, sequence_length=length, seed=0).to(student.device), new)
     return student
 
 
 def _all_linear(run: Run, source: Teacher, corpus: Corpus) -> Student:
     mixer = run.recipe.mixer
     with run.timed("calibrate"):
-        return _student(source, Plan.by_layer(shapes_of(source.model), [], mixer.name, mixer.options), corpus)
+        return _student(run, source, Plan.by_layer(shapes_of(source.model), [], mixer.name, mixer.options), corpus)
 
 
 # Working -------------------------------------------------------------------------------------------------------------
@@ -265,23 +266,23 @@ def _select(run: Run, linear: Student, source: Teacher, corpus: Corpus) -> tuple
     if run.resume and plan_file.is_file() and scores_file.is_file():
         return Plan.load(plan_file), json.loads(scores_file.read_text(encoding="utf-8"))
     selector = run.recipe.selector
-    tokens_BT = None
-    if selector.by in MEASURING:
+    text_BT = torch.zeros(0, 0, dtype=torch.long)
+    if selector.by in READING:
         rows = math.ceil(selector.tokens / selector.sequence_length)
-        tokens_BT = corpus.heldout_batch(rows, selector.sequence_length, part="selection")
+        text_BT = corpus.heldout_batch(rows, selector.sequence_length, part="selection")
+    budget = Budget.parse(selector.budget)
     with run.timed("select"), Progress(console=run.console, transient=True) as bar:
         task = bar.add_task(f"select by {selector.by}", total=None)
 
         def progress(done: int, total: int) -> None:
             bar.update(task, completed=done, total=total)
 
-        choice: Choice = SELECTORS[selector.by](
-            linear, teacher=source.model, tokens_BT=tokens_BT, progress=progress, **selector.options
-        )
-    plan, kept = choose_plan(linear, Budget.parse(selector.budget), choice)
+        question = Question(linear, source, text_BT, budget, progress, run.say)
+        choice: Choice = SELECTORS[selector.by](question, **selector.options)
+    plan, kept = choose_plan(linear, budget, choice, run.recipe.mixer.join)
     scores = choice.report | {
         "by": selector.by,
-        "unit": "layer",
+        "unit": choice.unit,
         "mixer": run.recipe.mixer.name,
         "budget": selector.budget,
         "chosen": kept,
@@ -296,16 +297,15 @@ def _select(run: Run, linear: Student, source: Teacher, corpus: Corpus) -> tuple
 def _measure(run: Run, source: Teacher, corpus: Corpus, student: Student, linear: Student) -> dict[str, Any]:
     """metrics.json's rows, samples and verdicts: the student beside the rivals of the same budget or cache bytes."""
     recipe, plan = run.recipe, student.plan
-    spaced = uniform_layers(plan.num_layers, len(plan.attention_layers))
-    even = Plan.by_layer(plan.shapes, spaced, recipe.mixer.name, recipe.mixer.options)
+    even = even_plan(plan, recipe.mixer.name, recipe.mixer.options, recipe.dtype)
     with run.timed("evaluate"):
         models = {"student": student}
         if any(stage.scope == "all-linear" for stage in recipe.stages):
-            models["aligned"] = _student(source, plan, corpus, mixers_from=linear)
+            models["aligned"] = _student(run, source, plan, corpus, mixers_from=linear)
         if even.layers != plan.layers:
-            models["uniform"] = _student(source, even, corpus, mixers_from=linear)
-        models["untrained"] = _student(source, plan, corpus)
-        models["window"] = _student(source, window_plan(plan, recipe.dtype), corpus)
+            models["uniform"] = _student(run, source, even, corpus, mixers_from=linear)
+        models["untrained"] = _student(run, source, plan, corpus)
+        models["window"] = _student(run, source, window_plan(plan, recipe.dtype), corpus)
         run.say(f"measuring the teacher and {len(models)} models on held-out text and retrieval ...")
         plans = {"teacher": Plan.all_attention(plan.shapes)} | {name: model.plan for name, model in models.items()}
         metrics = measured_rows(models, source, corpus, plans, recipe.evaluate, recipe.dtype)

@@ -19,6 +19,8 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
 from subquad.errors import UserError, nearest
+from subquad.join import JoinStart
+from subquad.plan import Join
 from subquad.stage import Count, Length, Section, Stage, check_order, scaled
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -48,6 +50,11 @@ class MixerConfig(Section):
     name: str = "hedgehog"
     options: dict[str, Any] = {}
     """Keyword arguments of the mixer, such as `window: 64`."""
+    join: Join = "split"
+    """Where only some heads of a layer attend: `split` gives each head one mixer; `parallel` gives this mixer all the
+    heads, and attention joins as a branch (subquad/join.py)."""
+    join_start: JoinStart = "identity"
+    """How the adapter of the parallel join begins: `identity`, or `random` (the paper's code)."""
 
 
 class SelectorConfig(Section):
@@ -55,7 +62,7 @@ class SelectorConfig(Section):
 
     by: str = "kl"
     budget: Annotated[str, BeforeValidator(_text)] = "50%"
-    """What may keep attention: layers (`15`), a share of them (`50%`), or cache bytes (`64MiB@32k`)."""
+    """What may keep attention: layers or heads (`15`), a share of them (`50%`), or cache bytes (`64MiB@32k`)."""
     tokens: Count = 8192
     """Tokens that the layers are scored on, in whole rows: neither trained nor, later, measured on."""
     sequence_length: Length = 1024

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreT
 from transformers.configuration_utils import SubConfigSpec
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from subquad.attention import Observer, Pass, attach, block_path, find_attention, keep_initialised, layer_mixer
+from subquad.attention import LayerMixer, Pass, attach, block_path, find_attention, keep_initialised, layer_mixer
 from subquad.cache import StudentCache
 from subquad.errors import UserError
 from subquad.join import JoinStart
-from subquad.mixers import Mixer
+from subquad.mixers import Mixer, MixerInputs
 from subquad.plan import ATTENTION, Plan
 
 # Lets a folder load with trust_remote_code=True where Subquad is installed but not imported.
@@ -131,13 +131,23 @@ class Student(PreTrainedModel, GenerationMixin):
 
     def _take_mixers(self, other: Student) -> None:
         for layer, (mine, theirs) in enumerate(zip(self.blocks(), other.blocks(), strict=True)):
-            if self.plan.layers[layer] == other.plan.layers[layer]:
+            if self.plan.layers[layer] == other.plan.layers[layer] and self.plan.join == other.plan.join:
                 _share(mine, theirs)
                 continue
             others = other.mixers(layer)
             for name, mixer in self.mixers(layer).items():
                 if name in others and others[name].group == mixer.group:
                     _share(mixer, others[name])
+
+    def new_mixers(self, other: Student | None) -> set[tuple[int, str]]:
+        """The mixers (layer, name) that `mixers_from` does not find in another student; all of them without one."""
+        return {
+            (layer, name)
+            for layer in self.replaced_layers()
+            for name, mixer in self.mixers(layer).items()
+            if name != ATTENTION
+            and (other is None or name not in (found := other.mixers(layer)) or found[name].group != mixer.group)
+        }
 
     def save_pretrained(self, save_directory: str | os.PathLike[Any], *args: Any, **kwargs: Any) -> None:
         """Writes config, weights (safetensors), plan, and the file by which `trust_remote_code=True` loads them."""
@@ -233,13 +243,17 @@ class Student(PreTrainedModel, GenerationMixin):
         return [index for index, layer in enumerate(self.plan.layers) if list(layer) != [ATTENTION]]
 
     @torch.no_grad()
-    def calibrate(self, input_ids: Tensor, observer: Observer | None = None) -> None:
-        """Starts all mixers near the teacher's attention, layer by layer, from one teacher-forced batch (B, T)."""
+    def calibrate(self, input_ids: Tensor, mixers: Container[tuple[int, str]] | None = None) -> None:
+        """Starts the mixers near the teacher's attention, layer by layer, from one teacher-forced batch (B, T).
 
-        def fit(layer: Any, name: str, inputs: Any, target_BHTD: Tensor) -> None:
-            layer[name].calibrate(inputs, target_BHTD)
+        `mixers`: these only (layer, name); none: all.
+        """
 
-        self.final_hidden(input_ids, student_pass=Pass(observer=observer or fit))
+        def fit(layer: LayerMixer, name: str, inputs: MixerInputs, target_BHTD: Tensor) -> None:
+            if mixers is None or (layer.layer, name) in mixers:
+                layer.by_name[name].calibrate(inputs, target_BHTD)
+
+        self.final_hidden(input_ids, student_pass=Pass(observer=fit))
 
     @torch.no_grad()
     def untie(self) -> None:

@@ -1,5 +1,7 @@
 """Budgets and selectors."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import FAMILIES, tiny
@@ -8,7 +10,7 @@ from subquad.attention import find_attention
 from subquad.errors import UserError
 from subquad.evaluate import likelihood
 from subquad.plan import AttentionShape, Plan
-from subquad.select import SELECTORS, Budget, check_selector, choose_plan, kl_scores, uniform_layers
+from subquad.select import SELECTORS, Budget, Question, check_selector, choose_plan, kl_scores, uniform_layers
 from subquad.student import Student
 
 SHAPES = [AttentionShape(heads=9, kv_heads=3, head_dim=64, hidden_size=576)] * 30
@@ -90,7 +92,7 @@ def test_kl_keeps_the_layer_that_was_broken():
         student.attention_modules()[2].mixer["hedgehog"].options.model_copy(update={"window": 1})
     )
     tokens = torch.randint(3, 97, (1, 48))
-    choice = SELECTORS["kl"](student, teacher=teacher, tokens_BT=tokens, progress=None)
+    choice = SELECTORS["kl"](Question(student, SimpleNamespace(model=teacher), tokens))
     plan, kept = choose_plan(student, Budget.parse("1"), choice)
     assert kept == [2] == plan.attention_layers
     assert choice.report["order"][0] == 2

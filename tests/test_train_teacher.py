@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from subquad import lessons as lessons_module
 from subquad import train_teacher as module
 from subquad.attention import find_attention
 from subquad.cli import app
@@ -18,10 +19,11 @@ from subquad.data.retrieval import FILLER, WORDS, make_probe
 from subquad.data.text import load_corpus
 from subquad.errors import UserError
 from subquad.evaluate import retrieval
+from subquad.lessons import SHORTEST, TRAINING_SEEDS, VOCABULARY, Lessons, shares, train_tokenizer
 from subquad.plan import Plan
 from subquad.student import Student
 from subquad.teacher import load_teacher
-from subquad.train_teacher import TRAINING_SEEDS, Lessons, is_perfect, train_teacher
+from subquad.train_teacher import is_perfect, train_teacher
 
 ASSET = Path(__file__).parent / "assets" / "small-teacher"
 
@@ -41,7 +43,7 @@ def text(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def lessons(text):
-    tokenizer = module.train_tokenizer(text)
+    tokenizer = train_tokenizer(text)
     return Lessons(load_corpus(text, tokenizer), tokenizer)
 
 
@@ -59,12 +61,21 @@ def small(monkeypatch):
 
 def test_the_tokenizer_has_single_digits_and_one_special_token(lessons):
     tokenizer = lessons.tokenizer
-    assert len(tokenizer) == module.VOCABULARY
+    assert len(tokenizer) == VOCABULARY
     assert tokenizer.all_special_tokens == ["<|endoftext|>"]
     assert document_separator(tokenizer) == tokenizer.bos_token_id == tokenizer.eos_token_id == tokenizer.pad_token_id
     assert tokenizer.tokenize("1234") == ["1", "2", "3", "4"]
-    said = "Anything at all: 5 é\n\tand so on"
+    said = "Anything at all: 5 é\n\tand so on, isn't it?  "
     assert tokenizer.decode(tokenizer(said)["input_ids"]) == said
+
+
+def test_a_key_is_one_token_wherever_it_stands(lessons):
+    """Else a model would have to know that two tokens mean one word, before it can look the word up."""
+    tokenizer = lessons.tokenizer
+    for word in WORDS:
+        (index,) = tokenizer(f"{word}")["input_ids"]
+        for said in (f"\n{word}:1", f"the key '{word}' is", f"3\n{word} is"):
+            assert index in tokenizer(said)["input_ids"], said
 
 
 def test_lessons_are_a_function_of_seed_and_step(lessons):
@@ -74,7 +85,7 @@ def test_lessons_are_a_function_of_seed_and_step(lessons):
     first = batch(3, 1)
     batch(4, 1)
     assert first.shape == (8, 128) and first.dtype == torch.int64
-    assert 0 <= first.min() and first.max() < module.VOCABULARY
+    assert 0 <= first.min() and first.max() < VOCABULARY
     assert torch.equal(first, batch(3, 1))
     assert not torch.equal(first, batch(4, 1)) and not torch.equal(first, batch(3, 2))
 
@@ -87,43 +98,41 @@ def test_lessons_never_use_a_seed_of_an_evaluation(length, lessons, monkeypatch)
         seeds.append(seed)
         return make_probe(*arguments, seed=seed, **options)
 
-    monkeypatch.setattr(module, "make_probe", spy)
+    monkeypatch.setattr(lessons_module, "make_probe", spy)
     for step in range(8):
-        assert lessons.batch(step, batch=4, sequence_length=length, seed=0).shape == (4, length)
-    assert min(seeds) >= TRAINING_SEEDS
+        assert lessons.batch(step, batch=16, sequence_length=length, seed=0).shape == (16, length)
+    assert len(seeds) >= 8 and min(seeds) >= TRAINING_SEEDS
     assert len(set(seeds)) == len(seeds)
 
 
-@pytest.mark.parametrize("length", [256, 512])
+@pytest.mark.parametrize("length", [64, 256, 512])
 def test_problems_are_right(length, lessons):
-    separator = document_separator(lessons.tokenizer)
     asked = dict.fromkeys(CHECKS, 0)
+    rows_of = {"dictionary": lessons.dictionaries, "passkey": lessons.pass_keys, "copy": lessons.copying}
     for step in range(12):
-        rng = random.Random(step)
         text_BT = lessons.corpus.batch(step, batch=1, sequence_length=length, seed=0)
-        for task in CHECKS:
-            rows = lessons.problems(task, 2, length, text_BT, rng)
-            assert rows.shape == (2, length)
-            for row in rows.tolist():
-                for ids in _split(row, separator):
-                    asked[task] += CHECKS[task](lessons.tokenizer.decode(ids), ids)
-    assert asked["dictionary"] > 80 and asked["passkey"] >= 24 and asked["copy"] >= 12
-
-
-def _split(row, separator):
-    problems: list[list[int]] = [[]]
-    for index in row:
-        problems.append([]) if index == separator else problems[-1].append(index)
-    return [ids for ids in problems if ids]
+        for task in shares(length):
+            rows = rows_of[task](4, text_BT, random.Random(step))
+            assert rows.shape == (4, length)
+            for ids in rows.tolist():
+                ids = ids[:-1] if ids[-1] == document_separator(lessons.tokenizer) else ids
+                asked[task] += CHECKS[task](lessons.tokenizer.decode(ids), ids)
+    assert asked["dictionary"] > 2 * 48 and asked["copy"] == 48
+    assert asked["passkey"] == (48 if length >= SHORTEST["passkey"] else 0)
 
 
 def _dictionary(said, ids):
+    """All questions are about the dictionary above them, and the last may be cut off."""
     assert said.startswith("Memorize the following dictionary:\n")
-    pairs = dict(re.findall(r"^(\w+):(\d+)$", said, re.MULTILINE))
-    questions = re.findall(r"^The value of the key '(\w+)' is (\d+)$", said, re.MULTILINE)
-    assert all(pairs[key] == value for key, value in questions)
-    assert len(dict(questions)) >= len(questions) - 1 >= 0  # the probe's own question may come again
-    return len(questions)
+    pairs: dict[str, str] = {}
+    questions = 0
+    for key, value, end in re.findall(r"(\w+)(?::|'? is )(\d+)(\n|$)", said):
+        if key in pairs:
+            assert pairs[key].startswith(value) and (pairs[key] == value or not end), (key, value)
+            questions += 1
+        else:
+            pairs[key] = value
+    return questions
 
 
 def _passkey(said, ids):
@@ -198,7 +207,7 @@ def test_perfect_asks_every_task_and_context():
     def scores(worst):
         return {"copy": {64: {"accuracy": 1.0}}, "passkey": {128: {"accuracy": 1.0}, 256: {"accuracy": worst}}}
 
-    assert is_perfect(scores(0.98)) and not is_perfect(scores(0.97))
+    assert is_perfect(scores(0.98)) and not is_perfect(scores(0.97)) and is_perfect(scores(0.94), 0.95)
 
 
 @pytest.mark.parametrize(

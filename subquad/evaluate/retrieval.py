@@ -8,7 +8,7 @@ A probe that the teacher itself fails measures nothing in a student: `usable` sa
 Shapes: N rows, T tokens, A answer tokens of all rows together, M model width, V vocabulary.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -71,8 +71,13 @@ def retrieval(model: PreTrainedModel, probes: Mapping[str, Mapping[int, Probe]])
 
 
 @torch.no_grad()
-def answers(model: PreTrainedModel, probe: Probe) -> Answers:
-    """What `model` makes of every row of `probe`, in evaluation mode."""
+def answers(
+    model: PreTrainedModel, probe: Probe, hidden: Callable[[PreTrainedModel, Tensor], Tensor] = final_hidden
+) -> Answers:
+    """What `model` makes of every row of `probe`, in evaluation mode.
+
+    `hidden`: how its last hidden states (N, T, M) are computed from token ids (N, T), `TOKENS_AT_ONCE` at a time.
+    """
     rows, length = probe.input_ids.shape
     batch = max(1, TOKENS_AT_ONCE // length)
     hits, logprobs = [], []
@@ -80,12 +85,12 @@ def answers(model: PreTrainedModel, probe: Probe) -> Answers:
         for start in range(0, rows, batch):
             ids_NT = probe.input_ids[start : start + batch].to(model.device)
             answers_NT = probe.answer_mask[start : start + batch].to(model.device)
-            hidden_AM = final_hidden(model, ids_NT)[:, :-1][answers_NT[:, 1:]]
+            asked_AM = hidden(model, ids_NT)[:, :-1][answers_NT[:, 1:]]
             targets_A = ids_NT[answers_NT]
-            for hidden, targets in zip(
-                hidden_AM.split(POSITIONS_AT_ONCE), targets_A.split(POSITIONS_AT_ONCE), strict=True
+            for some_AM, targets in zip(
+                asked_AM.split(POSITIONS_AT_ONCE), targets_A.split(POSITIONS_AT_ONCE), strict=True
             ):
-                logp_AV = head_logits(model, hidden[None])[0].float().log_softmax(-1)
+                logp_AV = head_logits(model, some_AM[None])[0].float().log_softmax(-1)
                 hits.append(logp_AV.argmax(-1) == targets)
                 logprobs.append(logp_AV.gather(-1, targets[:, None])[:, 0])
     tokens_N = probe.answer_mask.sum(dim=1)

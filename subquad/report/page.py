@@ -104,9 +104,9 @@ def _svg(figure: Figure, name: str) -> Markup:
 
 def _scores(run: Run) -> Markup | None:
     scores = run.scores
-    if scores is None or not any(map(math.isfinite, scores.scores)):
+    if scores is None or not any(math.isfinite(score) for row in scores.rows for score in row):
         return None
-    return _svg(plots.picture(lambda ax: plots.draw_scores(ax, scores), height=2.35), "scores")
+    return _svg(plots.scores_picture(scores), "scores")
 
 
 def _kl(metrics: Metrics) -> Markup | None:

@@ -17,8 +17,9 @@ from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap, to_rgba
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch, PathPatch
+from matplotlib.patches import Patch, PathPatch, Rectangle
 from matplotlib.path import Path as Outline
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
@@ -135,14 +136,56 @@ def draw_plan(ax: Axes, plan: Plan) -> None:
     _legend_above(ax, legend)
 
 
-def draw_scores(ax: Axes, scores: Scores) -> None:
+def scores_picture(scores: Scores) -> Figure:
+    """Selection scores: bars of layers, or a map of heads."""
+    if scores.unit == "layer":
+        return picture(lambda ax: draw_layer_scores(ax, scores), height=2.35)
+    cells = max(map(len, scores.rows), default=1) * min(0.92 * WIDTH / max(len(scores.rows), 1), 0.3)
+    return picture(lambda ax: draw_head_scores(ax, scores), height=min(max(cells, 1.0), 3.2) + 0.9)
+
+
+def draw_head_scores(ax: Axes, scores: Scores) -> None:
+    """A map, layers from left to right and heads from top to bottom; heads that keep attention have an outline, with A
+    or G for an aggregate or a gather head."""
+    colour = MIXER_COLOURS["attention"]
+    shades = LinearSegmentedColormap.from_list("scores", [to_rgba(INK, 0.07), to_rgba(colour, 1.0)])
+    heads = max(map(len, scores.rows))
+    table = [[row[head] if head < len(row) else NAN for row in scores.rows] for head in range(heads)]
+    top = max((value for row in table for value in row if math.isfinite(value)), default=0)
+    mesh = ax.pcolormesh(table, cmap=shades, vmin=0, vmax=max(top, 1e-9), shading="flat")
+    units = [(layer, head) for layer, row in enumerate(scores.rows) for head in range(len(row))]
+    for layer, head in (units[index] for index in scores.chosen):
+        ax.add_patch(Rectangle((layer, head), 1, 1, fill=False, edgecolor=INK, linewidth=1.0))
+        role = scores.roles[layer][head] if scores.roles else ""
+        mark = {"aggregate": "A", "gather": "G"}.get(role, "")
+        ax.text(layer + 0.5, head + 0.5, mark, ha="center", va="center", fontsize=6)
+    ax.set_ylim(heads, 0)
+    ax.set_xticks(*_middles(len(scores.rows)))
+    ax.set_yticks(*_middles(heads))
+    ax.set_xlabel("layer")
+    ax.set_ylabel("head")
+    ax.spines[:].set_visible(False)
+    ax.tick_params(length=0)
+    what = {"accuracy": "accuracy lost without it", "logprob": "nats lost without it"}
+    bar = ax.figure.colorbar(mesh, ax=ax, pad=0.02, fraction=0.05)
+    bar.set_label(what.get(scores.measure, "score"))
+    bar.outline.set_visible(False)
+
+
+def _middles(count: int) -> tuple[list[float], list[str]]:
+    """Places and labels of at most ten ticks in the middle of cells."""
+    shown = range(0, count, -(-count // 10))
+    return [index + 0.5 for index in shown], [str(index) for index in shown]
+
+
+def draw_layer_scores(ax: Axes, scores: Scores) -> None:
     """One bar a layer; the layers that keep attention stand out in attention's colour."""
-    kept = set(scores.chosen)
+    kept, values = set(scores.chosen), [row[0] for row in scores.rows]
     linear = MIXER_COLOURS.get(scores.mixer, SPARE_COLOURS[0])
-    colours = [MIXER_COLOURS["attention"] if layer in kept else linear for layer in range(len(scores.scores))]
-    ax.bar(range(len(scores.scores)), scores.scores, color=colours, width=0.8)
+    colours = [MIXER_COLOURS["attention"] if layer in kept else linear for layer in range(len(values))]
+    ax.bar(range(len(values)), values, color=colours, width=0.8)
     ax.axhline(0, color=INK, linewidth=0.6)
-    ax.set_xlim(-0.6, len(scores.scores) - 0.4)
+    ax.set_xlim(-0.6, len(values) - 0.4)
     ax.xaxis.set_major_locator(MaxNLocator(nbins=10, integer=True, min_n_ticks=1))
     ax.yaxis.set_major_locator(MaxNLocator(nbins=5))
     ax.grid(axis="y")

@@ -9,7 +9,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ValidationError
 
@@ -157,16 +157,27 @@ class Metrics(BaseModel):
 
 
 class Scores(BaseModel):
-    """scores.json: one score a layer, higher for a layer that should rather keep its attention."""
+    """scores.json: one score a unit, higher for one that should rather keep its attention.
+
+    Of layers, a list of them; of heads, a list for each layer. `chosen`: indices of units, counted through all layers.
+    """
 
     by: str
+    unit: Literal["layer", "head"] = "layer"
     mixer: str = ""
-    scores: list[Number] = []  # none of a selector that measures nothing
+    scores: list[Number] | list[list[Number]] = []  # none of a selector that measures nothing
+    roles: list[list[str]] = []  # of heads: aggregate, gather or neither
+    measure: str = ""
     chosen: list[int] = []
     budget: str | int | float | None = None
     tokens: Number = NAN
     seconds: Number = NAN
     kl_all_linear: Number = NAN
+
+    @property
+    def rows(self) -> list[list[float]]:
+        """The scores with a row for each layer: of its heads, or of the layer alone."""
+        return [row if isinstance(row, list) else [row] for row in self.scores]
 
 
 class LossPoint(BaseModel):

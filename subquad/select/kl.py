@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from subquad.attention import find_attention
 from subquad.distill.heads import Head, final_hidden
 from subquad.distill.tokens import FromHidden, chunked_loss
+from subquad.select.prefix import recorded, resumed
 from subquad.student import Student
 
 
@@ -71,10 +72,10 @@ def kl_scores(
     for row in tokens_BT.split(1):
         row = row.to(student.device)
         teacher_BTM = final_hidden(teacher, row)
-        with _recorded(blocks) as outputs:
+        with recorded(blocks) as outputs:
             sums[layers] += kl(student.final_hidden(row), teacher_BTM)
         for layer in range(layers):
-            with _restored(blocks, layer, originals[layer], outputs):
+            with resumed(blocks, layer, outputs), _replaced(blocks[layer], originals[layer]):
                 sums[layer] += kl(student.final_hidden(row), teacher_BTM)
             done += 1
             if progress is not None:
@@ -84,33 +85,14 @@ def kl_scores(
 
 
 @contextmanager
-def _recorded(blocks: list[nn.Module]) -> Iterator[list[Any]]:
-    """Within, keeps what each block returns."""
-    outputs: list[Any] = []
-
-    def keep(module: nn.Module, args: Any, output: Any) -> None:
-        outputs.append(output)
-
-    handles = [block.register_forward_hook(keep) for block in blocks]
-    try:
-        yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def _restored(blocks: list[nn.Module], layer: int, original: nn.Module, outputs: list[Any]) -> Iterator[None]:
-    """Within, the teacher's block stands in for one; those below compute nothing and return what they did before."""
+def _replaced(block: nn.Module, original: nn.Module) -> Iterator[None]:
+    """Within, the teacher's block stands in for one of the student's."""
 
     def of_teacher(*args: Any, student_pass: Any = None, **kwargs: Any) -> Any:
         return original(*args, **kwargs)
 
-    for block, output in zip(blocks[:layer], outputs[:layer], strict=True):
-        block.forward = lambda *args, _output=output, **kwargs: _output
-    blocks[layer].forward = of_teacher
+    block.forward = of_teacher
     try:
         yield
     finally:
-        for block in blocks[: layer + 1]:
-            del block.forward
+        del block.forward
