@@ -4,6 +4,8 @@ Notable:
 - The tokenizer is trained on the default text and on the prompts of the probes: every word of these is a token.
 - Copying is taught by sequences repeated over and over, with a period of its own in each row: with one period for all,
   a model learns to look so many tokens back, and not to look for what it has read.
+- In most of these sequences two tokens are so common that the one before does not tell what comes next: a model learns
+  to look several tokens back, as the values of a dictionary need. From plain repetition it does not.
 - A dictionary is asked as many questions as the row holds, since one answer among hundreds of tokens teaches slowly,
   and in several forms, from the line of the dictionary itself to the probe's sentence. In these the key lies ever
   further from the answer: a model that copies can do the first, and each is one step from the one before.
@@ -14,6 +16,7 @@ Shapes: B rows, T tokens, N problems of C tokens.
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +37,7 @@ PROMPTS_REPEATED = 1000  # times that the probes' words stand in that text: each
 # Words, digits, punctuation, space: no contractions, which would make 'dinner' in quotes another word than dinner.
 PIECES = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]|\s+"
 
-SHORTEST = {"recall": 32, "passkey": 128}  # tokens of a problem
+SHORTEST = {"dictionary": 64, "passkey": 128}  # tokens of a problem
 TRAINING_SEEDS = 10**9  # probes are trained on seeds from here on, and measured on seeds below
 PROBES = 0.25  # of the copying and dictionary rows are the probes themselves
 
@@ -42,6 +45,8 @@ TITLE = "Memorize the following dictionary:\n"
 LINE = "{key}:{value}\n"
 FORMS = (LINE, "{key} is {value}\n", "'{key}' is {value}\n", "The value of the key '{key}' is {value}\n")
 PASSKEY = "There is a pass key hidden in a lot of irrelevant text. Find it and memorize it. Remember it. What is it?"
+FILLERS = ((0, 1, 2), (0, 1), (0, 1, 3), (0, 1, 2, 3))  # lengths: between and after, in questions before and between
+COMMON = (0.0, 0.3, 0.5)  # shares of the places of a repeated sequence that its two common tokens take
 LAST_FORM = 0.4  # of the questions are in the last form, the probe's
 
 
@@ -88,23 +93,55 @@ class Lessons:
         text_rows = batch - sum(rows.values())
         text_BT = self.corpus.batch(step, batch=max(1, text_rows), sequence_length=sequence_length, seed=seed)
         rng = random.Random(f"lessons {seed} {step}")
-        make = {"copy": self.copying, "dictionary": self.dictionaries, "passkey": self.pass_keys}
+        make = {
+            "copy": self.copying,
+            "associations": self.associations,
+            "dictionary": self.dictionaries,
+            "passkey": self.pass_keys,
+        }
         tasks = [make[task](count, text_BT, rng) for task, count in rows.items() if count]
         return torch.cat([text_BT[:text_rows], *tasks])
 
     def copying(self, rows: int, text_BT: Tensor, rng: random.Random) -> Tensor:
-        """Rows (rows, T) of a random sequence, over and over; some are the probe, with the sequence twice."""
+        """Rows (rows, T) of a sequence, over and over; some are the probe, with the sequence twice."""
         length = text_BT.shape[1]
-        probes = round(PROBES * rows)
-        plain = sorted(set(range(len(self.tokenizer))) - {*self.tokenizer.all_special_ids})
-        periods = [rng.randint(4, length // 2) for _ in range(rows - probes)]
-        repeated = [(rng.sample(plain, period) * (length // period + 1))[:length] for period in periods]
+        probes = round(PROBES * rows) if length >= SHORTEST["dictionary"] else 0
+        repeated = [self.repeated(length, rng) for _ in range(rows - probes)]
         return torch.cat([self.probes("copy", probes, text_BT, rng), torch.tensor(repeated)])
+
+    def repeated(self, length: int, rng: random.Random) -> list[int]:
+        """`length` tokens of a random sequence, over and over; in most rows, two tokens stand in many of its places."""
+        period = rng.randint(4, length // 2)
+        sequence, common = rng.sample(self._plain, period), rng.sample(self._plain, 2)
+        share = rng.choice(COMMON)
+        sequence = [rng.choice(common) if rng.random() < share else index for index in sequence]
+        return (sequence * (length // period + 1))[:length]
+
+    def associations(self, rows: int, text_BT: Tensor, rng: random.Random) -> Tensor:
+        """Rows (rows, T) of pairs of random tokens, then of these pairs again, in any order, to the end."""
+        length = text_BT.shape[1]
+        return torch.tensor([self.pairs(length, rng) for _ in range(rows)])
+
+    def pairs(self, length: int, rng: random.Random) -> list[int]:
+        """Pairs `key, between, value, after`, with the same few tokens between and after in all; then questions, where
+        other tokens may stand before and between."""
+        fill = [rng.sample(self._plain, rng.choice(lengths)) for lengths in FILLERS]
+        between, after, asked_before, asked_between = fill
+        alike = rng.random() < 0.5
+        count = rng.randint(2, max(2, int(0.4 * length) // (2 + len(between) + len(after))))
+        keys, values = rng.sample(self._plain, count), rng.sample(self._plain, count)
+        pairs = list(zip(keys, values, strict=True))
+        ids = [index for key, value in pairs for index in (key, *between, value, *after)]
+        if not alike:
+            between, after = asked_between, after + asked_before
+        while len(ids) < length:
+            ids += [index for key, value in rng.sample(pairs, count) for index in (key, *between, value, *after)]
+        return ids[:length]
 
     def dictionaries(self, rows: int, text_BT: Tensor, rng: random.Random) -> Tensor:
         """Rows (rows, T) of dictionaries, each with questions about it to the end; some are the probe."""
         length = text_BT.shape[1]
-        probes = round(PROBES * rows) if length >= 2 * SHORTEST["recall"] else 0
+        probes = round(PROBES * rows) if length > SHORTEST["dictionary"] else 0
         asked = [self.questions(length, rng) for _ in range(rows - probes)]
         return torch.cat([self.probes("dictionary", probes, text_BT, rng), torch.tensor(asked)])
 
@@ -143,12 +180,19 @@ class Lessons:
         ).input_ids
         return F.pad(ids_NC[rng.sample(range(len(ids_NC)), rows)], (0, 1), value=document_separator(self.tokenizer))
 
+    @cached_property
+    def _plain(self) -> list[int]:
+        """Every token that is not special."""
+        return sorted(set(range(len(self.tokenizer))) - {*self.tokenizer.all_special_ids})
+
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def shares(length: int) -> dict[str, float]:
     """Of the rows; the rest is text. Copying comes first, then the dictionary, which takes longest to learn."""
+    if length < SHORTEST["dictionary"]:
+        return {"copy": 1.0}
     if length < SHORTEST["passkey"]:
-        return {"copy": 0.5, "dictionary": 0.5}
-    return {"copy": 0.25, "dictionary": 0.375, "passkey": 0.25}
+        return {"copy": 0.25, "associations": 0.5, "dictionary": 0.25}
+    return {"copy": 0.2, "associations": 0.2, "dictionary": 0.25, "passkey": 0.2}

@@ -185,16 +185,20 @@ class Plan(BaseModel):
         """One letter a layer: the mixer's initial in capitals, or * where a layer's heads differ."""
         return "".join(next(iter(layer))[0].upper() if len(layer) == 1 else "*" for layer in self.layers)
 
-    def cache_bytes(self, context: int, batch: int = 1, dtype: str = "float32") -> int:
+    def cache_bytes(self, context: int, batch: int = 1, dtype: str = "float32", state_dtype: str | None = None) -> int:
         """Bytes of all keys, values and states after `context` tokens of `batch` sequences, for a model in `dtype`.
 
-        Keys and values are counted for the heads that keep them; recurrent states are float32 whatever the dtype.
-        Raises UserError for a dtype that is not a floating point one.
+        Keys and values are counted for the heads that keep them, once for those that share them; recurrent states are
+        float32 whatever the dtype, as Subquad keeps them. `state_dtype`: what they would take in another one, as some
+        papers count. Raises UserError for a dtype that is not a floating point one.
         """
-        if dtype not in ITEMSIZE:
-            raise UserError(f"cache bytes are known for {', '.join(ITEMSIZE)}, not for dtype '{dtype}'")
+        for name in (dtype, state_dtype):
+            if name not in (None, *ITEMSIZE):
+                raise UserError(f"cache bytes are known for {', '.join(ITEMSIZE)}, not for dtype '{name}'")
+        size = ITEMSIZE[dtype]
+        state_size = max(size, 4) if state_dtype is None else ITEMSIZE[state_dtype]
         return batch * sum(
-            mixer_class(name).state_bytes(group, mixer_options(name, self.mixers[name]), context, ITEMSIZE[dtype])
+            mixer_class(name).state_bytes(group, mixer_options(name, self.mixers[name]), context, size, state_size)
             for layer in range(self.num_layers)
             for name, group in self.groups(layer).items()
         )

@@ -7,6 +7,7 @@ import torch
 from rich.console import Console
 
 from benchmarks.claims import matrices, mohawk
+from benchmarks.claims.bench import SMALL_TEACHER
 from benchmarks.claims.runs import Mean, Store
 from benchmarks.common import ROOT
 
@@ -63,7 +64,7 @@ def tiny_runs(monkeypatch):
     monkeypatch.setattr(mohawk, "TRAINED", {"gla": {}, "discrete_mamba2": {"conv": 1}})
 
 
-@pytest.mark.skipif(not (ROOT / mohawk.SMALL_TEACHER).is_dir(), reason="the small teacher is not there yet")
+@pytest.mark.skipif(not (ROOT / SMALL_TEACHER).is_dir(), reason="the small teacher is not there yet")
 def test_mohawk_from_end_to_end(tmp_path, tiny_runs, capsys):
     arguments = ["--quick", "--work", str(tmp_path / "work"), "--json", str(tmp_path / "a.json")]
     mohawk.main([*arguments, "--plot", str(tmp_path / "a.png")])
@@ -76,7 +77,7 @@ def test_mohawk_from_end_to_end(tmp_path, tiny_runs, capsys):
     assert by_way["teacher", "logits"]["kl"] < by_way["fresh", "logits"]["kl"]
     assert all(run["after"] < run["before"] for run in report["matrices"]["trained"])
     assert (tmp_path / "a.png").stat().st_size > 10_000
-    assert report["command"].endswith("a.png") and report["settings"]["teacher"] == mohawk.SMALL_TEACHER
+    assert report["command"].endswith("a.png") and report["settings"]["teacher"] == SMALL_TEACHER
     shown = capsys.readouterr().out
     assert "matrix + hidden + logits" in shown and "toeplitz" in shown
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "work").iterdir()}

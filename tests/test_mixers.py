@@ -144,7 +144,7 @@ def test_state_bytes(name, options, group):
     whole = inputs(40, group, B=1)
     whole = MixerInputs(*(x.float() for x in (whole.q_BHTD, whole.k_BGTD, whole.v_BGTD, whole.hidden_BTM)), scale=0.3)
     _, state = mixer(whole)
-    assert sum(tensor.nbytes for tensor in state.values()) == mixer.state_bytes(group, mixer.options, 40, 4)
+    assert sum(tensor.nbytes for tensor in state.values()) == mixer.state_bytes(group, mixer.options, 40, 4, 4)
 
 
 SCALED = [row for row in MIXERS if row[0] not in ("sliding_window", "hedgehog", "liger")]
@@ -269,7 +269,7 @@ def test_both_directions_are_two_triangles(name):
 
 def test_bidirectional_mixers_keep_no_state():
     mixer, whole = make("gla", {"bidirectional": True}), inputs(10)
-    assert mixer(whole)[1] == {} and mixer.state_bytes(WHOLE, mixer.options, 99, 4) == 0
+    assert mixer(whole)[1] == {} and mixer.state_bytes(WHOLE, mixer.options, 99, 4, 4) == 0
     with pytest.raises(ValueError, match="bidirectional: it cannot go on"):
         mixer(part(whole, 4, 10))
 

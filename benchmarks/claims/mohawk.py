@@ -22,7 +22,6 @@ import argparse
 import itertools
 import shlex
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -33,24 +32,20 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from benchmarks.claims import matrices
+from benchmarks.claims.bench import SMALL_TEACHER, Bench
 from benchmarks.claims.report import draw, print_report
 from benchmarks.claims.runs import Result, Settings, Store
 from benchmarks.common import facts, wide_console, write_json
-from subquad.attention import AttentionCall, find_attention, watched_attention
+from subquad.attention import AttentionCall, watched_attention
 from subquad.data.retrieval import make_probe
-from subquad.data.text import load_corpus
 from subquad.distill.hidden import attention_scores
-from subquad.distill.loop import make_accelerator, run_stage
 from subquad.distill.passes import TeacherForced
 from subquad.evaluate import likelihood, retrieval
 from subquad.plan import Plan
 from subquad.stage import Stage
 from subquad.student import Student
-from subquad.teacher import Teacher, load_teacher
-from subquad.train_teacher import Lessons
 
 PARTS = ("stages", "mlp", "matrices")
-SMALL_TEACHER = "tests/assets/small-teacher"
 WAYS = {  # shares of the tokens
     "matrix + hidden + logits": {"matrix": 0.1, "hidden": 0.2, "logits": 0.7},
     "hidden + logits": {"hidden": 0.3, "logits": 0.7},
@@ -120,20 +115,15 @@ LARGE: dict[str, Any] = {  # SmolLM2 on two cores
 }
 
 
-class Bench:
-    """A teacher, its text, and the runs."""
+class Mohawk(Bench):
+    """The runs of these claims."""
 
     def __init__(self, setup: Setup, store: Store) -> None:
-        self.setup, self.store = setup, store
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.teacher: Teacher = load_teacher(setup.teacher, device=self.device)
-        tokenizer: Any = self.teacher.tokenizer
-        self.corpus = load_corpus(None, tokenizer)
-        small = self.teacher.model.config.vocab_size < 10_000
-        self.lessons = Lessons(self.corpus, tokenizer) if small else self.corpus
-        self.shapes = [site.shape for site in find_attention(self.teacher.model)]
+        super().__init__(setup.teacher, store)
+        self.setup = setup
         rows, length = setup.rows, setup.sequence_length
         self.test, self.tuning = (self.corpus.heldout_batch(rows, length, part=part) for part in ("test", "selection"))
+        tokenizer: Any = self.teacher.tokenizer
         self.probes = {
             task: {
                 setup.probe_context: make_probe(
@@ -145,33 +135,13 @@ class Bench:
 
     # ------------------------------------------------------------------ a student
 
-    def student(self, mixer: str, options: dict[str, Any], start: str, seed: int) -> Student:
+    def linear(self, mixer: str, options: dict[str, Any], start: str, seed: int) -> Student:
         """All layers replaced, with the teacher's projections or fresh ones, calibrated."""
-        torch.manual_seed(seed)
-        student = Student.from_teacher(self.teacher.model, Plan.by_layer(self.shapes, [], mixer, options))
+        student = self.student(Plan.by_layer(self.shapes, [], mixer, options), seed)
         if start == "fresh":
             _refresh(student)
-        rows = self.corpus.batch(0, batch=1, sequence_length=self.setup.sequence_length, seed=seed + 7)
-        student.calibrate(rows.to(student.device))
+        self.calibrate(student, self.setup.sequence_length, seed)
         return student
-
-    def train(self, student: Student, stages: Sequence[Stage], seed: int) -> list[Result]:
-        results = []
-        with tempfile.TemporaryDirectory() as folder:
-            accelerator = make_accelerator(Path(folder))
-            for index, stage in enumerate(stages):
-                result = run_stage(
-                    stage,
-                    index=index,
-                    student=student,
-                    teacher_model=self.teacher.model,
-                    corpus=self.lessons,
-                    seed=seed,
-                    out=Path(folder),
-                    accelerator=accelerator,
-                )
-                results.append({k: v for k, v in result.as_dict().items() if k != "final_parts"})
-        return results
 
     def stage(self, kind: str, tokens: int, rate: float, **more: Any) -> Stage:
         setup = self.setup
@@ -197,7 +167,7 @@ class Bench:
     def distilled(self, settings: Settings) -> Result:
         """One run of `settings`: its stages, and what the student is worth after them."""
         mixer, options = MIXERS[settings["mixer"]]
-        student = self.student(mixer, options, settings["start"], settings["seed"])
+        student = self.linear(mixer, options, settings["start"], settings["seed"])
         layers_rate, logits_rate = settings["rates"]
         stages = [
             self.stage(
@@ -292,7 +262,7 @@ class Bench:
     def matrix_stage(self, settings: Settings) -> Result:
         """The distance of a mixer's matrices from the teacher's on held-out text, before and after a matrix stage."""
         options = {**settings["options"], "state_dim": settings["state_dim"]}
-        student = self.student(settings["mixer"], options, "teacher", settings["seed"])
+        student = self.linear(settings["mixer"], options, "teacher", settings["seed"])
         stage = self.stage("matrix", settings["tokens"], 3e-3)
         before = self.distance(student, stage)
         (result,) = self.train(student, [stage], settings["seed"])
@@ -347,7 +317,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     changes = {**(LARGE if arguments.teacher == "default" else {}), **(QUICK if arguments.quick else {})}
     setup = replace(Setup(teacher=arguments.teacher), **changes)
     console = wide_console()
-    bench = Bench(setup, Store(arguments.work, console))
+    bench = Mohawk(setup, Store(arguments.work, console))
     report = facts(command, asdict(setup), torch.device(bench.device)) | {"teacher_name": bench.teacher.name}
     for part in (part for part in PARTS if part in arguments.parts):
         report[part] = getattr(bench, part)()

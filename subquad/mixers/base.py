@@ -157,10 +157,10 @@ class Mixer(nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def state_bytes(cls, group: HeadGroup, options: Any, context: int, itemsize: int) -> int:
-        """Bytes held for one row of the batch after `context` tokens; `itemsize` is that of the model's dtype."""
+    def state_bytes(cls, group: HeadGroup, options: Any, context: int, size: int, wide_size: int) -> int:
+        """Bytes held for one row of the batch after `context` tokens: `size` an element, `wide_size` a wide one."""
         return sum(
-            math.prod(held.shape) * (max(itemsize, 4) if held.wide else itemsize)
+            math.prod(held.shape) * (wide_size if held.wide else size)
             for held in cls.held(group, options, context).values()
         )
 
