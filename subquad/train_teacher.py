@@ -170,8 +170,8 @@ def _initialise(model: LlamaForCausalLM) -> None:
     - Tokens have unit size, and what a layer adds to them is small. With embeddings of the usual size 0.02 the first
       layer drowns the token that it stands on, and the second has nothing to look for.
     - The output head begins as the embeddings, so that to attend to a token is to predict it.
-    - Attention begins as trained attention is (mimetic initialisation, arXiv 2305.09828): queries and keys look for what
-      is alike, and what a head writes is the transpose of what it reads.
+    - Attention begins as trained attention is (mimetic initialisation, arXiv 2305.09828): queries and keys look for
+      what is alike, and what a head writes is the transpose of what it reads.
     - Half of the first layer's heads begin by looking a few tokens back (`_look_back`).
     """
     width, layers = model.config.hidden_size, model.config.num_hidden_layers

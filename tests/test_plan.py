@@ -107,3 +107,33 @@ def test_wrong_plans_are_refused():
         Plan.load("nowhere.yaml")
     with pytest.raises(UserError, match="layer 9 is not one of"):
         Plan.by_layer([SHAPE], [9], "gla")
+
+
+def llama_1b(kept, join="parallel", state_dim=8, layers=()):
+    """Llama-3.2-1B's shape: 16 layers of 32 heads in 8 groups."""
+    shapes = [AttentionShape(heads=32, kv_heads=8, head_dim=64, hidden_size=2048)] * 16
+    heads = [*kept, *((layer, head) for layer in layers for head in range(32))]
+    return Plan.by_head(shapes, heads, "retention", {"state_dim": state_dim}, join)
+
+
+@pytest.mark.parametrize(("context", "megabytes"), [(128, 0.852), (2048, 5.767), (4096, 11.010)])
+def test_the_memory_of_retrieval_aware_distillation(context, megabytes):
+    """arXiv 2602.11374, table 2: 0.8, 5.7 and 11.0 MB for ten heads, N = 8, everything in two bytes."""
+    ten = [(layer, head) for layer in range(5) for head in (0, 4)]  # of different groups, as the paper counts them
+    size = llama_1b(ten).cache_bytes(context, dtype="float16", state_dtype="float16")
+    assert size == 2560 * context + 524_288 == pytest.approx(megabytes * 1e6, rel=1e-3)
+    # As Subquad keeps them: states in float32, and the keys and values of heads in one group once.
+    assert llama_1b(ten).cache_bytes(context, dtype="float16") == 2560 * context + 2 * 524_288
+    paper = [(9, 25), (4, 4), (10, 26), (0, 20), (8, 20), (8, 19), (8, 16), (7, 22), (10, 20), (5, 5)]
+    assert llama_1b(paper).cache_bytes(context, dtype="float16", state_dtype="float16") == 2304 * context + 524_288
+
+
+def test_what_the_paper_compares_its_memory_with():
+    """Its "5 to 6 times less" is of hybrids that keep 8 of 16 layers; of those that keep 4, it is 3.3 times at length."""
+    ten = [(layer, head) for layer in range(5) for head in (0, 4)]
+    own = {c: llama_1b(ten).cache_bytes(c, dtype="float16", state_dtype="float16") for c in (128, 2048, 4096)}
+    for kept, ratios in ((4, (4.9, 3.5, 3.3)), (8, (4.9, 6.2, 6.3))):
+        plan = llama_1b([], "split", 64, layers=range(kept))
+        for (context, size), ratio in zip(own.items(), ratios, strict=True):
+            found = plan.cache_bytes(context, dtype="float16", state_dtype="float16") / size
+            assert found == pytest.approx(ratio, abs=0.06), (kept, context, found)

@@ -22,7 +22,7 @@ SMALL_TEACHER = "tests/assets/small-teacher"
 
 
 class Bench:
-    """A teacher, its text, and the runs; students of a small teacher learn from text and retrieval, as it did itself."""
+    """A teacher, its text, and the runs; students of a small teacher learn from its own lessons, others from text."""
 
     def __init__(self, teacher: str, store: Store) -> None:
         self.store = store

@@ -1,0 +1,127 @@
+"""The tables and the picture of retrieval-aware distillation's claims."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.claims.runs import Mean
+from subquad.report import format as fmt
+from subquad.report.plots import STYLE
+
+COLOURS = {"scored": "#dd8a2b", "random": "#7d8794", "uniform layers": "#4f7fcf", "best layers": "#2f93a8"}
+LABELS = {"scored": "heads by score", "random": "heads at random"}
+CACHE_CONTEXT = "2048"
+
+
+def print_report(report: Mapping[str, Any], console: Console) -> None:
+    """All tables."""
+    measure = report["measure"]
+    if "ablation" in report:
+        console.print(ablation_table(report["ablation"], measure))
+    for part in ("heads", "join", "state"):
+        if part in report:
+            console.print(cells_table(report[part], part, measure))
+    if "serving" in report:
+        console.print(serving_table(report["serving"]))
+
+
+def text_of(values: Sequence[float], measure: str) -> str:
+    """Coverage as a percentage, or nats lost."""
+    found = Mean.of(values)
+    if measure == "logprob":
+        return found.text(2)
+    spread = f" ± {100 * found.spread:.1f}" if found.count > 1 else ""
+    return f"{100 * found.mean:.1f}{spread}%"
+
+
+def _what(measure: str) -> str:
+    return "retrieval coverage" if measure == "accuracy" else "nats lost per answer token"
+
+
+def ablation_table(rows: Sequence[Mapping[str, Any]], measure: str) -> Table:
+    """What is left of the teacher."""
+    table = Table(title=f"the teacher without some of its heads: {_what(measure)}", title_justify="left")
+    for heading in ("heads silenced", "the first by score", "at random"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        values = ([found["mean"] for found in row[kind]] for kind in ("scored", "random"))
+        table.add_row(str(row["count"]), *(text_of(found, measure) for found in values))
+    return table
+
+
+def cells_table(cells: Sequence[Mapping[str, Any]], part: str, measure: str) -> Table:
+    """Means over seeds, with the spread of a run."""
+    seeds = len(cells[0]["runs"])
+    table = Table(title=f"{part}: mean of {seeds} seeds ± spread of one", title_justify="left")
+    varied = [key for key in cells[0]["settings"]]
+    tasks = [task for task in cells[0]["runs"][0]["coverage"] if task != "mean"]
+    for key in varied:
+        table.add_column(key)
+    for heading in ("heads", _what(measure), *tasks, "KL", "cache at 2k"):
+        table.add_column(heading, justify="right")
+    for cell in cells:
+        runs = cell["runs"]
+        by_task = (text_of([run["coverage"][task] for run in runs], measure) for task in ("mean", *tasks))
+        table.add_row(
+            *(str(cell["settings"][key]) for key in varied),
+            str(len(runs[0]["settings"]["heads"])),
+            *by_task,
+            Mean.of([run["kl"] for run in runs]).text(),
+            fmt.size(fmean(run["cache_bytes"][CACHE_CONTEXT] for run in runs)),
+        )
+    return table
+
+
+def serving_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Decoding, one sequence."""
+    table = Table(title="decoding one sequence: tokens/s, median (quartiles)", title_justify="left")
+    for heading in ("context", "kept by", "attention heads", "cache", "tokens/s"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        low, high = row["quartiles"]
+        speed = f"{row['tokens_per_second']:.1f} ({low:.1f} to {high:.1f})"
+        size = fmt.size(row["cache_bytes"])
+        table.add_row(f"{row['context']:,}", row["plan"], str(row["attention_heads"]), size, speed)
+    return table
+
+
+def draw(report: Mapping[str, Any], path: Path) -> None:
+    """Coverage over cache bytes, all families; whiskers are the spread of a run."""
+    measure = report["measure"]
+    with matplotlib.rc_context(STYLE | {"savefig.facecolor": "white"}):
+        figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+        ax = figure.subplots()
+        for family, colour in COLOURS.items():
+            cells = [cell for cell in report["heads"] if cell["settings"]["family"] == family]
+            cells += [c for c in report["heads"] if family == "random" and c["settings"]["count"] == 0]
+            found = sorted(
+                (fmean(run["cache_bytes"][CACHE_CONTEXT] for run in cell["runs"]), _coverage(cell)) for cell in cells
+            )
+            if found:
+                sizes, means = [size for size, _ in found], [mean for _, mean in found]
+                values, spreads = [mean.mean for mean in means], [mean.spread for mean in means]
+                label = LABELS.get(family, family)
+                ax.errorbar(sizes, values, yerr=spreads, color=colour, marker="o", markersize=4, capsize=2, label=label)
+        ax.axhline(1.0 if measure == "accuracy" else 0.0, color=STYLE["text.color"], linewidth=0.6, linestyle=":")
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: fmt.size(value)))
+        if measure == "accuracy":
+            ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f}%"))
+        ax.set_xlabel("cache of one sequence at 2,048 tokens (float32)")
+        ax.set_ylabel(_what(measure))
+        ax.grid()
+        ax.legend()
+        aside = path.with_name(path.name + ".tmp")
+        figure.savefig(aside, format="png", dpi=160)
+    os.replace(aside, path)
+
+
+def _coverage(cell: Mapping[str, Any]) -> Mean:
+    return Mean.of([run["coverage"]["mean"] for run in cell["runs"]])
