@@ -89,10 +89,12 @@ class Lessons:
 
     def batch(self, step: int, *, batch: int, sequence_length: int, seed: int) -> Tensor:
         """The rows of one step: ids_BT, int64. Raises UserError if the text is shorter than one row."""
-        rows = {task: int(share * batch) for task, share in shares(sequence_length).items()}
-        text_rows = batch - sum(rows.values())
-        text_BT = self.corpus.batch(step, batch=max(1, text_rows), sequence_length=sequence_length, seed=seed)
         rng = random.Random(f"lessons {seed} {step}")
+        weights = shares(sequence_length)
+        drawn = rng.choices([*weights, "text"], [*weights.values(), 1 - sum(weights.values())], k=batch)
+        rows = {task: drawn.count(task) for task in weights}
+        text_rows = drawn.count("text")
+        text_BT = self.corpus.batch(step, batch=max(1, text_rows), sequence_length=sequence_length, seed=seed)
         make = {
             "copy": self.copying,
             "associations": self.associations,
@@ -105,9 +107,9 @@ class Lessons:
     def copying(self, rows: int, text_BT: Tensor, rng: random.Random) -> Tensor:
         """Rows (rows, T) of a sequence, over and over; some are the probe, with the sequence twice."""
         length = text_BT.shape[1]
-        probes = round(PROBES * rows) if length >= SHORTEST["dictionary"] else 0
+        probes = sum(rng.random() < PROBES for _ in range(rows)) if length >= SHORTEST["dictionary"] else 0
         repeated = [self.repeated(length, rng) for _ in range(rows - probes)]
-        return torch.cat([self.probes("copy", probes, text_BT, rng), torch.tensor(repeated)])
+        return torch.cat([self.probes("copy", probes, text_BT, rng), _rows(repeated, length)])
 
     def repeated(self, length: int, rng: random.Random) -> list[int]:
         """`length` tokens of a random sequence, over and over; in most rows, two tokens stand in many of its places."""
@@ -120,7 +122,7 @@ class Lessons:
     def associations(self, rows: int, text_BT: Tensor, rng: random.Random) -> Tensor:
         """Rows (rows, T) of pairs of random tokens, then of these pairs again, in any order, to the end."""
         length = text_BT.shape[1]
-        return torch.tensor([self.pairs(length, rng) for _ in range(rows)])
+        return _rows([self.pairs(length, rng) for _ in range(rows)], length)
 
     def pairs(self, length: int, rng: random.Random) -> list[int]:
         """Pairs `key, between, value, after`, with the same few tokens between and after in all; then questions, where
@@ -141,9 +143,9 @@ class Lessons:
     def dictionaries(self, rows: int, text_BT: Tensor, rng: random.Random) -> Tensor:
         """Rows (rows, T) of dictionaries, each with questions about it to the end; some are the probe."""
         length = text_BT.shape[1]
-        probes = round(PROBES * rows) if length > SHORTEST["dictionary"] else 0
+        probes = sum(rng.random() < PROBES for _ in range(rows)) if length > SHORTEST["dictionary"] else 0
         asked = [self.questions(length, rng) for _ in range(rows - probes)]
-        return torch.cat([self.probes("dictionary", probes, text_BT, rng), torch.tensor(asked)])
+        return torch.cat([self.probes("dictionary", probes, text_BT, rng), _rows(asked, length)])
 
     def questions(self, length: int, rng: random.Random) -> list[int]:
         """A dictionary and questions about it, in all forms, `length` tokens."""
@@ -169,7 +171,7 @@ class Lessons:
         """Rows (rows, T) of the probe `task`, one to a row, in text or in the probe's own filler."""
         length = text_BT.shape[1]
         if not rows:
-            return torch.zeros(0, length, dtype=torch.long)
+            return _rows([], length)
         ids_NC = make_probe(
             task,
             self.tokenizer,
@@ -189,8 +191,12 @@ class Lessons:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
+def _rows(rows: list[list[int]], length: int) -> Tensor:
+    return torch.tensor(rows, dtype=torch.long).view(-1, length)  # none at all have a length, too
+
+
 def shares(length: int) -> dict[str, float]:
-    """Of the rows; the rest is text. Copying comes first, then the dictionary, which takes longest to learn."""
+    """Chances of a row; else it is text. Copying comes first, then the dictionary, which takes longest to learn."""
     if length < SHORTEST["dictionary"]:
         return {"copy": 1.0}
     if length < SHORTEST["passkey"]:

@@ -129,7 +129,7 @@ def test_the_memory_of_retrieval_aware_distillation(context, megabytes):
 
 
 def test_what_the_paper_compares_its_memory_with():
-    """Its "5 to 6 times less" is of hybrids that keep 8 of 16 layers; of those that keep 4, it is 3.3 times at length."""
+    """Its "5 to 6 times less" is of hybrids that keep 8 of 16 layers; of those that keep 4, it is 3.3 at length."""
     ten = [(layer, head) for layer in range(5) for head in (0, 4)]
     own = {c: llama_1b(ten).cache_bytes(c, dtype="float16", state_dtype="float16") for c in (128, 2048, 4096)}
     for kept, ratios in ((4, (4.9, 3.5, 3.3)), (8, (4.9, 6.2, 6.3))):

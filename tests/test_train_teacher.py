@@ -101,17 +101,21 @@ def test_lessons_never_use_a_seed_of_an_evaluation(length, lessons, monkeypatch)
     monkeypatch.setattr(lessons_module, "make_probe", spy)
     for step in range(8):
         assert lessons.batch(step, batch=16, sequence_length=length, seed=0).shape == (16, length)
-    assert len(seeds) >= 8 and min(seeds) >= TRAINING_SEEDS
+    assert len(seeds) >= 4 and min(seeds) >= TRAINING_SEEDS
     assert len(set(seeds)) == len(seeds)
 
 
 @pytest.mark.parametrize("length", [64, 256, 512])
 def test_problems_are_right(length, lessons):
     asked = dict.fromkeys(CHECKS, 0)
-    rows_of = {"dictionary": lessons.dictionaries, "passkey": lessons.pass_keys, "copy": lessons.copying}
+    rows_of = {
+        "dictionary": lessons.dictionaries,
+        "passkey": lessons.pass_keys,
+        "copy": lessons.copying,
+    }
     for step in range(12):
         text_BT = lessons.corpus.batch(step, batch=1, sequence_length=length, seed=0)
-        for task in shares(length):
+        for task in rows_of.keys() & shares(length).keys():
             rows = rows_of[task](4, text_BT, random.Random(step))
             assert rows.shape == (4, length)
             for ids in rows.tolist():
@@ -146,12 +150,48 @@ def _copy(said, ids):
     half = len(ids) // 2
     if ids[-half:] == ids[-2 * half : -half]:
         return 1
-    period = ids[1:].index(ids[0]) + 1
-    assert ids[period:] == ids[:-period]
+    assert any(ids[period:] == ids[:-period] for period in range(4, half + 1))
     return 1
 
 
 CHECKS = {"dictionary": _dictionary, "passkey": _passkey, "copy": _copy}
+
+
+def test_small_batches_leave_no_task_out(lessons, monkeypatch):
+    """At 512 tokens a step has four rows: shares are chances, not counts that round to nothing."""
+    made = dict.fromkeys(("copying", "associations", "dictionaries", "pass_keys"), 0)
+
+    def spy(name):
+        make = getattr(Lessons, name)
+
+        def count(self, rows, *arguments):
+            made[name] += rows
+            return make(self, rows, *arguments)
+
+        return count
+
+    for name in made:
+        monkeypatch.setattr(Lessons, name, spy(name))
+    for step in range(30):
+        assert lessons.batch(step, batch=4, sequence_length=128, seed=0).shape == (4, 128)
+    assert all(rows > 10 for rows in made.values()) and sum(made.values()) < 115
+
+
+def test_associations_are_asked_as_they_were_said(lessons, monkeypatch):
+    monkeypatch.setattr(lessons_module, "FILLERS", ((1,), (1,), (2,), (3,)))  # between, after; before, between
+    strides = set()
+    for seed in range(20):
+        ids = lessons.pairs(400, random.Random(seed))
+        count = next(n for n in range(1, 101) if ids[4 * n + 1] != ids[1] or ids[4 * n] in ids[: 4 * n : 4])
+        said = dict(zip(ids[: 4 * count : 4], ids[2 : 4 * count : 4], strict=True))
+        assert {*ids[1 : 4 * count : 4]} == {ids[1]} and {*ids[3 : 4 * count : 4]} == {ids[3]}
+        questions = ids[4 * count :]
+        stride, place = (4, 2) if questions[1] == ids[1] else (8, 4)  # key, 1, value, 1; or key, 3, value, 1 + 2
+        strides.add(stride)
+        asked = list(zip(questions[::stride], questions[place::stride], strict=False))
+        assert len(asked) >= 10 and all(said[key] == value for key, value in asked)
+        assert len({key for key, _ in asked[:count]}) == min(count, len(asked))  # all of them, before any again
+    assert strides == {4, 8}
 
 
 # Training ------------------------------------------------------------------------------------------------------------
