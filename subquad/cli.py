@@ -178,7 +178,8 @@ def select(
             "--by",
             metavar="NAME",
             help="The selector, instead of the recipe's: kl (restores one layer at a time and measures the KL to the "
-            "teacher) or uniform (evenly spaced).",
+            "teacher), retrieval-heads (silences one head at a time and measures what the teacher fails to look up), "
+            "uniform (evenly spaced) or fixed (those of a list).",
         ),
     ] = None,
     budget: BudgetOption = None,
@@ -192,7 +193,7 @@ def select(
     allow_pickle: PickleOption = False,
     trust_remote_code: RemoteCodeOption = False,
 ) -> None:
-    """Decide which layers keep attention, and write the plan. No model is saved.
+    """Decide which layers or heads keep attention, and write the plan. No model is saved.
 
     A plan is a short YAML file: read it, change it, and give it to `distill` or `convert --plan`.
 

@@ -27,7 +27,8 @@ RecipeOption = Annotated[
         metavar="NAME|FILE",
         help="The recipe: mixer, selector, training stages and evaluation. One that ships with Subquad, or your own "
         ".yaml file. For minutes on two CPU cores: quick, and the -quick form of each of these, which are for GPUs: "
-        "kl-guided, mohawk, mohawk-hybrid, llamba, radlads, lolcats, liger, mamba-in-llama.",
+        "kl-guided, mohawk, mohawk-hybrid, llamba, radlads, lolcats, liger, mamba-in-llama, "
+        "retrieval-aware.",
     ),
 ]
 SetOption = Annotated[
@@ -77,8 +78,8 @@ BudgetOption = Annotated[
         "--budget",
         "-b",
         metavar="BUDGET",
-        help="How much may stay attention, instead of the recipe's budget: a number of layers (15), a share of them "
-        "(50%), or the cache's bytes at a context length (64MiB@32k).",
+        help="How much may stay attention, instead of the recipe's budget: a number of layers or heads (15), a share "
+        "of them (50%), or the cache's bytes at a context length (64MiB@32k).",
     ),
 ]
 ResumeOption = Annotated[

@@ -71,7 +71,7 @@ def window_plan(plan: Plan, dtype: str) -> Plan:
         layers.append({name: heads for name, heads in ((ATTENTION, attends), ("sliding_window", others)) if heads})
     windows = Plan(shapes=plan.shapes, mixers=mixers, layers=layers)
     per_token = sum(
-        2 * len(group.kv_heads) * group.head_dim * ITEMSIZE[dtype]
+        2 * group.states(share=True) * group.head_dim * ITEMSIZE[dtype]
         for layer in range(plan.num_layers)
         for name, group in windows.groups(layer).items()
         if name != ATTENTION

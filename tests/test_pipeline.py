@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from subquad import jobs, pipeline
 from subquad.errors import UserError
 from subquad.evaluate import cache_table
+from subquad.evaluate.retrieval import FLOORS
 from subquad.plan import AttentionShape, Plan
 from subquad.recipe import Recipe, load_recipe
 from subquad.student import Student
@@ -289,3 +290,36 @@ def test_the_real_teacher_cut_to_its_first_layers(tmp_path):
     assert metrics["student"]["kl"]["256"] < metrics["untrained"]["kl"]["256"]
     assert metrics["student"]["cache_bytes"]["131072"] < 0.55 * metrics["teacher"]["cache_bytes"]["131072"]
     assert Path(tmp_path / "run" / "report.html").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("join", ["split", "parallel"])
+def test_heads_that_retrieve_are_kept(teacher_folder, text, tmp_path, monkeypatch, capsys, join):
+    """The whole path for units that are heads: scores, plan, training, rivals, report."""
+    monkeypatch.setitem(FLOORS, "logprob", -1e9)  # a random teacher answers nothing
+    options = {"tasks": ["copy"], "context": 32, "rows": 4}
+    changes = {
+        "mixer": {**RECIPE["mixer"], "join": join},
+        "selector": {"by": "retrieval-heads", "budget": "3", "tokens": 64, "sequence_length": 32, "options": options},
+        "stages": [
+            {"name": "hidden", "objective": "block_output", "tokens": 128, **STAGE},
+            {"name": "logits", "objective": "logits", "trainable": "all", "tokens": 128, **STAGE},
+        ],
+    }
+    student = pipeline.convert(teacher_folder, Recipe(**{**RECIPE, **changes}), tmp_path / "run", data=text)
+    assert len(student.plan.attention_heads) == 3 and student.plan.join == join
+    scores = json.loads((tmp_path / "run/scores.json").read_text())
+    assert scores["unit"] == "head" and scores["measure"] == "logprob" and len(scores["chosen"]) == 3
+    flat = [score for row in scores["scores"] for score in row]
+    assert sorted(scores["chosen"], key=lambda index: -flat[index]) == scores["order"][:3]
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert {"student", "untrained", "window", "uniform"} <= metrics.keys()
+    context = "1024"
+    assert metrics["uniform"]["cache_bytes"][context] <= metrics["student"]["cache_bytes"][context]
+    assert metrics["window"]["cache_bytes"][context] <= metrics["student"]["cache_bytes"][context]
+    said = capsys.readouterr().out
+    assert "18 heads on 1 x 4 rows of 32 tokens" in " ".join(said.split())
+    page = (tmp_path / "run/report.html").read_text()
+    assert "Why these heads" in page and "an aggregate head" in page
+    loaded = Student.from_pretrained(tmp_path / "run")
+    tokens = torch.tensor([[5, 6, 7, 8]])
+    assert torch.equal(loaded(tokens, use_cache=False).logits, student(tokens, use_cache=False).logits)
