@@ -104,8 +104,9 @@ def retrieval_heads(
     teacher = Student.from_teacher(model, Plan.all_attention(shapes))
     probes = {task: make_probe(task, tokenizer, context, rows, seed, text_BT) for task in tasks}
     with evaluating(model):
+        asked = time.perf_counter()
         whole = {task: answers(model, probe) for task, probe in probes.items()}
-        pass_seconds = (time.perf_counter() - start) / max(1, len(probes))
+        pass_seconds = (time.perf_counter() - asked) / len(probes)
         kind, unusable = _measure(model, probes, measure)
         for task, reason in unusable.items():
             say(f"the retrieval task '{task}' is left out: {reason}")
@@ -213,8 +214,10 @@ class _Ablation:
 
     def open_heads(self) -> list[int]:
         """The heads that may still belong to the first `top` or not: their interval holds the cut."""
-        if self.done == 0 or self.top >= len(self.heads):
-            return [*range(len(self.heads))] if self.done == 0 else []
+        if self.done == 0:
+            return [*range(len(self.heads))]
+        if not 0 < self.top < len(self.heads):
+            return []
         ordered = self.mean(self.kind).sort(descending=True).values
         cut = (ordered[self.top - 1] + ordered[self.top]) / 2
         low, high = self.interval()
