@@ -40,11 +40,11 @@ CONTEXT = 1024
 LAYERS = range(4, 9)
 
 LADDER = {32: 0.1, 64: 0.3, 128: 0.6, 256: 0.8, 512: 1.0}  # context -> share of the token budget spent when it ends
-RATES = {32: 4e-3, 64: 4e-3, 128: 3e-3, 256: 2e-3, 512: 1e-3}
+RATES = {32: 4e-3, 64: 4e-3, 128: 3e-3, 256: 3e-3, 512: 2e-3}
 BATCH_TOKENS = 2048
 ROUND_TOKENS = 600_000
 NEEDED = {"copy": 0.99, "dictionary": 0.98, "passkey": 0.98}  # accuracy
-READY = 0.9  # of that: the next context begins
+READY = 0.95  # of that: the next context begins
 HEADS, HEAD_DIM = 8, 32
 ROPE_THETA = 10_000.0
 LOOK_BACK = 4.0  # size of the biases that make heads look back
