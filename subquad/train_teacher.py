@@ -41,6 +41,7 @@ LAYERS = range(4, 9)
 
 LADDER = {32: 0.1, 64: 0.3, 128: 0.6, 256: 0.8, 512: 1.0}  # context -> share of the token budget spent when it ends
 RATES = {32: 4e-3, 64: 4e-3, 128: 3e-3, 256: 3e-3, 512: 2e-3}
+COOLING = 0.75  # factor of the rate from round to round at the last context
 BATCH_TOKENS = 2048
 ROUND_TOKENS = 600_000
 NEEDED = {"copy": 0.985, "dictionary": 0.98, "passkey": 0.98}  # accuracy
@@ -219,9 +220,15 @@ def _climb(run: Run, student: Student, fresh: LlamaForCausalLM, lessons: Lessons
     scores: Scores = {}
     spent = 0
     for stage in run.recipe.stages:
+        last = stage.sequence_length == max(LADDER)
+        before = len(rounds)
         while spent < stage.tokens:
             number = len(rounds)
-            settings = {"name": f"{stage.name}-round-{number}", "tokens": min(ROUND_TOKENS, stage.tokens - spent)}
+            settings = {
+                "name": f"{stage.name}-round-{number}",
+                "tokens": min(ROUND_TOKENS, stage.tokens - spent),
+                "lr": stage.lr * COOLING ** (number - before) if last else stage.lr,
+            }
             result = run_stage(
                 stage.model_copy(update=settings),
                 index=number,
@@ -238,7 +245,7 @@ def _climb(run: Run, student: Student, fresh: LlamaForCausalLM, lessons: Lessons
             spent += result.tokens
             scores = retrieval(student, heldout_probes(lessons, asked_after(stage.sequence_length)))
             run.say(f"after {spent:,} tokens, loss {result.final_loss:.3f}: {_in_words(scores)}")
-            if is_perfect(scores, 1.0 if stage.sequence_length == max(LADDER) else READY):
+            if is_perfect(scores, 1.0 if last else READY):
                 break
     return rounds, scores
 
