@@ -105,8 +105,8 @@ def train_teacher(
     ),
     layers: Annotated[int, typer.Option("--layers", metavar="4-8", help="Layers of the new model.")] = 4,
     tokens: Annotated[
-        str, typer.Option("--tokens", metavar="COUNT", help="Tokens to train on at most, such as 20M or 500k.")
-    ] = "20M",
+        str, typer.Option("--tokens", metavar="COUNT", help="Tokens to train on at most, such as 14M or 500k.")
+    ] = "14M",
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the weights and of what they learn from.")] = 0,
     resume: ResumeOption = False,
     overwrite: OverwriteOption = False,

@@ -59,7 +59,7 @@ def train_teacher(
     out: str | Path,
     *,
     layers: int = 4,
-    tokens: int | str = "20M",
+    tokens: int | str = "14M",
     seed: int = 0,
     data: list[str] | None = None,
     resume: bool = False,

@@ -277,7 +277,6 @@ def test_a_run_is_not_replaced_unasked(tmp_path, text, small):
 # The one that ships --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not ASSET.is_dir(), reason="the small teacher has not been added to this source tree")
 def test_the_shipped_teacher_scores_what_its_metrics_say():
     metrics = json.loads((ASSET / "metrics.json").read_text())
     teacher = load_teacher(str(ASSET))
