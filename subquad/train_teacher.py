@@ -168,7 +168,7 @@ def new_model(tokenizer: PreTrainedTokenizerFast, layers: int) -> LlamaForCausal
 
 @torch.no_grad()
 def _initialise(model: LlamaForCausalLM) -> None:
-    """A start from which copying and looking up are learned in a million tokens, and not in a hundred.
+    """A start from which copying and looking up are learned in a few million tokens.
 
     - Tokens have unit size, and what a layer adds to them is small. With embeddings of the usual size 0.02 the first
       layer drowns the token that it stands on, and the second has nothing to look for.
