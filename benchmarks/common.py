@@ -3,8 +3,10 @@
 import json
 import os
 import platform
+import shlex
 import subprocess
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,11 @@ def facts(command: str, settings: Mapping[str, Any], device: torch.device) -> di
         "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith(TELLING)},
         "settings": dict(settings),
     }
+
+
+def command_of(module: str, argv: Sequence[str] | None) -> str:
+    """The command that runs a benchmark with these arguments; none: those of this process."""
+    return shlex.join(["python", "-m", module, *(sys.argv[1:] if argv is None else argv)])
 
 
 def modified_files() -> list[str]:

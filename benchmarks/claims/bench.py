@@ -1,13 +1,17 @@
-"""What the claims share: a teacher, its text, students of it, and stages that are run on them."""
+"""What the claims share: a command line, a teacher, its text, students of it, and stages that are run on them."""
 
+import argparse
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from benchmarks.claims.runs import Result, Store
+from benchmarks.common import command_of, facts, write_json
 from subquad.attention import find_attention
 from subquad.data.text import load_corpus
 from subquad.distill.loop import make_accelerator, run_stage
@@ -61,3 +65,39 @@ class Bench:
                 )
                 results.append({k: v for k, v in result.as_dict().items() if k != "final_parts"})
         return results
+
+
+def parse(argv: Sequence[str] | None, module: str, about: str, parts: Sequence[str], plot: str) -> argparse.Namespace:
+    """The command line of a claim; `plot` says what its picture shows."""
+    name = module.rpartition(".")[2].replace("_", "-")
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=about.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="one seed, little of everything, no tuning: minutes")
+    parser.add_argument("--teacher", default=SMALL_TEACHER, help="a folder, or default: SmolLM2-135M-Instruct")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help=f"draw {plot}")
+    parser.add_argument("--parts", nargs="+", choices=parts, default=parts, metavar="PART", help=", ".join(parts))
+    parser.add_argument("--work", type=Path, default=Path(f"runs/claims-{name}"), help="folder of the finished runs")
+    arguments = parser.parse_args(argv)
+    arguments.command = command_of(module, argv)
+    arguments.parts = [part for part in parts if part in arguments.parts]
+    return arguments
+
+
+def run_parts(
+    bench: Any,
+    arguments: argparse.Namespace,
+    more: Mapping[str, Any],
+    print_report: Callable[[Mapping[str, Any], Console], None],
+    draw: Callable[[Mapping[str, Any], Path], None],
+    drawn: str,
+) -> None:
+    """Runs what is not yet done, prints, and writes what was asked for; `drawn`: the part that the picture needs."""
+    report = facts(arguments.command, asdict(bench.setup), torch.device(bench.device))
+    report |= {"teacher_name": bench.teacher.name, **more}
+    for part in arguments.parts:
+        report[part] = getattr(bench, part)()
+    print_report(report, bench.store.console)
+    if arguments.json:
+        write_json(arguments.json, report)
+    if arguments.plot and drawn in report:
+        draw(report, arguments.plot)

@@ -18,13 +18,9 @@ Notable:
 - Finished runs are kept under --work: a script that was stopped goes on from there.
 """
 
-import argparse
 import itertools
-import shlex
-import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,10 +28,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from benchmarks.claims import matrices
-from benchmarks.claims.bench import SMALL_TEACHER, Bench
+from benchmarks.claims.bench import SMALL_TEACHER, Bench, parse, run_parts
 from benchmarks.claims.report import draw, print_report
 from benchmarks.claims.runs import Result, Settings, Store
-from benchmarks.common import facts, wide_console, write_json
+from benchmarks.common import wide_console
 from subquad.attention import AttentionCall, watched_attention
 from subquad.data.retrieval import make_probe
 from subquad.distill.hidden import attention_scores
@@ -298,34 +294,13 @@ def _probabilities(call: AttentionCall, window: int | None) -> torch.Tensor:
     return attention_scores(call, call.q_BHTD, call.k_BGTD.repeat_interleave(group, 1), window).softmax(-1)
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.claims.mohawk", description=(__doc__ or "")[:97])
-    parser.add_argument("--quick", action="store_true", help="one seed, one budget, no tuning: minutes")
-    parser.add_argument("--teacher", default=SMALL_TEACHER, help="a folder, or default: SmolLM2-135M-Instruct")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the stages over tokens")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=", ".join(PARTS))
-    parser.add_argument("--work", type=Path, default=Path("runs/claims-mohawk"), help="folder of the finished runs")
-    return parser.parse_args(argv)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs what is not yet done, prints, and writes what was asked for."""
-    arguments = parse(argv)
-    command = shlex.join(["python", "-m", "benchmarks.claims.mohawk", *(sys.argv[1:] if argv is None else argv)])
+    arguments = parse(argv, "benchmarks.claims.mohawk", __doc__ or "", PARTS, "the stages over tokens")
     changes = {**(LARGE if arguments.teacher == "default" else {}), **(QUICK if arguments.quick else {})}
     setup = replace(Setup(teacher=arguments.teacher), **changes)
-    console = wide_console()
-    bench = Mohawk(setup, Store(arguments.work, console))
-    report = facts(command, asdict(setup), torch.device(bench.device)) | {"teacher_name": bench.teacher.name}
-    for part in (part for part in PARTS if part in arguments.parts):
-        report[part] = getattr(bench, part)()
-    print_report(report, console)
-    if arguments.json:
-        write_json(arguments.json, report)
-    if arguments.plot and "stages" in report:
-        draw(report, arguments.plot)
+    bench = Mohawk(setup, Store(arguments.work, wide_console()))
+    run_parts(bench, arguments, {}, print_report, draw, drawn="stages")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """The tables and the picture of MOHAWK's claims."""
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
@@ -13,7 +12,7 @@ from rich.table import Table
 
 from benchmarks.claims.runs import Mean
 from subquad.report import format as fmt
-from subquad.report.plots import STYLE
+from subquad.report.plots import STYLE, save_png
 
 COLOURS = {"matrix + hidden + logits": "#d04f6b", "hidden + logits": "#4f7fcf", "logits": "#7d8794"}
 
@@ -130,7 +129,4 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
             ax.grid(True)
         axes[0].set_ylabel("held-out KL (nats per token)")
         axes[0].legend()
-        aside = path.with_name(path.name + ".tmp")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(aside, format="png", dpi=150, facecolor="white")
-        os.replace(aside, path)
+        save_png(figure, path, dpi=150)

@@ -20,23 +20,19 @@ Notable:
 - Finished runs are kept under --work: a script that was stopped goes on from there.
 """
 
-import argparse
 import random
-import shlex
 import statistics
-import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from benchmarks.claims.bench import SMALL_TEACHER, Bench
+from benchmarks.claims.bench import SMALL_TEACHER, Bench, parse, run_parts
 from benchmarks.claims.retrieval_report import draw, print_report
 from benchmarks.claims.runs import Result, Settings, Store
-from benchmarks.common import facts, wide_console, write_json
+from benchmarks.common import wide_console
 from subquad.attention import Pass
 from subquad.data.retrieval import Probe, make_probe
 from subquad.evaluate import likelihood
@@ -339,44 +335,19 @@ class RetrievalAware(Bench):
         return cache
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.claims.retrieval_aware", description=(__doc__ or "").split("\n")[0]
-    )
-    parser.add_argument("--quick", action="store_true", help="one seed, few heads, no tuning: minutes")
-    parser.add_argument("--teacher", default=SMALL_TEACHER, help="a folder, or default: SmolLM2-135M-Instruct")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw coverage over cache bytes")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=", ".join(PARTS))
-    parser.add_argument("--work", type=Path, default=Path("runs/claims-retrieval"), help="folder of the finished runs")
-    return parser.parse_args(argv)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs what is not yet done, prints, and writes what was asked for."""
-    arguments = parse(argv)
-    command = shlex.join(
-        ["python", "-m", "benchmarks.claims.retrieval_aware", *(sys.argv[1:] if argv is None else argv)]
-    )
+    arguments = parse(argv, "benchmarks.claims.retrieval_aware", __doc__ or "", PARTS, "coverage over cache bytes")
     changes = {**(LARGE if arguments.teacher == "default" else {}), **(QUICK if arguments.quick else {})}
     setup = replace(Setup(teacher=arguments.teacher), **changes)
-    console = wide_console()
-    bench = RetrievalAware(setup, Store(arguments.work, console))
-    report = facts(command, asdict(setup), torch.device(bench.device)) | {
-        "teacher_name": bench.teacher.name,
+    bench = RetrievalAware(setup, Store(arguments.work, wide_console()))
+    more = {
         "measure": bench.by,
         "tasks": [*bench.probes],
         "scores": bench.scores["found"],
         "teacher_cache_bytes": {str(c): bench.everything.plan.cache_bytes(c) for c in (256, 2048, 32768)},
     }
-    for part in (part for part in PARTS if part in arguments.parts):
-        report[part] = getattr(bench, part)()
-    print_report(report, console)
-    if arguments.json:
-        write_json(arguments.json, report)
-    if arguments.plot and "heads" in report:
-        draw(report, arguments.plot)
+    run_parts(bench, arguments, more, print_report, draw, drawn="heads")
 
 
 if __name__ == "__main__":

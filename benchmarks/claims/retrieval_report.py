@@ -1,6 +1,5 @@
 """The tables and the picture of retrieval-aware distillation's claims."""
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -14,7 +13,7 @@ from rich.table import Table
 
 from benchmarks.claims.runs import Mean
 from subquad.report import format as fmt
-from subquad.report.plots import STYLE
+from subquad.report.plots import STYLE, save_png
 
 COLOURS = {"scored": "#dd8a2b", "random": "#7d8794", "uniform layers": "#4f7fcf", "best layers": "#2f93a8"}
 LABELS = {"scored": "heads by score", "random": "heads at random"}
@@ -96,7 +95,7 @@ def serving_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 def draw(report: Mapping[str, Any], path: Path) -> None:
     """Coverage over cache bytes, all families; whiskers are the spread of a run."""
     measure = report["measure"]
-    with matplotlib.rc_context(STYLE | {"savefig.facecolor": "white"}):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(6.4, 4.0), layout="constrained")
         ax = figure.subplots()
         for family, colour in COLOURS.items():
@@ -118,9 +117,7 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
         ax.set_ylabel(_what(measure))
         ax.grid()
         ax.legend()
-        aside = path.with_name(path.name + ".tmp")
-        figure.savefig(aside, format="png", dpi=160)
-    os.replace(aside, path)
+        save_png(figure, path, dpi=160)
 
 
 def _coverage(cell: Mapping[str, Any]) -> Mean:

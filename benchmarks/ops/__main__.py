@@ -25,8 +25,6 @@ Legend: B batch, H heads, T time, D width of keys and values, C time within a ch
 import argparse
 import json
 import os
-import shlex
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -38,7 +36,7 @@ from unittest.mock import patch
 import torch
 from rich.console import Console
 
-from benchmarks.common import facts, wide_console, write_json
+from benchmarks.common import command_of, facts, wide_console, write_json
 from benchmarks.ops.contenders import FORMULAS, QUICK, Contender, Settings, find_contenders
 from benchmarks.ops.measures import (
     agreement,
@@ -137,8 +135,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(json.dumps(measure_one_memory(contender, settings)))
         return
     console = wide_console()
-    command = shlex.join(["python", "-m", "benchmarks.ops", *(sys.argv[1:] if argv is None else argv)])
-    report = run(settings_of(arguments), arguments.parts, command, console)
+    report = run(settings_of(arguments), arguments.parts, command_of("benchmarks.ops", argv), console)
     print_report(report, console)
     if arguments.json:
         write_json(arguments.json, report)

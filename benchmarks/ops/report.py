@@ -1,6 +1,5 @@
 """The tables and the picture of a measured report."""
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from rich.table import Table
 from benchmarks.ops.contenders import MODES
 from benchmarks.ops.measures import GROWTH_STEPS, MATMUL
 from subquad.report import format as fmt
-from subquad.report.plots import MIXER_COLOURS, SPARE_COLOURS, STYLE
+from subquad.report.plots import MIXER_COLOURS, SPARE_COLOURS, STYLE, save_png
 
 
 def print_report(report: Mapping[str, Any], console: Console) -> None:
@@ -139,7 +138,7 @@ def _times(value: float | None) -> str:
 
 def draw(report: Mapping[str, Any], path: Path) -> None:
     """Time over length, one panel a mode, as a PNG."""
-    with matplotlib.rc_context(STYLE | {"savefig.facecolor": "white"}):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9, 4.6), layout="constrained")
         panels = figure.subplots(1, len(MODES), sharey=True)
         for ax, mode in zip(panels, MODES, strict=True):
@@ -147,9 +146,7 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
         panels[0].set_ylabel("time of one call (ms)")
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=3, handlelength=3)
-        aside = path.with_name(path.name + ".tmp")
-        figure.savefig(aside, format="png", dpi=200)
-    os.replace(aside, path)
+        save_png(figure, path, dpi=200)
 
 
 def draw_mode(ax: Axes, report: Mapping[str, Any], mode: str) -> None:

@@ -273,12 +273,17 @@ def write_picture(run_dir: Path | str, path: Path | str) -> Path:
         raise UserError(
             f"no picture of '{run.folder}': it lacks plan.yaml or metrics.json; finish `subquad convert` first."
         )
-    with matplotlib.rc_context(STYLE | {"savefig.facecolor": "white"}):
-        figure = _summary(run, run.plan, context)
-        aside = path.with_name(path.name + ".tmp")
-        figure.savefig(aside, format="png", dpi=200)
-    os.replace(aside, path)
+    with matplotlib.rc_context(STYLE):
+        save_png(_summary(run, run.plan, context), path, dpi=200)
     return path
+
+
+def save_png(figure: Figure, path: Path, dpi: int) -> None:
+    """Writes a picture on white ground: aside first, then renamed."""
+    aside = path.with_name(path.name + ".tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(aside, format="png", dpi=dpi, facecolor="white")
+    os.replace(aside, path)
 
 
 def _summary(run: Run, plan: Plan, context: int) -> Figure:
