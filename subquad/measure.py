@@ -62,24 +62,21 @@ def questions(
 def window_plan(plan: Plan, dtype: str) -> Plan:
     """The training-free rival: sliding windows with sinks for the plan's mixers, at its cache bytes or just under."""
     sinks = WindowOptions().sinks
-    kept = set(plan.attention_heads)
-    mixers: dict[str, dict[str, Any]] = {ATTENTION: {}, "sliding_window": {"window": 1, "sinks": sinks}}
-    layers = []
-    for index, shape in enumerate(plan.shapes):
-        attends = [head for head in range(shape.heads) if (index, head) in kept]
-        others = [head for head in range(shape.heads) if (index, head) not in kept]
-        layers.append({name: heads for name, heads in ((ATTENTION, attends), ("sliding_window", others)) if heads})
-    windows = Plan(shapes=plan.shapes, mixers=mixers, layers=layers)
+
+    def windows(window: int) -> Plan:
+        options = {"window": window, "sinks": sinks}
+        return Plan.by_head(plan.shapes, plan.attention_heads, "sliding_window", options)
+
     per_token = sum(
         2 * group.states(share=True) * group.head_dim * ITEMSIZE[dtype]
         for layer in range(plan.num_layers)
-        for name, group in windows.groups(layer).items()
+        for name, group in windows(1).groups(layer).items()
         if name != ATTENTION
     )
     if per_token == 0:
         return plan
     window = max(1, plan.cache_bytes(0, dtype=dtype) // per_token - sinks + 1)
-    return windows.model_copy(update={"mixers": {ATTENTION: {}, "sliding_window": {"window": window, "sinks": sinks}}})
+    return windows(window)
 
 
 def even_plan(plan: Plan, mixer: str, options: dict[str, Any], dtype: str) -> Plan:

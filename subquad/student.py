@@ -94,7 +94,6 @@ class Student(PreTrainedModel, GenerationMixin):
         """A student of `teacher` with this plan; every tensor that is not a mixer's shares the teacher's storage.
 
         `join_start`: how the adapters of the parallel join begin (join.py).
-
         `mixers_from`: another student of the same teacher. Where the plan has the same mixers on the same heads of a
         layer, what it learned in that layer's block is taken (shared); elsewhere the mixers that are the same.
         Raises UserError where the teacher is unsupported or the plan was made for another shape.
@@ -134,10 +133,9 @@ class Student(PreTrainedModel, GenerationMixin):
             if self.plan.layers[layer] == other.plan.layers[layer] and self.plan.join == other.plan.join:
                 _share(mine, theirs)
                 continue
-            others = other.mixers(layer)
             for name, mixer in self.mixers(layer).items():
-                if name in others and others[name].group == mixer.group:
-                    _share(mixer, others[name])
+                if (twin := _twin(mixer, name, other, layer)) is not None:
+                    _share(mixer, twin)
 
     def new_mixers(self, other: Student | None) -> set[tuple[int, str]]:
         """The mixers (layer, name) that `mixers_from` does not find in another student; all of them without one."""
@@ -145,8 +143,7 @@ class Student(PreTrainedModel, GenerationMixin):
             (layer, name)
             for layer in self.replaced_layers()
             for name, mixer in self.mixers(layer).items()
-            if name != ATTENTION
-            and (other is None or name not in (found := other.mixers(layer)) or found[name].group != mixer.group)
+            if name != ATTENTION and (other is None or _twin(mixer, name, other, layer) is None)
         }
 
     def save_pretrained(self, save_directory: str | os.PathLike[Any], *args: Any, **kwargs: Any) -> None:
@@ -294,6 +291,12 @@ class Student(PreTrainedModel, GenerationMixin):
 def tied(model: PreTrainedModel) -> bool:
     """Whether the output head of a causal language model is its input embedding."""
     return model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+def _twin(mixer: Mixer, name: str, other: Student, layer: int) -> Mixer | None:
+    """The mixer of this name on the same heads of another student's layer, if it has one."""
+    found = other.mixers(layer).get(name)
+    return found if found is not None and found.group == mixer.group else None
 
 
 def _share(mine: nn.Module, theirs: nn.Module) -> None:

@@ -32,9 +32,9 @@ from benchmarks.claims.bench import SMALL_TEACHER, Bench, parse, run_parts
 from benchmarks.claims.report import draw, print_report
 from benchmarks.claims.runs import Result, Settings, Store
 from benchmarks.common import wide_console
-from subquad.attention import AttentionCall, watched_attention
+from subquad.attention import watched_attention
 from subquad.data.retrieval import make_probe
-from subquad.distill.hidden import attention_scores
+from subquad.distill.hidden import attention_probabilities
 from subquad.distill.passes import TeacherForced
 from subquad.evaluate import likelihood, retrieval
 from subquad.plan import Plan
@@ -243,7 +243,7 @@ class Mohawk(Bench):
         rows = self.corpus.heldout_batch(2, settings["length"]).to(self.device)
         with watched_attention(self.teacher.model) as calls, torch.no_grad():
             self.teacher.model.base_model(rows, use_cache=False)
-        layers = [_probabilities(c, s.window) for c, s in zip(calls.values(), self.shapes, strict=True)]
+        layers = [attention_probabilities(c, s.window) for c, s in zip(calls.values(), self.shapes, strict=True)]
         probabilities = torch.cat([layer_BHTT.flatten(0, 1) for layer_BHTT in layers]).float().cpu()
         chosen = torch.linspace(0, len(probabilities) - 1, settings["count"]).round().long()
         a_XTT = probabilities[chosen]
@@ -286,12 +286,6 @@ def _refresh(student: Student) -> None:
         module.weight.normal_(std=student.config.get_text_config().hidden_size ** -0.5)
         if module.bias is not None:
             module.bias.zero_()
-
-
-def _probabilities(call: AttentionCall, window: int | None) -> torch.Tensor:
-    """What an attention function computed with this call: (B, H, T, T)."""
-    group = call.q_BHTD.shape[1] // call.k_BGTD.shape[1]
-    return attention_scores(call, call.q_BHTD, call.k_BGTD.repeat_interleave(group, 1), window).softmax(-1)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -56,6 +56,12 @@ def attention_scores(
     return scores_BHRC.masked_fill(~seen_RC, -math.inf)
 
 
+def attention_probabilities(call: AttentionCall, window: int | None) -> Tensor:
+    """What an attention function computed with this call: the softmax over its keys, (B, H, T, T)."""
+    group = call.q_BHTD.shape[1] // call.k_BGTD.shape[1]
+    return attention_scores(call, call.q_BHTD, call.k_BGTD.repeat_interleave(group, 1), window).softmax(-1)
+
+
 def matrix_distance(mixer: Mixer, inputs: MixerInputs, call: AttentionCall, *, block: int | None = None) -> Tensor:
     """Mean over rows and heads of |M - A|_F, the mixer's matrix from the softmax of the teacher's heads.
 

@@ -31,7 +31,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from subquad.attention import Pass, find_attention, watched_attention
 from subquad.data.retrieval import Probe, make_probe
 from subquad.distill.heads import final_hidden
-from subquad.distill.hidden import attention_scores
+from subquad.distill.hidden import attention_probabilities
 from subquad.errors import UserError
 from subquad.evaluate.likelihood import evaluating
 from subquad.evaluate.retrieval import TOKENS_AT_ONCE, Answers, answers, usable
@@ -285,18 +285,16 @@ def _patterns(model: PreTrainedModel, windows: Sequence[int | None], probes: dic
         for row in range(min(ROLE_ROWS, len(probe.input_ids))):
             with watched_attention(model) as calls:
                 final_hidden(model, probe.input_ids[row : row + 1].to(model.device))
-            weights = []
-            for call, window in zip(calls.values(), windows, strict=True):
-                group = call.q_BHTD.shape[1] // call.k_BGTD.shape[1]
-                scores_BHTT = attention_scores(call, call.q_BHTD, call.k_BGTD.repeat_interleave(group, 1), window)
-                weights.append(scores_BHTT[0].float().softmax(-1).cpu())
-            weights_HTT = torch.cat(weights)
+            layers = [
+                attention_probabilities(c, w)[0].float().cpu() for c, w in zip(calls.values(), windows, strict=True)
+            ]
+            weights_HTT = torch.cat(layers)
             for answer, there, length in _sources(probe, row):
                 start = max(0, there - BEFORE)
                 aggregate.append(weights_HTT[:, answer - 1, start : there + length].sum(-1))
                 gather.append(weights_HTT[:, there : there + length, start:there].sum(-1).mean(-1))
     if not aggregate:  # nothing stands in the text as it is asked for
-        nothing = torch.zeros(sum(map(len, weights)))
+        nothing = torch.zeros(len(weights_HTT))
         return nothing, nothing
     return torch.stack(aggregate).mean(0), torch.stack(gather).mean(0)
 
