@@ -193,9 +193,9 @@ def _student(run: Run, source: Teacher, plan: Plan, corpus: Corpus, mixers_from:
     torch.manual_seed(0)  # the few new weights that start at random: gates' inner projections
     start = run.recipe.mixer.join_start
     student = Student.from_teacher(source.model, plan, mixers_from=mixers_from, join_start=start)
-    if new := student.new_mixers(mixers_from):
+    if student.new_mixers:
         length = min(CALIBRATION_TOKENS, len(corpus.train))
-        student.calibrate(corpus.batch(0, batch=1, sequence_length=length, seed=0).to(student.device), new)
+        student.calibrate(corpus.batch(0, batch=1, sequence_length=length, seed=0).to(student.device), student.new_mixers)
     return student
 
 

@@ -66,8 +66,14 @@ class AttentionShape(BaseModel):
 
     def group(self, heads: Iterable[int]) -> HeadGroup:
         """These heads of the layer, as a mixer sees them."""
-        queries_per_kv = self.heads // self.kv_heads
-        return HeadGroup(tuple(sorted(heads)), queries_per_kv, self.head_dim, self.hidden_size, self.window)
+        return HeadGroup(
+            tuple(sorted(heads)),
+            queries_per_kv=self.heads // self.kv_heads,
+            head_dim=self.head_dim,
+            hidden_size=self.hidden_size,
+            window=self.window,
+            layer_heads=self.heads,
+        )
 
 
 class Plan(BaseModel):

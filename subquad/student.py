@@ -65,6 +65,7 @@ class Student(PreTrainedModel, GenerationMixin):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
+    new_mixers: set[tuple[int, str]]  # (layer, name): of a student just made, those that have learned nothing yet
     _is_stateful = True  # a recurrent state cannot be rolled back, as assisted decoding would need
 
     def __init__(
@@ -95,7 +96,8 @@ class Student(PreTrainedModel, GenerationMixin):
 
         `join_start`: how the adapters of the parallel join begin (join.py).
         `mixers_from`: another student of the same teacher. Where the plan has the same mixers on the same heads of a
-        layer, what it learned in that layer's block is taken (shared); elsewhere the mixers that are the same.
+        layer, what it learned in that layer's block is taken (shared); elsewhere what its mixers learned for the heads
+        that they still have. `new_mixers` are then those that found nothing to take.
         Raises UserError where the teacher is unsupported or the plan was made for another shape.
         """
         sites = find_attention(teacher)
@@ -124,6 +126,7 @@ class Student(PreTrainedModel, GenerationMixin):
         for module, path in zip(student.attention_modules(), config.attention_paths, strict=True):
             place = next(teacher.get_submodule(path).parameters())
             layer_mixer(module).to(place.device, place.dtype)
+        student.new_mixers = {(l, name) for l, mixers in enumerate(plan.layers) for name in mixers if name != ATTENTION}
         if mixers_from is not None:
             student._take_mixers(mixers_from)
         return student.eval()
@@ -131,20 +134,14 @@ class Student(PreTrainedModel, GenerationMixin):
     def _take_mixers(self, other: Student) -> None:
         for layer, (mine, theirs) in enumerate(zip(self.blocks(), other.blocks(), strict=True)):
             if self.plan.layers[layer] == other.plan.layers[layer] and self.plan.join == other.plan.join:
-                _share(mine, theirs)
+                for parameter, source in zip(mine.parameters(), theirs.parameters(), strict=True):
+                    parameter.data = source.data
+                self.new_mixers -= {(layer, name) for name in self.mixers(layer)}
                 continue
+            others = other.mixers(layer)
             for name, mixer in self.mixers(layer).items():
-                if (twin := _twin(mixer, name, other, layer)) is not None:
-                    _share(mixer, twin)
-
-    def new_mixers(self, other: Student | None) -> set[tuple[int, str]]:
-        """The mixers (layer, name) that `mixers_from` does not find in another student; all of them without one."""
-        return {
-            (layer, name)
-            for layer in self.replaced_layers()
-            for name, mixer in self.mixers(layer).items()
-            if name != ATTENTION and (other is None or _twin(mixer, name, other, layer) is None)
-        }
+                if name in others and mixer.share(others[name]):
+                    self.new_mixers.discard((layer, name))
 
     def save_pretrained(self, save_directory: str | os.PathLike[Any], *args: Any, **kwargs: Any) -> None:
         """Writes config, weights (safetensors), plan, and the file by which `trust_remote_code=True` loads them."""
@@ -291,18 +288,6 @@ class Student(PreTrainedModel, GenerationMixin):
 def tied(model: PreTrainedModel) -> bool:
     """Whether the output head of a causal language model is its input embedding."""
     return model.get_output_embeddings().weight is model.get_input_embeddings().weight
-
-
-def _twin(mixer: Mixer, name: str, other: Student, layer: int) -> Mixer | None:
-    """The mixer of this name on the same heads of another student's layer, if it has one."""
-    found = other.mixers(layer).get(name)
-    return found if found is not None and found.group == mixer.group else None
-
-
-def _share(mine: nn.Module, theirs: nn.Module) -> None:
-    """Takes the storage of all parameters of a module of the same kind."""
-    for parameter, source in zip(mine.parameters(), theirs.parameters(), strict=True):
-        parameter.data = source.data
 
 
 def _shared_copy(model: PreTrainedModel) -> PreTrainedModel:

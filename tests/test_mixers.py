@@ -48,8 +48,8 @@ MIXERS = [
     ("rwkv7", {"bidirectional": True}),
 ]
 CAUSAL = [row for row in MIXERS if not row[1].get("bidirectional")]
-WHOLE = HeadGroup(tuple(range(6)), queries_per_kv=3, head_dim=8, hidden_size=16)
-UNEVEN = HeadGroup((0, 3, 4, 5), queries_per_kv=3, head_dim=8, hidden_size=16)
+WHOLE = HeadGroup(tuple(range(6)), queries_per_kv=3, head_dim=8, hidden_size=16, layer_heads=6)
+UNEVEN = replace(WHOLE, heads=(0, 3, 4, 5))
 
 each = pytest.mark.parametrize(("name", "options"), MIXERS, ids=str)
 each_causal = pytest.mark.parametrize(("name", "options"), CAUSAL, ids=str)
@@ -327,3 +327,32 @@ def test_errors_name_the_nearest():
             make(name, {"state_dim": 9})
     with pytest.raises(UserError, match="option 'window'.*greater than or equal to 1"):
         mixer_options("hedgehog", {"window": 0})
+
+
+@each
+@pytest.mark.parametrize("heads", [(2,), (3, 4, 5), (1, 4), (0, 3, 4, 5), (0, 1, 2, 3, 4, 5)], ids=str)
+def test_what_was_learned_for_more_heads_serves_fewer(name, options, heads):
+    """A mixer that takes over some heads of another puts out for them what that did."""
+    whole, group = make(name, options), replace(WHOLE, heads=heads)
+    given = inputs(30)
+    y, _ = whole(given)
+    mixer = make(name, options, group)
+    assert mixer.share(whole)
+    fewer = replace(
+        given,
+        q_BHTD=given.q_BHTD[:, list(heads)],
+        k_BGTD=given.k_BGTD[:, list(group.kv_heads)],
+        v_BGTD=given.v_BGTD[:, list(group.kv_heads)],
+    )
+    torch.testing.assert_close(mixer(fewer)[0], y[:, list(heads)], rtol=1e-9, atol=1e-9)
+
+
+def test_what_cannot_be_taken_over_is_not():
+    whole = make("linear", {})
+    assert not make("linear", {"state_dim": 3}).share(whole) and not make("retention", {}).share(whole)
+    few = make("linear", {}, replace(WHOLE, heads=(0, 1)))
+    assert not whole.share(few) and few.share(whole)
+    odd = replace(WHOLE, heads=tuple(range(9)), queries_per_kv=3)  # three heads of which two share a key/value head
+    assert not make("gla", {"share_state": True}, replace(odd, heads=(0, 1, 3))).share(
+        make("gla", {"share_state": True}, odd)
+    )

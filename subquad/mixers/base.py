@@ -39,6 +39,7 @@ class HeadGroup:
     head_dim: int
     hidden_size: int
     window: int | None = None  # the teacher's own sliding window in this layer
+    layer_heads: int | None = None  # query heads of the whole layer, for what depends on a head's place among them
 
     @cached_property
     def kv_heads(self) -> tuple[int, ...]:
@@ -50,6 +51,10 @@ class HeadGroup:
         """Whether each key/value head serves equally many of these heads, so that grouped computation works."""
         counts = {sum(h // self.queries_per_kv == kv for h in self.heads) for kv in self.kv_heads}
         return len(counts) == 1
+
+    def within(self, other: "HeadGroup") -> bool:
+        """Whether these are heads of another group of the same layer."""
+        return replace(self, heads=()) == replace(other, heads=()) and {*self.heads} <= {*other.heads}
 
     def states(self, share: bool) -> int:
         """Recurrent states in use: one a key/value head when they are shared, else one a query head."""
@@ -168,6 +173,22 @@ class Mixer(nn.Module):
     def calibrate(self, inputs: MixerInputs, target_BHTD: Tensor) -> None:
         """Starts the mixer as near to the teacher's attention as its free scale allows (one batch, closed form)."""
 
+    def share(self, other: "Mixer") -> bool:
+        """Takes what a mixer of the same kind has learned for these heads and maybe more; whether it could.
+
+        Of the same heads all weights share their storage afterwards; of more heads, the rows of these are copied. Not
+        possible where the other one lacks a head or has other options.
+        """
+        if type(self) is not type(other) or self.options != other.options or not self.group.within(other.group):
+            return False
+        same = self.group == other.group
+        if not same and not self.group.even and len(self.group.heads) == len(other.group.kv_heads):
+            return False  # a weight with rows for key/value heads would look like one that is not of heads
+        for parameter, source in zip(self.parameters(), other.parameters(), strict=True):
+            shape = tuple(parameter.shape)
+            parameter.data = source.data if same else _rows_of(source.data, shape, other.group, self.group)
+        return True
+
     def shared(self, inputs: MixerInputs, share: bool) -> MixerInputs:
         """Keys and values as the states need them: one a key/value head when shared, else one a query head."""
         if share and self.group.even:
@@ -180,3 +201,22 @@ class Mixer(nn.Module):
             return x_BGTD
         index = [self.group.kv_heads.index(head // self.group.queries_per_kv) for head in self.group.heads]
         return x_BGTD[:, index]
+
+
+def _rows_of(weight: Tensor, shape: tuple[int, ...], whole: HeadGroup, part: HeadGroup) -> Tensor:
+    """The rows of a weight of `whole` that belong to the heads of `part`; `shape`: what that mixer's weight has.
+
+    A head's rows stand together, in the order of the heads. They are those of query heads, of key/value heads, or, in a
+    part whose heads share these unevenly, of each query head's key/value head. Other weights are returned as they are.
+    """
+    of_each = [head // part.queries_per_kv for head in part.heads]
+    for all_of_them, these in (
+        (whole.heads, part.heads),
+        (whole.kv_heads, part.kv_heads),
+        (whole.kv_heads, of_each),
+    ):
+        rows, rest = divmod(len(weight), len(all_of_them))
+        if rest == 0 and shape == (rows * len(these), *weight.shape[1:]):
+            index = torch.tensor([all_of_them.index(head) for head in these], device=weight.device)
+            return weight.unflatten(0, (-1, rows))[index].flatten(0, 1)
+    return weight

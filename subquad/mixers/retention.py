@@ -25,7 +25,7 @@ class RetentionOptions(RecurrentOptions):
 class Retention(Recurrent):
     """S_t = a S_{t-1} + k_t v_t^T, y_t = gate * norm(q_t S_t), a = 1 - 1 / memory, a constant of the head.
 
-    The heads' memories are spaced evenly in their logarithm. RetNet's own are 32 to 512 tokens; the default goes
+    The memories of a layer's heads are spaced evenly in their logarithm, whichever of them are here. RetNet's own are 32 to 512 tokens; the default goes
     further, for the teacher's attention does. Starts with the gate open and the output scale fitted.
     Source: RetNet (arXiv 2307.08621, eqs. 6 and 8); as a student SUPRA (arXiv 2405.06640).
     """
@@ -40,9 +40,18 @@ class Retention(Recurrent):
 
     def terms(self, inputs: MixerInputs) -> tuple[Tensor | None, ...]:
         B, _, T, _ = inputs.q_BHTD.shape
-        first, last = math.log(self.options.shortest), math.log(self.options.longest)
-        memory_G = torch.linspace(first, last, self.states, device=inputs.q_BHTD.device, dtype=torch.float64).exp()
-        log_a_BGT = torch.log1p(-1 / memory_G).to(wide(inputs.v_BGTD).dtype)[None, :, None].expand(B, -1, T)
+        log_a_G = torch.log1p(-1 / self.memories()).to(inputs.q_BHTD.device, wide(inputs.v_BGTD).dtype)
+        log_a_BGT = log_a_G[None, :, None].expand(B, -1, T)
         real = inputs.real_BT
         k_BGTD = masked(inputs.k_BGTD, real)
         return inputs.q_BHTD * inputs.scale, k_BGTD, inputs.v_BGTD, masked(log_a_BGT, real)
+
+    def memories(self) -> Tensor:
+        """Of each state, in tokens; float64."""
+        group = self.group
+        places, of = [*group.heads], group.layer_heads or group.heads[-1] + 1
+        if self.options.share_state:  # neighbours have one, by their key/value head
+            of = math.ceil(of / group.queries_per_kv)
+            places = [*group.kv_heads] if group.even else [head // group.queries_per_kv for head in places]
+        first, last = math.log(self.options.shortest), math.log(self.options.longest)
+        return torch.linspace(first, last, of, dtype=torch.float64).exp()[places]
