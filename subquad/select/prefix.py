@@ -30,13 +30,10 @@ def recorded(blocks: Sequence[nn.Module]) -> Iterator[list[Any]]:
 @contextmanager
 def resumed(blocks: Sequence[nn.Module], layer: int, outputs: Sequence[Any]) -> Iterator[None]:
     """Within, the blocks before `layer` return what is in `outputs`."""
-    for block, output in zip(blocks[:layer], outputs[:layer], strict=True):
-        block.forward = lambda *args, _output=output, **kwargs: _output
-    try:
+    with ExitStack() as within:
+        for block, output in zip(blocks[:layer], outputs[:layer], strict=True):
+            within.enter_context(standing_in(block, lambda *args, _output=output, **kwargs: _output))
         yield
-    finally:
-        for block in blocks[:layer]:
-            del block.forward
 
 
 def repeated(output: Any, times: int) -> Any:
