@@ -91,6 +91,7 @@ class Pass:
     inspector: Inspector | None = None
     restored: frozenset[int] = frozenset()  # layers that compute the teacher's attention whatever the plan says
     gains: Mapping[int, Tensor] = field(default_factory=dict)  # (B, H) by layer: factors of what the heads put out
+    gates: Mapping[int, Tensor] = field(default_factory=dict)  # (H,) by layer: shares of attention in its place, 0 to 1
 
 
 class LayerMixer(nn.ModuleDict):
@@ -203,6 +204,9 @@ def mixed_attention(
         joined = torch.cat(list(outputs.values()), 1)
         order = torch.tensor([head for name in outputs for head in mixers[name].group.heads])
         y_BHTD = joined[:, order.argsort().to(joined.device)]
+    if layer.layer in student_pass.gates:
+        gate_H11 = student_pass.gates[layer.layer].to(y_BHTD.dtype)[:, None, None]
+        y_BHTD = y_BHTD + gate_H11 * (attend(query, key, value) - y_BHTD)
     if layer.layer in student_pass.gains:
         y_BHTD = y_BHTD * student_pass.gains[layer.layer].to(y_BHTD.dtype)[:, :, None, None]
     return y_BHTD.transpose(1, 2), branch
@@ -284,7 +288,8 @@ def _provide(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     cos, sin = kwargs["position_embeddings"]
     unrotated = {**given, "position_embeddings": (torch.ones_like(cos), torch.zeros_like(sin))}
     student_pass = kwargs.get("student_pass") or Pass()
-    attends = student_pass.observer is not None or layer.layer in student_pass.restored
+    restored = layer.layer in student_pass.restored or layer.layer in student_pass.gates
+    attends = restored or student_pass.observer is not None
     if wishes == {False} and not attends:
         return args, unrotated
 

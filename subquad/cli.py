@@ -79,7 +79,7 @@ def main() -> None:
 
 
 def _how_to_resume(command: str | None) -> str:
-    if command not in ("convert", "distill", "cache-teacher", "train-teacher"):
+    if command not in ("convert", "select", "distill", "cache-teacher", "train-teacher"):
         return ""
     again = [argument for argument in sys.argv[1:] if argument not in ("--resume", "--overwrite")]
     return f"; go on from the last checkpoint with:\n  {shlex.join(['subquad', *again, '--resume'])}"
@@ -177,9 +177,17 @@ def select(
         typer.Option(
             "--by",
             metavar="NAME",
-            help="The selector, instead of the recipe's: kl (restores one layer at a time and measures the KL to the "
-            "teacher), retrieval-heads (silences one head at a time and measures what the teacher fails to look up), "
-            "uniform (evenly spaced) or fixed (those of a list).",
+            help="The selector, instead of the recipe's: kl, kl-removal, alignment-loss, recall, retrieval-heads, "
+            "halo, gradient, fisher, gates, greedy, uniform or fixed. docs/select.md says what they measure and cost.",
+        ),
+    ] = None,
+    unit: Annotated[
+        str | None,
+        typer.Option(
+            "--unit",
+            metavar="KIND",
+            help="What is kept or replaced as a whole: layer, head, or so many neighbouring layers.",
+            show_default="the selector's own",
         ),
     ] = None,
     budget: BudgetOption = None,
@@ -189,6 +197,10 @@ def select(
     changes: SetOption = None,
     tokens_scale: ScaleOption = 1.0,
     seed: SeedOption = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what it would cost, in tokens and time, and write nothing.")
+    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted selection.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a plan that is already there.")] = False,
     allow_pickle: PickleOption = False,
     trust_remote_code: RemoteCodeOption = False,
@@ -201,15 +213,19 @@ def select(
 
         subquad select --by kl --budget 50% --out plan.yaml
 
-        subquad select Qwen/Qwen2.5-1.5B --by uniform --budget 64MiB@32k --mixer gla
+        subquad select Qwen/Qwen2.5-1.5B --by gradient --unit head --budget 64MiB@32k --mixer gla --dry-run
+
+        subquad select --by greedy --set selector.options.task=my-questions.jsonl --budget opt
     """
-    chosen = recipe_of(recipe, changes, tokens_scale, by=by, budget=budget, mixer=mixer, seed=seed)
-    from subquad.pipeline import select as run
+    chosen = recipe_of(recipe, changes, tokens_scale, by=by, unit=unit, budget=budget, mixer=mixer, seed=seed)
+    from subquad.selection import select as run
 
     run(
         teacher=teacher or chosen.teacher,
         recipe=chosen,
         out=out,
+        dry_run=dry_run,
+        resume=resume,
         overwrite=overwrite,
         data=data,
         allow_pickle=allow_pickle,

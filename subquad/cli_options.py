@@ -79,7 +79,8 @@ BudgetOption = Annotated[
         "-b",
         metavar="BUDGET",
         help="How much may stay attention, instead of the recipe's budget: a number of layers or heads (15), a share "
-        "of them (50%), or the cache's bytes at a context length (64MiB@32k).",
+        "of them (50%), the cache's bytes at a context length (64MiB@32k), a decoding speed in that of the teacher "
+        "(1.5x@32k), or the plan that the greedy selector finds (opt, best).",
     ),
 ]
 ResumeOption = Annotated[
@@ -110,6 +111,12 @@ def recipe_of(name: str, changes: list[str] | None, tokens_scale: float = 1.0, *
     """The recipe with --set and the options that are short for one."""
     from subquad.recipe import load_recipe
 
-    keys = {"budget": "selector.budget", "by": "selector.by", "mixer": "mixer.name", "seed": "seed"}
+    keys = {
+        "budget": "selector.budget",
+        "by": "selector.by",
+        "unit": "selector.unit",
+        "mixer": "mixer.name",
+        "seed": "seed",
+    }
     settings = [f"{keys[option]}={value}" for option, value in options.items() if value is not None]
     return load_recipe(name, [*(changes or []), *settings], tokens_scale)

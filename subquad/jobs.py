@@ -15,7 +15,7 @@ from subquad.distill.loop import make_accelerator
 from subquad.distill.teacher_cache import TeacherCache
 from subquad.errors import UserError
 from subquad.measure import measured_rows
-from subquad.pipeline import open_corpus, open_teacher, settled, shapes_of
+from subquad.opening import open_corpus, open_teacher, settled, shapes_of
 from subquad.plan import Plan
 from subquad.recipe import Recipe, load_recipe
 from subquad.report.format import nats, percent, size

@@ -4,6 +4,7 @@ Every number of metrics.json's rows is made here, and in the same pass for all m
 """
 
 from collections.abc import Mapping
+from operator import methodcaller
 from statistics import fmean
 from typing import Any
 
@@ -16,6 +17,7 @@ from subquad.mixers.sliding_window import WindowOptions
 from subquad.plan import ATTENTION, ITEMSIZE, Plan
 from subquad.recipe import EvaluateConfig
 from subquad.select import uniform_layers
+from subquad.select.budget import largest_within
 from subquad.teacher import Teacher
 
 
@@ -86,10 +88,8 @@ def even_plan(plan: Plan, mixer: str, options: dict[str, Any], dtype: str) -> Pl
     def plan_of(count: int) -> Plan:
         return Plan.by_layer(plan.shapes, uniform_layers(plan.num_layers, count), mixer, options)
 
-    allowed = plan.cache_bytes(context, dtype=dtype)
-    counts = range(plan.num_layers + 1)
-    within = [count for count in counts if plan_of(count).cache_bytes(context, dtype=dtype) <= allowed]
-    return plan_of(max(within, default=0))
+    cost = methodcaller("cache_bytes", context, dtype=dtype)
+    return plan_of(largest_within(plan.num_layers, plan_of, cost, cost(plan)) or 0)
 
 
 def verdicts(metrics: dict[str, Any], contexts: list[int]) -> list[str]:

@@ -58,13 +58,17 @@ class MixerConfig(Section):
 
 
 class SelectorConfig(Section):
-    """Which layers keep attention."""
+    """What keeps attention."""
 
     by: str = "kl"
+    unit: Literal["layer", "head"] | Length | list[list[int]] | None = None
+    """What is kept or replaced as a whole: a `layer`, a `head`, that many neighbouring layers, or the layers listed
+    together; none: what the selector is for (heads for retrieval-heads, layers for all others)."""
     budget: Annotated[str, BeforeValidator(_text)] = "50%"
-    """What may keep attention: layers or heads (`15`), a share of them (`50%`), or cache bytes (`64MiB@32k`)."""
+    """What may keep attention: units (`15`), a share of them (`50%`), cache bytes (`64MiB@32k`), a decoding speed in
+    that of the teacher (`1.5x@32k`), or a plan that the greedy selector finds (`opt`, `best`)."""
     tokens: Count = 8192
-    """Tokens that the layers are scored on, in whole rows: neither trained nor, later, measured on."""
+    """Tokens that the units are scored on, in whole rows: neither trained nor, later, measured on."""
     sequence_length: Length = 1024
     options: dict[str, Any] = {}
     """Keyword arguments of the selector."""

@@ -126,7 +126,9 @@ class Student(PreTrainedModel, GenerationMixin):
         for module, path in zip(student.attention_modules(), config.attention_paths, strict=True):
             place = next(teacher.get_submodule(path).parameters())
             layer_mixer(module).to(place.device, place.dtype)
-        student.new_mixers = {(l, name) for l, mixers in enumerate(plan.layers) for name in mixers if name != ATTENTION}
+        student.new_mixers = {
+            (layer, name) for layer, mixers in enumerate(plan.layers) for name in mixers if name != ATTENTION
+        }
         if mixers_from is not None:
             student._take_mixers(mixers_from)
         return student.eval()

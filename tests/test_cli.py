@@ -126,7 +126,7 @@ def test_distill_is_convert_with_a_plan(run, called):
 
 
 def test_select_passes_on_what_was_asked(run, called):
-    select = called("select")
+    select = called("select", "subquad.selection")
     result = run(*"select --by uniform --budget 4 --mixer gla --out here.yaml".split())
     assert result.exit_code == 0, result.output
     recipe = select.call_args.kwargs["recipe"]

@@ -12,13 +12,16 @@ from conftest import tiny
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from subquad import jobs, pipeline
+from subquad import jobs, opening, pipeline, selection, training
 from subquad.errors import UserError
 from subquad.evaluate import cache_table
 from subquad.evaluate.retrieval import FLOORS
 from subquad.plan import AttentionShape, Plan
 from subquad.recipe import Recipe, load_recipe
+from subquad.select import SELECTORS, Selector, units_of
+from subquad.select.speed import DecodeCost
 from subquad.student import Student
+from subquad.training import train_stages
 
 STAGE = {"sequence_length": 32, "batch": 2, "lr": 1e-2, "checkpoint_every": 1000}
 RECIPE = {
@@ -123,13 +126,13 @@ def test_the_teacher_is_left_as_it_was(finished, teacher_folder, text, tmp_path)
     """Training all weights trains the student's own copies."""
     recipe = Recipe(**RECIPE).model_copy(deep=True)
     recipe.stages[1].trainable = "all"
-    source = pipeline.load_teacher(teacher_folder)
+    source = opening.load_teacher(teacher_folder)
     before = {name: parameter.clone() for name, parameter in source.model.named_parameters()}
-    plan = Plan.by_layer(pipeline.shapes_of(source.model), [1], "hedgehog", RECIPE["mixer"]["options"])
+    plan = Plan.by_layer(opening.shapes_of(source.model), [1], "hedgehog", RECIPE["mixer"]["options"])
     run = pipeline.start_run(recipe, tmp_path / "run", resume=False, overwrite=False)
-    corpus = pipeline.load_corpus(text, source.tokenizer)
+    corpus = opening.load_corpus(text, source.tokenizer)
     student = Student.from_teacher(source.model, plan)
-    pipeline._train(run, student, source, corpus, scope="plan")
+    train_stages(run, student, source, corpus, scope="plan")
     trained = dict(student.backbone.named_parameters())
     assert all(torch.equal(parameter, before[name]) for name, parameter in source.model.named_parameters())
     assert not torch.equal(trained["model.layers.0.mlp.up_proj.weight"], before["model.layers.0.mlp.up_proj.weight"])
@@ -148,7 +151,7 @@ def test_an_interrupted_run_ends_the_same(finished, teacher_folder, text, tmp_pa
         with pytest.raises(KeyboardInterrupt):
             pipeline.convert(teacher_folder, Recipe(**RECIPE), again, data=text)
     with monkeypatch.context() as patch:
-        patch.setitem(pipeline.SELECTORS, "kl", stop)
+        patch.setitem(selection.SELECTORS, "kl", Selector(stop, aligned=True))
         resumed = pipeline.convert(teacher_folder, Recipe(**RECIPE), again, data=text, resume=True)
     mine, theirs = dict(student.mixer_parameters()), dict(resumed.mixer_parameters())
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
@@ -182,10 +185,12 @@ def test_the_command_in_two_processes_gives_the_same_losses(finished, teacher_fo
     assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in one], rel=1e-4)
     assert json.loads((tmp_path / "two" / "metrics.json").read_text())["machine"]["processes"] == 2
     assert Student.from_pretrained(tmp_path / "two").plan == student.plan
+    one, two = (json.loads((folder / "scores.json").read_text()) for folder in (out, tmp_path / "two"))
+    assert two["scores"] == pytest.approx(one["scores"], rel=1e-4), "a row of text went to each"
 
 
 def test_a_given_plan_is_used(teacher_folder, text, tmp_path):
-    shapes = pipeline.shapes_of(tiny("llama"))
+    shapes = opening.shapes_of(tiny("llama"))
     Plan.by_layer(shapes, [0, 2], "gla").save(tmp_path / "mine.yaml")
     recipe = Recipe(**{**RECIPE, "mixer": {"name": "gla"}, "stages": RECIPE["stages"][1:]})
     student = pipeline.convert(teacher_folder, recipe, tmp_path / "run", plan=tmp_path / "mine.yaml", data=text)
@@ -194,11 +199,85 @@ def test_a_given_plan_is_used(teacher_folder, text, tmp_path):
 
 
 def test_select_writes_a_plan(teacher_folder, text, tmp_path):
-    plan = pipeline.select(teacher_folder, Recipe(**RECIPE), tmp_path / "plan.yaml", data=text)
+    plan = selection.select(teacher_folder, Recipe(**RECIPE), tmp_path / "plan.yaml", data=text)
     assert Plan.load(tmp_path / "plan.yaml") == plan
     assert sorted(path.name for path in tmp_path.iterdir()) == ["plan.yaml", "scores.json"]
     with pytest.raises(UserError, match="exists"):
-        pipeline.select(teacher_folder, Recipe(**RECIPE), tmp_path / "plan.yaml", data=text)
+        selection.select(teacher_folder, Recipe(**RECIPE), tmp_path / "plan.yaml", data=text)
+
+
+def retraining(budget="1", unit=None):
+    """Selection that trains its candidates: three layers and the all-linear student."""
+    settings = {**RECIPE["selector"], "unit": unit, "budget": budget, "options": {"retrain_tokens": 128}}
+    return Recipe(**{**RECIPE, "selector": settings})
+
+
+def test_an_interrupted_selection_goes_on(teacher_folder, text, tmp_path, monkeypatch, capsys):
+    """What was measured is not measured again, and the scores are those of a selection in one go."""
+    selection.select(teacher_folder, retraining(), tmp_path / "whole" / "plan.yaml", data=text)
+    trained, run_stage = [], training.run_stage
+
+    def counted(stage, **how):
+        if stage.name == "logits":
+            trained.append(how["out"].name)
+            if len(trained) == 3:
+                raise KeyboardInterrupt
+        return run_stage(stage, **how)
+
+    monkeypatch.setattr(training, "run_stage", counted)
+    with pytest.raises(KeyboardInterrupt):
+        selection.select(teacher_folder, retraining(), tmp_path / "plan.yaml", data=text)
+    plan = selection.select(teacher_folder, retraining(), tmp_path / "plan.yaml", data=text, resume=True)
+    assert trained == [f"candidate-{index}-0" for index in (0, 1, 2, 2, 3)]
+    found, wanted = (json.loads((folder / "scores.json").read_text()) for folder in (tmp_path, tmp_path / "whole"))
+    assert found["scores"] == wanted["scores"] and found["chosen"] == wanted["chosen"]
+    assert found["bill"] == {"forward_tokens": 2 * 4 * 64, "training_tokens": 4 * 128}
+    assert found["front"][0]["value"] == 0.0 and found["front"][-1]["value"] == 1.0
+    assert plan.attention_layers == found["chosen"] and not (tmp_path / "plan.work").exists()
+
+
+def test_a_dry_run_says_the_bill_and_leaves_nothing(teacher_folder, text, tmp_path, capsys):
+    assert selection.select(teacher_folder, retraining(), tmp_path / "plan.yaml", data=text, dry_run=True) is None
+    said = capsys.readouterr().out
+    assert "align: 512 tokens of training" in said
+    assert "kl, 3 units: 512 tokens forward and 512 tokens of training, about" in said
+    assert [*tmp_path.iterdir()] == []
+
+
+@pytest.mark.parametrize(
+    ("by", "unit", "budget", "options"),
+    [
+        ("kl", "head", "16KiB@64", {}),
+        ("kl-removal", 2, "1", {}),
+        ("alignment-loss", "head", "20%", {}),
+        ("recall", "layer", "1", {"tasks": ["copy"], "context": 32, "rows": 3}),
+        ("halo", None, "1", {"recall": ["copy"], "context": 32, "rows": 3}),
+        ("gradient", "head", "1.5x@64", {"points": 1}),
+        ("fisher", None, "1", {"draws": 1}),
+        ("gates", "head", "6", {"tokens": 128, "sequence_length": 32}),
+        ("greedy", None, "opt", {"task": "copy", "context": 32, "limit": 3}),
+        ("greedy", "head", "best", {"task": "copy", "context": 32, "limit": 2}),
+        ("uniform", 2, "1", {}),
+        ("fixed", None, "20KiB@64", {"layers": [2, 0]}),
+    ],
+)
+def test_every_selector_gives_a_plan(by, unit, budget, options, teacher_folder, text, tmp_path, monkeypatch):
+    """Layers, heads and groups; numbers, shares, bytes and speed."""
+    monkeypatch.setitem(FLOORS, "accuracy", -1.0)
+    monkeypatch.setitem(FLOORS, "logprob", -99.0)
+    seconds = DecodeCost([1.0] * 3, [0.1] * 3, 1.0)  # a real clock would make many plans impossible at this size
+    monkeypatch.setattr(selection, "decode_cost", lambda *_: seconds)
+    settings = {**RECIPE["selector"], "by": by, "unit": unit, "budget": budget, "options": options}
+    recipe = Recipe(**{**RECIPE, "selector": settings})
+    plan = selection.select(teacher_folder, recipe, tmp_path / "plan.yaml", data=text)
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    units = units_of(plan.shapes, SELECTORS[by].unit if unit is None else unit)
+    assert sorted(head for index in scores["chosen"] for head in units[index]) == sorted(plan.attention_heads)
+    assert scores["spent"].keys() == scores["bill"].keys() and scores["unit"] in ("layer", "head", "group")
+    if budget.endswith("KiB@64"):
+        assert plan.cache_bytes(64) <= 1024 * int(budget[:2])
+    if budget.endswith("x@64"):
+        assert plan.attention_heads and seconds(plan) <= 4 / 1.5
 
 
 def test_eval_and_generate(finished, tmp_path):

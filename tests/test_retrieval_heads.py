@@ -13,9 +13,9 @@ from subquad.errors import UserError
 from subquad.evaluate.retrieval import answers
 from subquad.join import output_projection
 from subquad.plan import Plan
-from subquad.select import Budget, Choice, choose_plan
-from subquad.select import retrieval_heads as package_function
-from subquad.select.retrieval_heads import _Ablation, _role, _sources, retrieval_heads
+from subquad.select import Budget, Choice, Work, choose_plan, retrieval_scores, units_of
+from subquad.select.retrieval_heads import _role, _sources
+from subquad.select.silence import Silence, silence_bill
 from subquad.student import Student
 
 
@@ -27,6 +27,14 @@ def probe_of(rows=6, length=24, seed=0, vocabulary=90):
     return Probe(torch.cat([ids, ids], 1), mask, torch.full((rows,), length // 2), per_token=True)
 
 
+def silence_of(teacher, probe, top=1, unit="head", work=None):
+    shapes = [site.shape for site in find_attention(teacher)]
+    whole = {"copy": answers(teacher, probe)}
+    return Silence(
+        all_attention(teacher), units_of(shapes, unit), {"copy": probe}, whole, "logprob", top, work or Work(print)
+    )
+
+
 def all_attention(teacher):
     return Student.from_teacher(teacher, Plan.all_attention([site.shape for site in find_attention(teacher)]))
 
@@ -35,9 +43,9 @@ def all_attention(teacher):
 def test_a_silenced_head_is_one_whose_columns_are_zero(family):
     """Passes that begin in the middle, many heads at a time, give what whole passes of a cut model give."""
     teacher = tiny(family)
-    student, probe = all_attention(teacher), probe_of()
+    probe = probe_of()
     whole = answers(teacher, probe)
-    ablation = _Ablation(student, {"copy": probe}, {"copy": whole}, "logprob", top=1, confidence=0.95, seed=0)
+    ablation = silence_of(teacher, probe)
     ablation.step()
     found = ablation.mean("logprob")
     for layer, site in enumerate(find_attention(teacher)):
@@ -53,25 +61,23 @@ def test_a_silenced_head_is_one_whose_columns_are_zero(family):
                 projection.weight.data[columns] = 0
             wanted = (whole.logprob_N - answers(teacher, probe).logprob_N).mean() / whole.tokens_N[0]
             projection.weight.data = kept
-            index = ablation.heads.index((layer, head))
+            index = ablation.units.index([(layer, head)])
             assert found[index] == pytest.approx(float(wanted), abs=2e-5)
 
 
 def test_rounds_leave_out_what_is_settled():
     teacher = tiny("llama")
     probe = probe_of(rows=24)
-    ablation = _Ablation(
-        all_attention(teacher), {"copy": probe}, {"copy": answers(teacher, probe)}, "logprob", 2, 0.95, 0
-    )
-    heads = len(ablation.heads)
+    ablation = silence_of(teacher, probe, top=2)
+    heads = len(ablation.units)
     drops = torch.randn(24, heads, dtype=torch.float64) * 0.01
     drops[:, 3] += 5.0
     drops[:, 7] += 4.0
     ablation.drops["logprob"][:8] = drops[:8]
     ablation.done = 8
-    assert ablation.open_heads() == [] and not ablation.step()
+    assert ablation.open_units() == [] and not ablation.step()
     ablation.drops["logprob"][:8, 9] = torch.tensor([9.0, -1.0] * 4)  # as good as the second, or not
-    undecided = ablation.open_heads()
+    undecided = ablation.open_units()
     assert 9 in undecided and len(undecided) < heads
     assert ablation.step() and ablation.done == 16
     assert {int(count) for index, count in enumerate(ablation.rows) if index not in undecided} == {8}
@@ -108,19 +114,18 @@ def test_dead_heads_score_nothing_and_live_ones_something():
                 else:
                     weight[:, head * 8 : head * 8 + 8] *= 20
     probe = probe_of(rows=16)
-    whole = {"copy": answers(teacher, probe)}
-    ablation = _Ablation(all_attention(teacher), {"copy": probe}, whole, "logprob", 2, 0.95, 0)
+    ablation = silence_of(teacher, probe, top=2)
     while ablation.step():
         pass
     mean = ablation.mean("logprob").abs()
-    scored = {ablation.heads[index] for index in mean.gt(1e-6).nonzero()[:, 0].tolist()}
+    scored = {ablation.units[index][0] for index in mean.gt(1e-6).nonzero()[:, 0].tolist()}
     assert scored == set(alive)
 
 
 def test_a_model_that_answers_nothing_is_refused():
     tokenizer = byte_tokenizer()
     with pytest.raises(UserError, match="no retrieval task tells this model's heads apart .*dictionary is unusable"):
-        retrieval_heads(tiny("llama", vocab_size=len(tokenizer)), tokenizer, context=256, rows=4)
+        retrieval_scores(tiny("llama", vocab_size=len(tokenizer)), tokenizer, context=256, rows=4)
 
 
 def test_where_an_answer_comes_from():
@@ -164,5 +169,25 @@ def test_gains_scale_what_heads_put_out():
     assert torch.equal(found[0], plain[0]) and not torch.allclose(found[1], plain[1])
 
 
-def test_the_package_offers_it():
-    assert package_function is retrieval_heads
+@pytest.mark.parametrize("unit", ["layer", 2])
+def test_larger_units_are_silenced_as_a_whole(unit):
+    """A layer or a group of them: the same as a pass in which all of their heads are silent."""
+    teacher, probe = tiny("llama"), probe_of()
+    ablation = silence_of(teacher, probe, unit=unit)
+    ablation.step()
+    student, whole = all_attention(teacher), answers(teacher, probe)
+    for index, heads in enumerate(ablation.units):
+        gains = {layer: torch.zeros(6, 6) for layer, _ in heads}
+        silent = answers(student, probe, lambda m, ids, g=gains: m.final_hidden(ids, student_pass=Pass(gains=g)))
+        wanted = ((whole.logprob_N - silent.logprob_N) / whole.tokens_N).mean()
+        assert ablation.mean("logprob")[index] == pytest.approx(float(wanted), abs=2e-5)
+
+
+def test_the_bill_is_what_a_full_round_takes():
+    teacher, probe = tiny("llama"), probe_of(rows=6)
+    work = Work(print)
+    ablation = silence_of(teacher, probe, work=work)
+    bill = silence_bill(ablation.units, 3, {"copy": probe})
+    assert bill.forward_tokens == pytest.approx((1 + 6 * (1 + 2 / 3 + 1 / 3)) * probe.input_ids.numel())
+    ablation.step()
+    assert work.spent.forward_tokens == pytest.approx(bill.forward_tokens)

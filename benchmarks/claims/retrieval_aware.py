@@ -25,6 +25,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from operator import methodcaller
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ from subquad.evaluate import likelihood
 from subquad.evaluate.retrieval import answers, usable
 from subquad.plan import Join, Plan
 from subquad.select import retrieval_heads, uniform_layers
+from subquad.select.budget import largest_within
 from subquad.stage import Stage
 from subquad.student import Student
 
@@ -306,9 +308,8 @@ class RetrievalAware(Bench):
         layers = self.setup.layers[0]
         of_layers = self.plan(self.kept("uniform layers", layers, 0))
         for context in self.setup.serving:
-            budget = of_layers.cache_bytes(context)
-            counts = range(len(self.order) + 1)
-            count = max(k for k in counts if self.plan(self.order[:k]).cache_bytes(context) <= budget)
+            cost = methodcaller("cache_bytes", context)
+            count = largest_within(len(self.order), lambda k: self.plan(self.order[:k]), cost, cost(of_layers))
             plans = {"layers": of_layers, "heads": self.plan(self.order[:count])}
             students = {name: self.student(plan, 0) for name, plan in plans.items()}
             caches = {name: self.prefilled(student, context) for name, student in students.items()}

@@ -8,7 +8,7 @@ Notable:
 
 import copy
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import cache
@@ -37,11 +37,13 @@ def harness(
     batch: int = 4,
     fewshot: int | None = None,
     seed: int = 0,
+    documents: Callable[[int], list[int]] | None = None,
 ) -> dict[str, TaskScores]:
     """Measure a causal language model on `tasks`: names of lm-eval's tasks, groups and tags, or JSONL files.
 
-    `limit`: documents a task, the first ones; `batch`: rows at a time; `fewshot`: examples before each question, drawn
-    by `seed`, instead of the task's own number. Returns {task: {metric: {"value", "stderr"}}}, `stderr` None where
+    `limit`: documents a task, the first ones; `documents`: those of these numbers instead, given how many there are;
+    `batch`: rows at a time; `fewshot`: examples before each question, drawn by `seed`, instead of the task's own
+    number. Returns {task: {metric: {"value", "stderr"}}}, `stderr` None where
     unknown; a group that has a score of its own stands for its members. Raises UserError as `load_tasks` does.
     """
     loaded = load_tasks(tasks, fewshot)
@@ -52,6 +54,10 @@ def harness(
     from lm_eval.tasks import TaskManager
 
     with evaluating(model), _quiet():
+        chosen = None
+        if documents is not None:
+            members = TaskManager(include_defaults=False).load(loaded)["tasks"]
+            chosen = {name: documents(len(task.eval_docs)) for name, task in members.items()}
         results = simple_evaluate(
             HFLM(
                 pretrained=model,
@@ -63,7 +69,8 @@ def harness(
             tasks=loaded,
             task_manager=TaskManager(include_defaults=False),
             num_fewshot=fewshot,
-            limit=limit,
+            limit=limit if chosen is None else None,
+            samples=chosen,
             bootstrap_iters=BOOTSTRAP,
             log_samples=False,
             random_seed=seed,

@@ -25,8 +25,9 @@ class RetentionOptions(RecurrentOptions):
 class Retention(Recurrent):
     """S_t = a S_{t-1} + k_t v_t^T, y_t = gate * norm(q_t S_t), a = 1 - 1 / memory, a constant of the head.
 
-    The memories of a layer's heads are spaced evenly in their logarithm, whichever of them are here. RetNet's own are 32 to 512 tokens; the default goes
-    further, for the teacher's attention does. Starts with the gate open and the output scale fitted.
+    The memories of a layer's heads are spaced evenly in their logarithm, whichever of them are here. RetNet's own are
+    32 to 512 tokens; the default goes further, for the teacher's attention does. Starts with the gate open and the
+    output scale fitted.
     Source: RetNet (arXiv 2307.08621, eqs. 6 and 8); as a student SUPRA (arXiv 2405.06640).
     """
 

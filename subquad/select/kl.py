@@ -1,98 +1,150 @@
-"""KL-guided scores: restore one layer's attention in the all-linear student; how much nearer the teacher does it come?
+"""KL-guided scores: how much nearer the teacher is a student in which one unit has its attention back?
 
-The score of layer l is KL(teacher, all-linear) - KL(teacher, all-linear with l restored), on text that training does
-not see. This is SMART's score (Zebra-Llama, arXiv 2505.17272) and, without its retraining of each candidate, KL-guided
-selection's (arXiv 2512.20569, "greedy addition"); every candidate shares the aligned mixers, so one alignment serves
-all.
+Two base points, and any amount of training for each candidate:
 
-A restored layer is the teacher's own block, whatever an alignment stage trained there. Restoring layer l changes
-nothing below l: the all-linear pass keeps the output of every decoder block, and a candidate's pass starts at block l,
-so that L candidates cost about L / 2 forward passes. The KL is taken at every `stride`-th position.
+- `restore`: the all-linear, aligned student; the score of a unit is what its attention gains, KL(all linear) - KL(unit
+  restored). Without training this is SMART's score (Zebra-Llama, arXiv 2505.17272), with a short stage on logits for
+  each candidate KL-guided selection's "greedy addition" (GA-S2, arXiv 2512.20569).
+- `remove`: the teacher with one unit linear; the score is the KL that this costs ("greedy removal", GR-S2).
 
-Legend: B rows, T tokens, M model width.
+Notable:
+- Without training, candidates share the aligned mixers and every layer below the one that they change: the base's pass
+  keeps what each block returns, and a candidate's pass starts where it differs, so that L layers cost about L / 2
+  passes. The KL is taken at every `stride`-th position.
+- Trained candidates are compared on held-out text. (The paper's code compares training losses at a logged step.)
+- With `rounds`, candidates are trained a little at first, and only the quarter of them whose place at the cut is still
+  open is trained again, with four times the tokens: successive halving, around the cut instead of the best.
+
+Legend: B rows, T tokens, M model width, N rows of text, U units.
 """
 
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from subquad.attention import find_attention
 from subquad.distill.heads import Head, final_hidden
 from subquad.distill.tokens import FromHidden, chunked_loss
-from subquad.select.prefix import recorded, resumed
+from subquad.plan import Plan
+from subquad.select.board import Board, passes, without
+from subquad.select.units import Unit
+from subquad.select.work import Bill, Work
 from subquad.student import Student
 
+Base = Literal["restore", "remove"]
+Train = Callable[[Student, int, str], None]  # (student, tokens, name): a stage on logits
 
-@dataclass
-class KLScores:
-    """`restored[l]`: KL in nats per token with layer l restored; `scores[l]`: what that gained over `all_linear`."""
-
-    all_linear: float
-    restored: list[float]
-    tokens: int  # that went through the teacher
-    seconds: float
-
-    @property
-    def scores(self) -> list[float]:
-        return [self.all_linear - restored for restored in self.restored]
+KEPT = 4  # of the candidates, one in so many goes to the next round, with so many times the tokens
 
 
-@torch.no_grad()
-def kl_scores(
-    student: Student,
-    teacher: PreTrainedModel,
-    tokens_BT: Tensor,
-    *,
-    stride: int = 4,
-    progress: Callable[[int, int], None] | None = None,
-) -> KLScores:
-    """Scores every layer of an all-linear, aligned `student`. `progress`: called with (passes done, in all)."""
-    start = time.perf_counter()
-    layers, rows = student.plan.num_layers, len(tokens_BT)
-    blocks = student.blocks()
-    originals = [teacher.get_submodule(site.block) for site in find_attention(teacher)]
-    sums = torch.zeros(layers + 1, dtype=torch.float64)  # the last is the all-linear student
-    done = 0
+def candidates(board: Board, units: Sequence[Unit], base: Base) -> list[Plan]:
+    """The base's plan, and those with one unit changed."""
+    everything = board.everything
+    kept = [[], *units] if base == "restore" else [everything, *(without(everything, unit) for unit in units)]
+    return [board.keeping(heads) for heads in kept]
 
-    def kl(student_BTM: Tensor, teacher_BTM: Tensor) -> float:
-        loss = chunked_loss(
-            student_BTM[:, ::stride],
-            Head.of(student),
-            weights={"logits": 1.0},
-            teacher=FromHidden(teacher_BTM[:, ::stride], Head.of(teacher)),
+
+def kl_without_training(board: Board, plans: Sequence[Plan], text_NT: Tensor, stride: int, work: Work) -> Tensor:
+    """KL(teacher, student) in nats per token of every plan on every row of text: (N, plans)."""
+
+    @torch.no_grad()
+    def piece(row: int) -> list[float]:
+        ids_1T = text_NT[row : row + 1].to(board.student.device)
+        theirs_BTM = final_hidden(board.teacher, ids_1T)
+        return board.shared(
+            plans, lambda student: kl(student, student.final_hidden(ids_1T), board.teacher, theirs_BTM, stride)
         )
-        return float(loss.total)
 
-    for row in tokens_BT.split(1):
-        row = row.to(student.device)
-        teacher_BTM = final_hidden(teacher, row)
-        with recorded(blocks) as outputs:
-            sums[layers] += kl(student.final_hidden(row), teacher_BTM)
-        for layer in range(layers):
-            with resumed(blocks, layer, outputs), _replaced(blocks[layer], originals[layer]):
-                sums[layer] += kl(student.final_hidden(row), teacher_BTM)
-            done += 1
-            if progress is not None:
-                progress(done, rows * layers)
-    means = (sums / rows).tolist()
-    return KLScores(means[-1], means[:-1], tokens_BT.numel(), time.perf_counter() - start)
+    board.prepare(plans)
+    each = Bill(forward_tokens=(1 + passes(plans)) * text_NT.shape[1])
+    return work.pieces(f"kl {stride}", len(text_NT), piece, each=each)
 
 
-@contextmanager
-def _replaced(block: nn.Module, original: nn.Module) -> Iterator[None]:
-    """Within, the teacher's block stands in for one of the student's."""
+def kl(student: Student, student_BTM: Tensor, teacher: PreTrainedModel, teacher_BTM: Tensor, stride: int) -> float:
+    """Nats per token, at every `stride`-th position, from the last hidden states."""
+    loss = chunked_loss(
+        student_BTM[:, ::stride],
+        Head.of(student),
+        weights={"logits": 1.0},
+        teacher=FromHidden(teacher_BTM[:, ::stride], Head.of(teacher)),
+    )
+    return float(loss.total)
 
-    def of_teacher(*args: Any, student_pass: Any = None, **kwargs: Any) -> Any:
-        return original(*args, **kwargs)
 
-    block.forward = of_teacher
-    try:
-        yield
-    finally:
-        del block.forward
+def round_tokens(tokens: int, rounds: int) -> list[int]:
+    """Tokens that a candidate is trained on in each round."""
+    return [max(1, round(tokens / KEPT**left)) for left in range(rounds - 1, -1, -1)]
+
+
+def training_bill(plans: int, text_NT: Tensor, tokens: int, rounds: int) -> Bill:
+    """Of all rounds: the first trains every plan, each later one a quarter of the candidates, and the base again."""
+    counts = [plans, *(_open(plans - 1, later) + 1 for later in range(1, rounds))]
+    trained = sum(count * amount for count, amount in zip(counts, round_tokens(tokens, rounds), strict=True))
+    return Bill(forward_tokens=2 * sum(counts) * text_NT.numel(), training_tokens=trained)
+
+
+def _open(units: int, later: int) -> int:
+    return max(2, round(units / KEPT**later))
+
+
+def gains_of(kl_NP: Tensor, base: Base) -> Tensor:
+    """What the units are worth, (N, U), from the KL of the base's plan and of those with one unit changed."""
+    gains_NU = kl_NP[:, :1] - kl_NP[:, 1:]
+    return gains_NU if base == "restore" else -gains_NU
+
+
+def gains_with_training(
+    board: Board,
+    plans: Sequence[Plan],
+    text_NT: Tensor,
+    stride: int,
+    work: Work,
+    train: Train,
+    *,
+    base: Base,
+    tokens: int,
+    rounds: int,
+    cut: int,
+) -> tuple[Tensor, list[int]]:
+    """What the units are worth after training their candidates (N, U), and the last round that each was in.
+
+    `cut`: how many units will be kept; a later round trains those whose worth is nearest to the cut.
+    """
+    units = len(plans) - 1
+    gains_NU = torch.zeros(len(text_NT), units, dtype=torch.float64)
+    last = [0] * units
+    wanted = [*range(units)]
+    for turn, amount in enumerate(round_tokens(tokens, rounds)):
+        if turn:
+            worth_U = gains_NU.mean(0)
+            ordered = worth_U.sort(descending=True).values
+            place = min(max(cut, 1), units - 1)
+            distance_U = (worth_U - (ordered[place - 1] + ordered[place]) / 2).abs()
+            wanted = sorted(wanted, key=distance_U.tolist().__getitem__)[: _open(units, turn)]
+        kl_N = [
+            _trained(board, plans[index], text_NT, stride, work, train, amount, f"{index}-{turn}")
+            for index in (0, *(unit + 1 for unit in sorted(wanted)))
+        ]
+        gains_NU[:, sorted(wanted)] = gains_of(torch.stack(kl_N, 1), base)
+        for unit in wanted:
+            last[unit] = turn
+    return gains_NU, last
+
+
+def _trained(
+    board: Board, plan: Plan, text_NT: Tensor, stride: int, work: Work, train: Train, tokens: int, name: str
+) -> Tensor:
+    each = Bill(forward_tokens=2 * text_NT.numel(), training_tokens=tokens)
+
+    def piece(_: int) -> list[float]:
+        student = Student.from_teacher(board.teacher, plan, mixers_from=board.student)
+        if student.replaced_layers():
+            train(student, tokens, f"candidate-{name}")
+        with torch.no_grad():
+            rows = [row[None].to(student.device) for row in text_NT]
+            pairs = [(student.final_hidden(row), final_hidden(board.teacher, row)) for row in rows]
+            return [kl(student, mine, board.teacher, theirs, stride) for mine, theirs in pairs]
+
+    return work.pieces(f"kl {stride} after {tokens} tokens, {name}", 1, piece, each=each, together=True)[0]

@@ -1,0 +1,109 @@
+"""Distill-then-Replace: from the teacher, make the unit linear that a task misses least, again and again.
+
+After alignment each candidate, the units replaced so far and one more, is scored on the task's validation documents,
+and the best is taken, until it falls below the floor (1 - tolerance) x the teacher's score. M_opt is the last plan of
+this path that holds the floor, M_best the one that scores highest, the later of equals.
+
+A score that picks the best of many candidates is too good for it: the plans that are reported are scored once more on
+test documents that no choice was made by.
+
+Source: Distill-then-Replace (arXiv 2601.11667, algorithm 1); equals are parted by unit, the later first, since nothing
+else is said.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from subquad.plan import Plan
+from subquad.select.board import Board, without
+from subquad.select.task import TaskScore
+from subquad.select.units import Unit
+from subquad.select.work import Bill, Work
+
+
+@dataclass
+class Step:
+    """One unit replaced: which, and what is scored since."""
+
+    unit: int
+    score: float
+
+
+@dataclass
+class GreedyPath:
+    """The path from the teacher, and the two plans on it: numbers of steps."""
+
+    task: str
+    floor: float
+    base: float
+    steps: list[Step]
+    best: int
+    opt: int
+    test: dict[str, float]  # of the teacher (base), M_best and M_opt
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def kept(self, units: int, steps: int) -> list[int]:
+        """The units that still attend after so many steps."""
+        gone = {step.unit for step in self.steps[:steps]}
+        return [unit for unit in range(units) if unit not in gone]
+
+
+def greedy_path(
+    board: Board,
+    units: Sequence[Unit],
+    task: TaskScore,
+    tokenizer: PreTrainedTokenizerBase,
+    work: Work,
+    *,
+    tolerance: float = 0.05,
+    most: int | None = None,
+    document_tokens: int = 0,
+) -> GreedyPath:
+    """The path, to the floor or until `most` units are replaced (then whatever the floor says).
+
+    `document_tokens`: of the validation documents together, for the bill, where they are known.
+    """
+
+    def plan_of(gone: Sequence[int]) -> Plan:
+        left = board.everything
+        for unit in gone:
+            left = without(left, units[unit])
+        return board.keeping(left)
+
+    def scored(name: str, plans: Sequence[Plan], part: str = "validation") -> list[float]:
+        def piece(index: int) -> list[float]:
+            with board.following(plans[index]) as student:
+                return [getattr(task, part)(student, tokenizer)]
+
+        each = Bill(forward_tokens=document_tokens)
+        return work.pieces(f"greedy {task.name}, {name}", len(plans), piece, each=each)[:, 0].tolist()
+
+    last = len(units) if most is None else most
+    candidates = sum(len(units) - step for step in range(last))
+    work.announce(
+        f"greedy on {task.name}: at most {candidates} candidates for {last} of {len(units)} units, fewer where the "
+        "floor is reached",
+        Bill(forward_tokens=(4 + candidates) * document_tokens),
+    )
+    base = scored("teacher", [plan_of([])])[0]
+    floor = (1 - tolerance) * base
+    gone: list[int] = []
+    steps: list[Step] = []
+    while len(gone) < last:
+        left = [unit for unit in range(len(units)) if unit not in gone]
+        scores = scored(f"step {len(gone)}", [plan_of([*gone, unit]) for unit in left])
+        score, unit = max(zip(scores, left, strict=True))
+        if most is None and score < floor:
+            break
+        gone.append(unit)
+        steps.append(Step(unit, score))
+    held = [0, *(number for number, step in enumerate(steps, 1) if step.score >= floor)]
+    best = max(range(len(steps) + 1), key=lambda number: (steps[number - 1].score if number else base, number))
+    tested = scored("test", [plan_of(gone[:count]) for count in (0, best, max(held))], "test")
+    named = dict(zip(("base", "best", "opt"), tested, strict=True))
+    return GreedyPath(task.name, floor, base, steps, best, max(held), named)

@@ -1,0 +1,78 @@
+"""HALO's scores: what a unit's attention is worth to recall, over what it is worth to everything else.
+
+The teacher with one unit linear, aligned and not trained further, is asked to recall (R) and to do what needs little of
+it (C); s = (max R - R) / (max C - C + eps), over the units, in percentage points. Source: HALO (arXiv 2601.22156),
+whose R is the mean of SQuAD, FDA and SWDE and whose C is that of HellaSwag, ARC-easy and ARC-challenge; its code bounds
+s at 50. Here R are retrieval probes, and C is by default the share of the next tokens of held-out text that are
+predicted right, which needs no data from elsewhere; it can be tasks of lm-eval's.
+
+Legend: N rows of text, T tokens, U units.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from subquad.data.retrieval import Probe
+from subquad.distill.heads import final_hidden, head_logits
+from subquad.evaluate.retrieval import answers
+from subquad.plan import Plan
+from subquad.select.board import Board, passes
+from subquad.select.task import TaskScore
+from subquad.select.work import Bill, Work
+from subquad.student import Student
+
+BOUND = 50.0
+EPS = 1e-10
+
+
+def probe_recall(board: Board, plans: Sequence[Plan], probes: Mapping[str, Probe], work: Work) -> Tensor:
+    """The share of answers that every plan gets right, in percent, mean over tasks: (rows, plans)."""
+
+    def piece(row: int) -> Tensor:
+        def right(probe: Probe) -> list[float]:
+            return board.shared(plans, lambda student: answers(student, probe).score()["accuracy"])
+
+        found = torch.tensor([right(probe.rows(slice(row, row + 1))) for probe in probes.values()])
+        return 100 * found.double().mean(0)
+
+    rows = min(len(probe.input_ids) for probe in probes.values())
+    tokens = sum(probe.input_ids.shape[1] for probe in probes.values())
+    return work.pieces("halo, recall", rows, piece, each=Bill(forward_tokens=passes(plans) * tokens))
+
+
+def next_tokens_right(board: Board, plans: Sequence[Plan], text_NT: Tensor, work: Work) -> Tensor:
+    """The share of next tokens that every plan predicts right, in percent: (N, plans)."""
+
+    def piece(row: int) -> list[float]:
+        ids_1T = text_NT[row : row + 1].to(board.student.device)
+
+        def right(student: Student) -> float:
+            logits_1TV = head_logits(student, final_hidden(student, ids_1T)[:, :-1])
+            return 100 * float((logits_1TV.argmax(-1) == ids_1T[:, 1:]).double().mean())
+
+        return board.shared(plans, right)
+
+    each = Bill(forward_tokens=passes(plans) * text_NT.shape[1])
+    return work.pieces("halo, next tokens", len(text_NT), piece, each=each)
+
+
+def task_scores(
+    board: Board, plans: Sequence[Plan], tasks: Sequence[TaskScore], tokenizer: PreTrainedTokenizerBase, work: Work
+) -> Tensor:
+    """What every plan scores on tasks, in percent, in the mean: (1, plans)."""
+
+    def piece(index: int) -> list[float]:
+        with board.following(plans[index]) as student:
+            return [100 * sum(task.validation(student, tokenizer) for task in tasks) / len(tasks)]
+
+    key = f"halo, {', '.join(task.name for task in tasks)}"
+    return work.pieces(key, len(plans), piece, each=Bill()).T
+
+
+def halo_scores(recall_U: Tensor, common_U: Tensor) -> Tensor:
+    """s of every unit, (U,), from what is left of recall and of common sense with it linear, in percent."""
+    lost_U = recall_U.max() - recall_U
+    return (lost_U / (common_U.max() - common_U + EPS)).clamp_max(BOUND)

@@ -1,0 +1,118 @@
+"""How fast a plan decodes, estimated from two students: one that is all attention, one that has none.
+
+What a plan changes in a decoding step is the mixing of the layers: the keys and values that attention reads, or the
+states of another mixer. So that alone is timed, layer by layer, in both students in turns, and everything else
+(projections, MLPs, the output head) is the rest, the same for any plan. The estimate for a plan is the rest and the
+mixing of each layer; where only some heads attend, attention's by the share of the key/value heads in use, and the
+mixer's as a whole.
+
+It is an estimate: a layer with both parts also splits and joins its heads, small parts do not take a fraction of the
+time, and on a GPU the parts wait for each other here. Measure the student itself before quoting a speed.
+"""
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from subquad.cache import StudentCache
+from subquad.plan import ATTENTION, Plan
+from subquad.student import Student
+
+
+@dataclass(frozen=True)
+class DecodeCost:
+    """Seconds of a decoding step of one sequence: the mixing of each layer by attention and by the mixer, the rest."""
+
+    attention: list[float]
+    mixer: list[float]
+    rest: float
+
+    def __call__(self, plan: Plan) -> float:
+        """The estimate for a plan over the same mixer."""
+        return self.rest + sum(self._mixing(plan, layer) for layer in range(plan.num_layers))
+
+    def _mixing(self, plan: Plan, layer: int) -> float:
+        groups = plan.groups(layer)
+        kept = groups.pop(ATTENTION, None)
+        share = 0.0 if kept is None else len(kept.kv_heads) / plan.shapes[layer].kv_heads
+        return share * self.attention[layer] + (self.mixer[layer] if groups else 0.0)
+
+
+def decode_cost(attention: Student, linear: Student, context: int, steps: int = 8) -> DecodeCost:
+    """Times decoding after `context` tokens in a student that is all attention and in one that has none."""
+    (attention_L, rest), (linear_L, other_rest) = _in_turns([attention, linear], context, steps)
+    return DecodeCost(attention_L, linear_L, (rest + other_rest) / 2)
+
+
+def layer_seconds(student: Student, context: int, steps: int = 8) -> tuple[list[float], float]:
+    """Seconds of the mixing of each layer in a decoding step after `context` tokens, and of the rest of the step."""
+    return _in_turns([student], context, steps)[0]
+
+
+@torch.no_grad()
+def _in_turns(students: Sequence[Student], context: int, steps: int) -> list[tuple[list[float], float]]:
+    """Medians of `steps` steps of each; the students take turns, so that they share the machine's better and worse."""
+    caches = [cache_after(student, context) for student in students]
+    samples: list[list[list[float]]] = [[] for _ in students]
+    for _ in range(1 + steps):
+        for student, cache, found in zip(students, caches, samples, strict=True):
+            found.append(_step(student, cache))
+    medians = [[statistics.median(part) for part in zip(*found[1:], strict=True)] for found in samples]  # 0: warming up
+    return [(mixing, rest) for *mixing, rest in medians]
+
+
+def cache_after(student: Student, context: int) -> StudentCache:
+    """The cache of one sequence of `context` tokens, of the right size and with anything in it: no need to read them.
+
+    Reading 32k tokens would take most models far longer than all the steps.
+    """
+    cache = student.new_cache()
+    generator = torch.Generator().manual_seed(0)
+    for index, (layer, module) in enumerate(zip(cache.layers, student.attention_modules(), strict=True)):
+        device = next(module.parameters()).device
+        layer.tokens, layer.is_initialized = context, True
+        for name, mixer in student.mixers(index).items():
+            held = mixer.held(mixer.group, mixer.options, context)
+            layer.states[name] = {
+                key: torch.rand(1, *part.shape, generator=generator).to(
+                    device, torch.promote_types(student.dtype, torch.float32) if part.wide else student.dtype
+                )
+                for key, part in held.items()
+            }
+    return cache
+
+
+def _step(student: Student, cache: StudentCache) -> list[float]:
+    """Seconds of the mixing of each layer in one step, and of the rest of it."""
+    mixing = [0.0] * student.plan.num_layers
+
+    def start(layer: int, *_: Any) -> None:
+        mixing[layer] -= _now(student)
+
+    def stop(layer: int, *_: Any) -> None:
+        mixing[layer] += _now(student)
+
+    hooks = []
+    for layer in range(student.plan.num_layers):
+        for mixer in student.mixers(layer).values():
+            hooks += [mixer.register_forward_pre_hook(partial(start, layer))]
+            hooks += [mixer.register_forward_hook(partial(stop, layer))]
+    try:
+        started = _now(student)
+        student(torch.ones(1, 1, dtype=torch.long, device=student.device), past_key_values=cache, use_cache=True)
+        return [*mixing, _now(student) - started - sum(mixing)]
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _now(student: Student) -> float:
+    """The time, once the device has done all that it was asked for."""
+    if student.device.type == "cuda":
+        torch.cuda.synchronize(student.device)
+    return time.perf_counter()

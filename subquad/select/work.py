@@ -1,0 +1,134 @@
+"""The work of a selector: billed before it starts, shared by the processes, and kept piece by piece as it is done.
+
+A piece gives a row of numbers (one a candidate, of one row of text, say). Pieces are spread over the processes, and the
+number that each gives is the same wherever it runs. Finished ones are lines of selection.jsonl, so that an interrupted
+selection goes on from there.
+"""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from subquad.report.format import duration
+
+TRAINING = 4.0  # forward passes that a training step is worth: the teacher's, the student's, and twice that backwards
+
+RESAMPLES = 1000
+
+
+@dataclass
+class Bill:
+    """Tokens that go through whole models."""
+
+    forward_tokens: float = 0.0
+    training_tokens: float = 0.0
+
+    def seconds(self, tokens_per_second: float) -> float:
+        """About how long it takes, from the speed of the teacher's bare forward pass."""
+        return (self.forward_tokens + TRAINING * self.training_tokens) / tokens_per_second
+
+
+class OnlyTheBill(Exception):
+    """The bill was all that was asked for."""
+
+
+@dataclass
+class Work:
+    """`file`: where finished pieces are kept; none: nowhere. `speed`: tokens/s of the teacher's forward pass."""
+
+    say: Callable[[str], None] = print
+    progress: Callable[[int, int], None] | None = None  # called with (pieces done, in all)
+    accelerator: Accelerator | None = None
+    file: Path | None = None
+    folder: Path | None = None  # for what a piece leaves while it is under way
+    speed: Callable[[], float] | None = None
+    dry_run: bool = False
+    announced: Bill = field(default_factory=Bill)
+    spent: Bill = field(default_factory=Bill)
+    started: float = field(default_factory=time.perf_counter)
+
+    def announce(self, what: str, bill: Bill) -> None:
+        """Says what is about to be done and what it costs. Raises OnlyTheBill on a dry run."""
+        self.announced = bill
+        parts = [f"{bill.forward_tokens:,.0f} tokens forward"] if bill.forward_tokens else []
+        parts += [f"{bill.training_tokens:,.0f} tokens of training"] if bill.training_tokens else []
+        cost = " and ".join(parts) or "nothing to measure"
+        about = "" if self.speed is None or not parts else f", about {duration(bill.seconds(self.speed()))}"
+        self.say(f"{what}: {cost}{about}")
+        if self.dry_run:
+            raise OnlyTheBill
+
+    def pieces(
+        self,
+        key: str,
+        count: int,
+        piece: Callable[[int], Sequence[float] | Tensor],
+        *,
+        each: Bill,
+        together: bool = False,
+    ) -> Tensor:
+        """What `piece(index)` gives for each index below `count`, in float64: (count, numbers of a piece).
+
+        `key` tells these pieces from the selector's others. `each`: what a piece costs. `together`: all the processes
+        work on every piece, as in training.
+        """
+        done = {index: values for index, values in self._read(key).items() if index < count}
+        left = [index for index in range(count) if index not in done]
+        processes = 1 if self.accelerator is None or together else self.accelerator.num_processes
+        rank = 0 if self.accelerator is None or together else self.accelerator.process_index
+        for first in range(0, len(left), processes):
+            round_ = left[first : first + processes]
+            mine = round_[min(rank, len(round_) - 1)]  # those without a piece do the last one's again
+            values = torch.as_tensor(piece(mine), dtype=torch.float64)
+            gathered = values[None]
+            if processes > 1:
+                assert self.accelerator is not None
+                gathered = self.accelerator.gather(values[None].to(self.accelerator.device)).cpu()
+            for index, row in zip(round_, gathered, strict=False):
+                done[index] = row.tolist()
+                self._write(key, index, done[index])
+                self.spent.forward_tokens += each.forward_tokens
+                self.spent.training_tokens += each.training_tokens
+            if self.progress is not None:
+                self.progress(len(done), count)
+        return torch.tensor([done[index] for index in range(count)], dtype=torch.float64)
+
+    def report(self) -> dict[str, Any]:
+        """For scores.json: what was announced, and what it took (of this process, and without what was kept)."""
+        seconds = time.perf_counter() - self.started
+        return {"bill": asdict(self.announced), "spent": asdict(self.spent), "seconds": seconds}
+
+    def _read(self, key: str) -> dict[int, list[float]]:
+        if self.file is None or not self.file.is_file():
+            return {}
+        lines = self.file.read_text(encoding="utf-8").split("\n")[:-1]  # a torn last line has no end
+        found = [json.loads(line) for line in lines]
+        return {one["piece"]: one["values"] for one in found if one["key"] == key}
+
+    def _write(self, key: str, index: int, values: list[float]) -> None:
+        if self.file is not None and (self.accelerator is None or self.accelerator.is_main_process):
+            with self.file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"key": key, "piece": index, "values": values}) + "\n")
+
+
+def bootstrap(samples_NU: Tensor, confidence: float = 0.95, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Bounds of the interval of each column's mean, (U,): rows are drawn again, with replacement.
+
+    Of a single row nothing is known: NaN.
+    """
+    count = len(samples_NU)
+    if count < 2:
+        unknown = torch.full_like(samples_NU[0], torch.nan)
+        return unknown, unknown
+    drawn = torch.randint(count, (RESAMPLES, count), generator=torch.Generator().manual_seed(seed))
+    means_RU = samples_NU[drawn].mean(1)
+    rest = (1 - confidence) / 2
+    low, high = means_RU.quantile(torch.tensor([rest, 1 - rest], dtype=samples_NU.dtype), dim=0)
+    return low, high

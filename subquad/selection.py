@@ -1,0 +1,162 @@
+"""The selector at work: from an aligned all-linear student to a plan, as part of a conversion or on its own."""
+
+import json
+import math
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import Progress
+
+from subquad.data.text import Corpus
+from subquad.distill.passes import bare_forward_speed
+from subquad.errors import UserError
+from subquad.opening import all_linear, open_corpus, open_teacher, settled
+from subquad.plan import Plan
+from subquad.recipe import Recipe
+from subquad.run import Run, start_run
+from subquad.select import SELECTORS, Bill, Budget, OnlyTheBill, Question, Work, choose_plan, pareto
+from subquad.select.speed import DecodeCost, decode_cost
+from subquad.select.units import kind_of, layers_in
+from subquad.student import Student
+from subquad.teacher import Teacher
+from subquad.training import candidate_training, train_stages
+
+SPEED_TOKENS = 512  # of the row that the teacher's speed is measured on, for the bill
+
+
+def select(
+    teacher: str = "default",
+    recipe: Recipe | str | Path = "quick",
+    out: str | Path = "plan.yaml",
+    *,
+    data: list[str] | None = None,
+    dry_run: bool = False,
+    resume: bool = False,
+    overwrite: bool = False,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+    command: str | None = None,
+) -> Plan | None:
+    """Aligns an all-linear student where the selector needs it, chooses what keeps attention, and writes the plan.
+
+    scores.json is written beside `out`. `dry_run`: only the bill is said, and nothing written (None is returned).
+    `resume`: go on with an interrupted selection. Raises UserError for anything wrong with what was given, or when
+    `out` exists and is not to be overwritten.
+    """
+    recipe = settled(recipe, teacher, data)
+    out = Path(out)
+    if out.exists() and not overwrite and not dry_run:
+        raise UserError(f"{out} exists; give --overwrite to replace it")
+    how = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
+    if dry_run:
+        with tempfile.TemporaryDirectory() as folder:
+            _bill(start_run(recipe, Path(folder) / "run", resume=False, overwrite=False), **how)
+        return None
+    work = out.with_name(f"{out.stem}.work")
+    run = start_run(recipe, work, resume=resume, overwrite=not resume)
+    source = open_teacher(run, **how)
+    corpus = open_corpus(run, source)
+    linear = all_linear(run, source, corpus)
+    if SELECTORS[recipe.selector.by].aligned:
+        train_stages(run, linear, source, corpus, scope="all-linear")
+    plan, scores = select_plan(run, linear, source, corpus)
+    run.end()
+    if run.main:
+        scores_file = out.with_name("scores.json")
+        (work / "scores.json").write_text(json.dumps(scores | {"command": command}, indent=1), encoding="utf-8")
+        os.replace(work / "scores.json", scores_file)
+        os.replace(work / "plan.yaml", out)
+        shutil.rmtree(work)
+        run.say(f"plan: {plan.pattern()}\n{out} and {scores_file} written")
+    return plan
+
+
+def _bill(run: Run, **how: Any) -> None:
+    """Says what aligning and selecting would cost."""
+    source = open_teacher(run, **how)
+    corpus = open_corpus(run, source)
+    linear = all_linear(run, source, corpus)
+    if SELECTORS[run.recipe.selector.by].aligned:
+        for stage in run.recipe.stages:
+            if stage.scope == "all-linear":
+                run.say(f"{stage.name}: {stage.tokens:,} tokens of training")
+    work = _work(run, source, corpus)
+    work.dry_run = True
+    try:
+        _choose(run, linear, source, corpus, work)
+    except OnlyTheBill:
+        run.end()
+
+
+def select_plan(run: Run, linear: Student, source: Teacher, corpus: Corpus) -> tuple[Plan, dict[str, Any]]:
+    """The plan and scores.json: read, when an interrupted run had got as far, else measured and written."""
+    plan_file, scores_file = run.out / "plan.yaml", run.out / "scores.json"
+    if run.resume and plan_file.is_file() and scores_file.is_file():
+        return Plan.load(plan_file), json.loads(scores_file.read_text(encoding="utf-8"))
+    with run.timed("select"), Progress(console=run.console, transient=True) as bar:
+        task = bar.add_task(f"select by {run.recipe.selector.by}", total=None)
+        work = _work(run, source, corpus)
+        work.progress = lambda done, total: bar.update(task, completed=done, total=total)
+        plan, scores = _choose(run, linear, source, corpus, work)
+    run.write("scores.json", json.dumps(scores, indent=1))
+    run.write("plan.yaml", plan.to_yaml())
+    run.accelerator.wait_for_everyone()
+    return plan, scores
+
+
+def _work(run: Run, source: Teacher, corpus: Corpus) -> Work:
+    def speed() -> float:
+        length = min(SPEED_TOKENS, len(corpus.train))
+        row = corpus.batch(0, batch=1, sequence_length=length, seed=0).to(source.model.device)
+        return bare_forward_speed(source.model, row)
+
+    return Work(run.say, accelerator=run.accelerator, file=run.out / "selection.jsonl", speed=speed)
+
+
+def _choose(run: Run, linear: Student, source: Teacher, corpus: Corpus, work: Work) -> tuple[Plan, dict[str, Any]]:
+    recipe, settings = run.recipe, run.recipe.selector
+    selector, budget = SELECTORS[settings.by], Budget.parse(settings.budget)
+    text_BT = torch.zeros(0, 0, dtype=torch.long)
+    if selector.text:
+        rows = math.ceil(settings.tokens / settings.sequence_length)
+        text_BT = corpus.heldout_batch(rows, settings.sequence_length, part="selection")
+    question = Question(
+        linear,
+        source,
+        text_BT,
+        budget,
+        selector.unit if settings.unit is None else settings.unit,
+        corpus,
+        candidate_training(run, source, corpus) if settings.options.get("retrain_tokens") else None,
+        recipe.seed,
+        work,
+    )
+    choice = selector.choose(question, **settings.options)
+
+    def seconds(context: int) -> DecodeCost:
+        def measured(_: int) -> list[float]:
+            everything = Student.from_teacher(source.model, Plan.all_attention(linear.plan.shapes))
+            found = decode_cost(everything, linear, context)
+            return [*found.attention, *found.mixer, found.rest]
+
+        # as a piece of the work, so that all processes have the same, and an interrupted run the same again
+        found = work.pieces(f"decoding after {context}", 1, measured, each=Bill())[0].tolist()
+        layers = linear.plan.num_layers
+        return DecodeCost(found[:layers], found[layers:-1], found[-1])
+
+    plan, kept = choose_plan(linear, budget, choice, recipe.mixer.join, seconds)
+    scores = choice.report | pareto(linear, budget, choice, recipe.mixer.join) | work.report()
+    scores |= {
+        "by": settings.by,
+        "unit": kind_of(question.unit),
+        "units": [layers_in(unit) for unit in question.units] if kind_of(question.unit) == "group" else None,
+        "mixer": recipe.mixer.name,
+        "budget": settings.budget,
+        "chosen": kept,
+        "seed": recipe.seed,
+    }
+    return plan, scores
