@@ -6,7 +6,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks.claims import matrices, mohawk, retrieval_aware
+from benchmarks.claims import matrices, mohawk, retrieval_aware, selection
 from benchmarks.claims.bench import SMALL_TEACHER
 from benchmarks.claims.runs import Mean, Store
 
@@ -113,3 +113,28 @@ def test_retrieval_aware_from_end_to_end(tmp_path, monkeypatch, capsys):
     assert by_name["heads"]["cache_bytes"] <= by_name["layers"]["cache_bytes"]
     assert (tmp_path / "a.png").stat().st_size > 10_000
     assert "retrieval coverage" in capsys.readouterr().out
+
+
+def test_selection_from_end_to_end(tmp_path, monkeypatch, capsys):
+    changes = {"align_tokens": 1024, "retrain_tokens": 256, "logits_tokens": 512, "batch": 2, "sequence_length": 128}
+    changes |= {"unit": "layer", "context": 128, "probe_rows": 4, "score_rows": 1, "greedy_rows": 2, "rows": 2}
+    monkeypatch.setitem(selection.__dict__, "QUICK", {**selection.QUICK, **changes, "tasks": ("copy",)})
+    arguments = ["--quick", "--work", str(tmp_path / "work"), "--json", str(tmp_path / "a.json")]
+    selection.main([*arguments, "--plot", str(tmp_path / "a.png")])
+    report = json.loads((tmp_path / "a.json").read_text())
+    cells = {cell["name"]: cell for cell in report["estimators"]}
+    assert [*cells][0] == selection.FULL and {"kl", "fisher", "gates", "halo", "uniform", "random"} < cells.keys()
+    assert cells[selection.FULL]["selections"][0]["spent"]["training_tokens"] == 5 * 256  # with all-linear
+    assert len(cells["kl"]["spearman"]) == 1 and -1 <= cells["kl"]["spearman"][0] <= 1
+    assert [cell["name"] for cell in report["budgets"]] == [*selection.Setup().rivals]
+    (path,) = report["greedy"]
+    assert path["counts"] == [1] and path["scores"].keys() >= {"greedy", "random"}
+    assert (tmp_path / "a.png").stat().st_size > 10_000
+    assert "rank correlation" in capsys.readouterr().out
+
+
+def test_rank_correlation():
+    assert selection.spearman([1, 2, 3, 4], [10, 20, 30, 40]) == pytest.approx(1.0)
+    assert selection.spearman([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx(-1.0)
+    assert selection.spearman([1, 2, 2, 4], [1, 3, 2, 4]) == pytest.approx(0.9486833)
+    assert selection.overlap([5, 4, 1, 0], [5, 0, 4, 1], 2) == 0.5

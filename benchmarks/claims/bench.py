@@ -1,6 +1,7 @@
 """What the claims share: a command line, a teacher, its text, students of it, and stages that are run on them."""
 
 import argparse
+import statistics
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -9,15 +10,19 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from transformers import PreTrainedModel
 
 from benchmarks.claims.runs import Result, Store
 from benchmarks.common import command_of, facts, write_json
 from subquad.attention import find_attention
+from subquad.data.retrieval import Probe, make_probe
 from subquad.data.text import load_corpus
 from subquad.distill.loop import make_accelerator, run_stage
+from subquad.evaluate.retrieval import answers, usable
 from subquad.join import JoinStart
 from subquad.lessons import Lessons
 from subquad.plan import Plan
+from subquad.select.silence import Kind
 from subquad.stage import Stage
 from subquad.student import Student
 from subquad.teacher import Teacher, load_teacher
@@ -37,6 +42,9 @@ class Bench:
         small = self.teacher.model.config.vocab_size < 10_000
         self.lessons = Lessons(self.corpus, tokenizer) if small else self.corpus
         self.shapes = [site.shape for site in find_attention(self.teacher.model)]
+
+    def probe(self, task: str, context: int, rows: int, seed: int, text_BT: torch.Tensor) -> Probe:
+        return make_probe(task, self.teacher.tokenizer, context, rows, seed=seed, haystack_ids=text_BT)
 
     def student(self, plan: Plan, seed: int, join_start: JoinStart = "identity") -> Student:
         """A student with this plan, its mixers not yet calibrated."""
@@ -65,6 +73,28 @@ class Bench:
                 )
                 results.append({k: v for k, v in result.as_dict().items() if k != "final_parts"})
         return results
+
+
+class Coverage:
+    """How much of a teacher's retrieval a student keeps, by task and in the mean.
+
+    By accuracy, the share of the teacher's (Retrieval-Aware Distillation's measure); by log-probability, the nats that
+    the student loses of it per answer token, for a teacher that fails all tasks. Those it fails are left out.
+    """
+
+    def __init__(self, teacher: PreTrainedModel, probes: Mapping[str, Probe], by: Kind | None = None) -> None:
+        answered = any(usable(teacher, probe).usable for probe in probes.values())
+        self.by: Kind = by or ("accuracy" if answered else "logprob")
+        self.probes = {task: probe for task, probe in probes.items() if usable(teacher, probe, self.by).usable}
+        self.theirs = {task: answers(teacher, probe).score()[self.by] for task, probe in self.probes.items()}
+
+    def of(self, model: PreTrainedModel, **how: Any) -> dict[str, float]:
+        """`how`: keyword arguments of `answers`."""
+        found = {}
+        for task, probe in self.probes.items():
+            mine, theirs = answers(model, probe, **how).score()[self.by], self.theirs[task]
+            found[task] = mine / theirs if self.by == "accuracy" else theirs - mine
+        return found | {"mean": statistics.fmean(found.values())}
 
 
 def parse(argv: Sequence[str] | None, module: str, about: str, parts: Sequence[str], plot: str) -> argparse.Namespace:

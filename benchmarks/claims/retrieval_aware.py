@@ -30,17 +30,17 @@ from typing import Any
 
 import torch
 
-from benchmarks.claims.bench import SMALL_TEACHER, Bench, parse, run_parts
+from benchmarks.claims.bench import SMALL_TEACHER, Bench, Coverage, parse, run_parts
 from benchmarks.claims.retrieval_report import draw, print_report
 from benchmarks.claims.runs import Result, Settings, Store
 from benchmarks.common import wide_console
 from subquad.attention import Pass
-from subquad.data.retrieval import Probe, make_probe
 from subquad.evaluate import likelihood
-from subquad.evaluate.retrieval import answers, usable
 from subquad.plan import Join, Plan
-from subquad.select import retrieval_heads, uniform_layers
+from subquad.select import Work, retrieval_scores, uniform_layers
 from subquad.select.budget import largest_within
+from subquad.select.silence import Kind
+from subquad.select.speed import cache_after
 from subquad.stage import Stage
 from subquad.student import Student
 
@@ -121,11 +121,8 @@ class RetrievalAware(Bench):
         self.setup = setup
         self.text, selection = (self.corpus.heldout_batch(setup.rows, 256, part=part) for part in ("test", "selection"))
         self.everything = self.student(Plan.all_attention(self.shapes), 0)
-        whole = {task: self.probe(task, seed=0) for task in setup.tasks}
-        self.by = "accuracy" if any(usable(self.teacher.model, probe).usable for probe in whole.values()) else "logprob"
-        self.probes = {task: p for task, p in whole.items() if usable(self.teacher.model, p, self.by).usable}
-        self.tuning = {task: self.probe(task, seed=1) for task in self.probes}
-        self.theirs = {id(p): answers(self.teacher.model, p) for p in (*self.probes.values(), *self.tuning.values())}
+        self.test = self.coverage(setup.tasks, seed=0)
+        self.tuning = self.coverage([*self.test.probes], seed=1, by=self.test.by)
         settings = {"teacher": self.teacher.fingerprint, "part": "scores", "tasks": setup.scored}
         settings |= {"context": setup.context, "rows": setup.score_rows}
         self.scores = store.run(settings, lambda _: self.scored(selection))
@@ -134,13 +131,14 @@ class RetrievalAware(Bench):
         by_layer = [sum(score for layer, _, score, _ in order if layer == index) for index in range(len(self.shapes))]
         self.best_layers = sorted(range(len(by_layer)), key=by_layer.__getitem__, reverse=True)
 
-    def probe(self, task: str, seed: int) -> Probe:
+    def coverage(self, tasks: Sequence[str], seed: int, by: Kind | None = None) -> Coverage:
         rows, context = self.setup.probe_rows, self.setup.context
-        return make_probe(task, self.teacher.tokenizer, context, rows, seed=seed, haystack_ids=self.text)
+        probes = {task: self.probe(task, context, rows, seed, self.text) for task in tasks}
+        return Coverage(self.teacher.model, probes, by)
 
     def scored(self, text: torch.Tensor) -> Result:
         setup = self.setup
-        found = retrieval_heads(
+        found = retrieval_scores(
             self.teacher.model,
             self.teacher.tokenizer,
             text,
@@ -148,32 +146,18 @@ class RetrievalAware(Bench):
             context=setup.context,
             rows=setup.score_rows,
             top=max(setup.counts),
-            say=self.store.console.print,
+            work=Work(self.store.console.print),
         )
-        order = [
-            (layer, head, found.scores[layer][head], found.logprob_drop[layer][head])
-            for layer, row in enumerate(found.scores)
-            for head in range(len(row))
-        ]
+        by_head = zip(found.units, found.scores, found.logprob_drop, strict=True)
+        order = [(layer, head, score, between) for [(layer, head)], score, between in by_head]
         return {"order": order, "found": found.as_dict()}
-
-    def coverage(self, model: Any, probes: dict[str, Probe], hidden: Any = None) -> dict[str, float]:
-        """By task, and in the mean: the share of the teacher's accuracy, or the nats lost of its log-probability."""
-        found = {}
-        more = {} if hidden is None else {"hidden": hidden}
-        for task, probe in probes.items():
-            mine = answers(model, probe, **more).score()[self.by]
-            theirs = self.theirs[id(probe)].score()[self.by]
-            found[task] = mine / theirs if self.by == "accuracy" else theirs - mine
-        return found | {"mean": statistics.fmean(found.values())}
 
     # ------------------------------------------------------------------ ablation
 
     def ablation(self) -> list[Result]:
         results = []
-        everyone = [(layer, head) for layer, shape in enumerate(self.shapes) for head in range(shape.heads)]
         for count in self.setup.counts[1:]:
-            first, rest = self.order[:count], [head for head in everyone if head not in self.order[:count]]
+            first, rest = self.order[:count], sorted(self.order[count:])
             draws = [random.Random(draw).sample(rest, count) for draw in range(self.setup.random_draws)]
             found = {"scored": [self.without(first)], "random": [self.without(heads) for heads in draws]}
             results.append({"count": count, **found})
@@ -190,7 +174,7 @@ class RetrievalAware(Bench):
                 gains[layer] = gain_H.expand(len(ids_NT), -1)
             return model.final_hidden(ids_NT, student_pass=Pass(gains=gains))
 
-        return self.coverage(self.everything, self.probes, hidden)
+        return self.test.of(self.everything, hidden=hidden)
 
     # ------------------------------------------------------------------ students
 
@@ -231,7 +215,7 @@ class RetrievalAware(Bench):
         trained = self.train(student, stages, seed) if student.replaced_layers() else []
         text = likelihood({"student": student}, self.teacher.model, self.text, [256])["student"]
         return {
-            "coverage": self.coverage(student, self.tuning if seed == setup.tuning_seed else self.probes),
+            "coverage": (self.tuning if seed == setup.tuning_seed else self.test).of(student),
             "kl": text["kl"][256],
             "perplexity": text["perplexity"][256],
             "cache_bytes": {str(c): plan.cache_bytes(c) for c in (128, 256, 1024, 2048, 4096, 32768)},
@@ -312,7 +296,7 @@ class RetrievalAware(Bench):
             count = largest_within(len(self.order), lambda k: self.plan(self.order[:k]), cost, cost(of_layers))
             plans = {"layers": of_layers, "heads": self.plan(self.order[:count])}
             students = {name: self.student(plan, 0) for name, plan in plans.items()}
-            caches = {name: self.prefilled(student, context) for name, student in students.items()}
+            caches = {name: cache_after(student, context) for name, student in students.items()}
             token = torch.ones(1, 1, dtype=torch.long, device=self.device)
             seconds: dict[str, list[float]] = {name: [] for name in students}
             for _ in range(self.setup.serving_steps):
@@ -329,15 +313,6 @@ class RetrievalAware(Bench):
                 rows.append(row | {"quartiles": [1 / quartiles[2], 1 / quartiles[0]]})
         return rows
 
-    def prefilled(self, student: Student, context: int) -> Any:
-        """A cache of `context` tokens."""
-        cache = student.new_cache()
-        generator = torch.Generator().manual_seed(0)
-        vocabulary = student.config.get_text_config().vocab_size
-        for part in torch.randint(vocabulary, (1, context), generator=generator).split(1024, 1):
-            student(part.to(self.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return cache
-
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs what is not yet done, prints, and writes what was asked for."""
@@ -346,8 +321,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     setup = replace(Setup(teacher=arguments.teacher), **changes)
     bench = RetrievalAware(setup, Store(arguments.work, wide_console()))
     more = {
-        "measure": bench.by,
-        "tasks": [*bench.probes],
+        "measure": bench.test.by,
+        "tasks": [*bench.test.probes],
         "scores": bench.scores["found"],
         "teacher_cache_bytes": {str(c): bench.everything.plan.cache_bytes(c) for c in (256, 2048, 32768)},
     }

@@ -41,13 +41,13 @@ def text_of(values: Sequence[float], measure: str) -> str:
     return f"{100 * found.mean:.1f}{spread}%"
 
 
-def _what(measure: str) -> str:
+def what(measure: str) -> str:
     return "retrieval coverage" if measure == "accuracy" else "nats lost per answer token"
 
 
 def ablation_table(rows: Sequence[Mapping[str, Any]], measure: str) -> Table:
     """What is left of the teacher."""
-    table = Table(title=f"the teacher without some of its heads: {_what(measure)}", title_justify="left")
+    table = Table(title=f"the teacher without some of its heads: {what(measure)}", title_justify="left")
     for heading in ("heads silenced", "the first by score", "at random"):
         table.add_column(heading, justify="right")
     for row in rows:
@@ -64,7 +64,7 @@ def cells_table(cells: Sequence[Mapping[str, Any]], part: str, measure: str) -> 
     tasks = [task for task in cells[0]["runs"][0]["coverage"] if task != "mean"]
     for key in varied:
         table.add_column(key)
-    for heading in ("heads", _what(measure), *tasks, "KL", "cache at 2k"):
+    for heading in ("heads", what(measure), *tasks, "KL", "cache at 2k"):
         table.add_column(heading, justify="right")
     for cell in cells:
         runs = cell["runs"]
@@ -114,7 +114,7 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
         if measure == "accuracy":
             ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f}%"))
         ax.set_xlabel("cache of one sequence at 2,048 tokens (float32)")
-        ax.set_ylabel(_what(measure))
+        ax.set_ylabel(what(measure))
         ax.grid()
         ax.legend()
         save_png(figure, path, dpi=160)

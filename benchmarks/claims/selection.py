@@ -1,0 +1,378 @@
+"""Selection's claims: which estimators rank units as the full procedure does, what they cost, and whether it pays.
+
+    python -m benchmarks.claims.selection [--quick] [--teacher DIR|default] [--json FILE] [--plot FILE.png] [--work DIR]
+
+Parts:
+- estimators: each selector's ranking against that of KL-guided selection in full (every unit restored and retrained):
+  rank correlation, overlap of the first quarter, tokens and seconds; and the student that each one's plan gives, after
+  the same distillation.
+- budgets: KL-guided selection against uniform, alignment loss, recall and HALO at four shares of attention kept.
+- greedy: Distill-then-Replace's greedy path against static rankings, on test questions of two tasks.
+
+Notable:
+- Units are the heads of the small teacher and the layers of a large one: four layers are too few to rank.
+- The aligned all-linear student of a seed is shared by all estimators; what is retrained starts there. Full retraining
+  is the reference; how well it agrees with itself over seeds is the most that an estimator can reach.
+- What is compared is scored on rows that training does not see: text, and for the small teacher retrieval, as it
+  learned both. Plans are measured on other text and other questions.
+- Finished runs are kept under --work: a script that was stopped goes on from there.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from benchmarks.claims.bench import SMALL_TEACHER, Bench, Coverage, parse, run_parts
+from benchmarks.claims.runs import Result, Settings, Store
+from benchmarks.claims.selection_report import draw, print_report
+from benchmarks.common import wide_console
+from subquad.evaluate import likelihood
+from subquad.plan import Plan
+from subquad.select import SELECTORS, Board, Budget, Choice, Question, Work
+from subquad.select.board import without
+from subquad.select.task import task_score
+from subquad.select.units import Wish, units_of
+from subquad.stage import Stage
+from subquad.student import Student
+
+PARTS = ("estimators", "budgets", "greedy")
+FULL = "kl, each retrained"
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is run: lengths and counts in tokens."""
+
+    teacher: str = SMALL_TEACHER
+    unit: Wish = "head"
+    mixer: str = "discrete_mamba2"
+    options: tuple[tuple[str, Any], ...] = ()
+    align_tokens: int = 60_000
+    align_rate: float = 4e-3
+    retrain_tokens: int = 40_000
+    logits_tokens: int = 100_000
+    rates: tuple[float, ...] = (1e-3, 3e-3)  # of logits
+    sequence_length: int = 256
+    batch: int = 8
+    tasks: tuple[str, ...] = ("copy", "dictionary", "passkey")
+    context: int = 256
+    probe_rows: int = 64
+    score_rows: int = 16  # of text, and of each task
+    shares: tuple[float, ...] = (0.125, 0.25, 0.33, 0.5)
+    rivals: tuple[str, ...] = ("kl", "uniform", "alignment-loss", "recall", "halo")
+    greedy_tasks: tuple[str, ...] = ("dictionary", "passkey")
+    greedy_rows: int = 24
+    replaced: tuple[float, ...] = (0.33, 0.5, 0.75)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    tuning_seed: int = 100
+    rows: int = 16
+
+
+QUICK: dict[str, Any] = {
+    "align_tokens": 8_000,
+    "retrain_tokens": 2_000,
+    "logits_tokens": 8_000,
+    "rates": (3e-3,),
+    "probe_rows": 16,
+    "score_rows": 2,
+    "shares": (0.25,),
+    "greedy_tasks": ("dictionary",),
+    "greedy_rows": 4,
+    "replaced": (0.33,),
+    "seeds": (0,),
+    "rows": 4,
+}
+LARGE: dict[str, Any] = {  # SmolLM2 on two cores
+    "unit": "layer",
+    "mixer": "hedgehog",
+    "options": (("window", 64), ("sinks", 4), ("feature_dim", 16)),
+    "align_tokens": 8_000,
+    "align_rate": 1e-2,
+    "retrain_tokens": 4_000,
+    "logits_tokens": 8_000,
+    "rates": (3e-4,),
+    "sequence_length": 512,
+    "batch": 1,
+    "tasks": ("copy", "passkey"),
+    "probe_rows": 8,
+    "score_rows": 4,
+    "greedy_tasks": ("passkey", "copy"),
+    "greedy_rows": 4,
+    "replaced": (0.33,),
+    "seeds": (0,),
+    "rows": 4,
+}
+
+
+def estimators(setup: Setup) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Name -> selector and its options."""
+    tokens, rows = setup.retrain_tokens, setup.score_rows
+    asked = {"tasks": setup.tasks, "context": setup.context, "rows": rows}
+    gates = {"tokens": tokens, "sequence_length": setup.sequence_length, "batch": setup.batch}
+    return {
+        FULL: ("kl", {"retrain_tokens": tokens}),
+        "kl, a quarter of the tokens": ("kl", {"retrain_tokens": tokens // 4}),
+        "kl, three rounds": ("kl", {"retrain_tokens": tokens, "rounds": 3}),
+        "kl": ("kl", {}),
+        "kl-removal": ("kl-removal", {}),
+        "gradient, 1 point": ("gradient", {"points": 1}),
+        "gradient, 4 points": ("gradient", {"points": 4}),
+        "fisher": ("fisher", {"draws": 4}),
+        "gates": ("gates", gates),
+        "alignment-loss": ("alignment-loss", {}),
+        "recall": ("recall", asked),
+        "halo": ("halo", {"recall": setup.tasks, "context": setup.context, "rows": rows}),
+    }
+
+
+class Selection(Bench):
+    """The runs of these claims."""
+
+    def __init__(self, setup: Setup, store: Store) -> None:
+        super().__init__(setup.teacher, store)
+        self.setup = setup
+        self.units = units_of(self.shapes, setup.unit)
+        self.kept: dict[int, Student] = {}
+        self.text = self.corpus.heldout_batch(setup.rows, setup.sequence_length)
+        scored = self.corpus.heldout_batch(setup.score_rows, setup.sequence_length, part="selection")
+        probes = {task: self.probe(task, setup.context, setup.probe_rows, 0, self.text) for task in setup.tasks}
+        self.coverage = Coverage(self.teacher.model, probes)
+        if self.lessons is not self.corpus:  # a teacher that learned retrieval beside text
+            asked = [self.probe(task, setup.sequence_length, setup.score_rows, 77, scored) for task in probes]
+            scored = torch.cat([scored, *(probe.input_ids for probe in asked)])
+        self.scored_rows = scored
+
+    # ------------------------------------------------------------------ students
+
+    def plan(self, kept: Sequence[int]) -> Plan:
+        heads = [head for unit in kept for head in self.units[unit]]
+        return Plan.by_head(self.shapes, heads, self.setup.mixer, dict(self.setup.options))
+
+    def aligned(self, seed: int) -> Student:
+        """The all-linear student of a seed, kept while that seed is worked on."""
+        if seed not in self.kept:
+            self.kept = {seed: self._align(seed)}
+        return self.kept[seed]
+
+    def _align(self, seed: int) -> Student:
+        setup = self.setup
+        student = self.student(self.plan([]), seed)
+        self.calibrate(student, setup.sequence_length, seed)
+        align = {"name": "align", "objective": "mixer_output", "scope": "all-linear", "trainable": "mixers"}
+        self.train(student, [Stage(**align, tokens=setup.align_tokens, lr=setup.align_rate, **self.common)], seed)
+        return student
+
+    @property
+    def common(self) -> dict[str, Any]:
+        setup = self.setup
+        return {
+            "sequence_length": setup.sequence_length,
+            "batch": setup.batch,
+            "schedule": "wsd",
+            "warmup": 0.1,
+            "checkpoint_every": 10**9,
+        }
+
+    def logits(self, student: Student, tokens: int, rate: float, seed: int) -> None:
+        stage: dict[str, Any] = {"name": "logits", "objective": "logits", "trainable": "all"}
+        self.train(student, [Stage(**stage, tokens=tokens, lr=rate, **self.common)], seed)
+
+    def distilled(self, settings: Settings) -> Result:
+        """The student of a plan, after the stage on logits."""
+        seed = settings["seed"]
+        plan = self.plan(settings["kept"])
+        student = Student.from_teacher(self.teacher.model, plan, mixers_from=self.aligned(seed))
+        self.logits(student, settings["tokens"], settings["rate"], seed)
+        length = self.setup.sequence_length
+        text = likelihood({"student": student}, self.teacher.model, self.text, [length])["student"]
+        found = {"kl": text["kl"][length], "perplexity": text["perplexity"][length]}
+        return found | {"coverage": self.coverage.of(student), "cache_bytes": plan.cache_bytes(2048)}
+
+    def run(self, kept: Sequence[int], seed: int, rate: float | None = None) -> Result:
+        settings: dict[str, Any] = self.about(seed) | {"part": "student", "kept": sorted(kept)}
+        settings |= {"tokens": self.setup.logits_tokens, "rate": self.rate if rate is None else rate}
+        return self.store.run(settings, self.distilled)
+
+    @property
+    def rate(self) -> float:
+        """Of the stage on logits: best on the tuning seed, for the uniform plan of a quarter."""
+        setup = self.setup
+        if len(setup.rates) == 1:
+            return setup.rates[0]
+        kept = self.chosen("uniform", {}, setup.tuning_seed, self.count(0.25))
+        return min(setup.rates, key=lambda rate: self.run(kept, setup.tuning_seed, rate)["kl"])
+
+    def about(self, seed: int) -> dict[str, Any]:
+        setup = self.setup
+        mixer = {"mixer": setup.mixer, "options": dict(setup.options), "align_tokens": setup.align_tokens}
+        return {"teacher": self.teacher.fingerprint, "unit": setup.unit, **mixer, "seed": seed}
+
+    # ------------------------------------------------------------------ selecting
+
+    def count(self, share: float) -> int:
+        return max(1, round(share * len(self.units)))
+
+    def selected(self, by: str, options: dict[str, Any], seed: int) -> Result:
+        """What a selector says of every unit, and what it took."""
+
+        def job(settings: Settings) -> Result:
+            student = self.aligned(seed)  # before the clock of the selector starts
+            work = Work(say=lambda text: None)
+            choice = self.choice(student, by, options, seed, work)
+            order = choice.report["order"]
+            worth = choice.worth or [-order.index(unit) for unit in range(len(order))]  # its ranks
+            return {"worth": list(worth), "order": order, **work.report()}
+
+        settings = self.about(seed) | {"part": "scores", "by": by, "with": options, "rows": len(self.scored_rows)}
+        if options.get("retrain_tokens"):
+            settings["rate"] = self.rate
+        return self.store.run(settings, job)
+
+    def choice(self, student: Student, by: str, options: dict[str, Any], seed: int, work: Work) -> Choice:
+        def train(candidate: Student, tokens: int, name: str) -> None:
+            self.logits(candidate, tokens, self.rate, seed)
+
+        budget = Budget.parse(str(self.count(0.25)))
+        question = Question(
+            student, self.teacher, self.scored_rows, budget, self.setup.unit, self.lessons, train, seed, work
+        )
+        return SELECTORS[by].choose(question, **options)
+
+    def chosen(self, by: str, options: dict[str, Any], seed: int, count: int) -> list[int]:
+        if by == "random":
+            return random.Random(f"units {seed}").sample(range(len(self.units)), count)
+        if by == "uniform":
+            return self.choice(self.student(self.plan([]), seed), by, {}, seed, Work(say=lambda text: None)).kept(count)
+        return sorted(self.selected(by, options, seed)["order"][:count])
+
+    def estimators(self) -> list[Result]:
+        names = {**estimators(self.setup), "uniform": ("uniform", {}), "random": ("random", {})}
+        cells: dict[str, Result] = {name: {"name": name, "selections": [], "runs": []} for name in names}
+        count = self.count(0.25)
+        for seed in self.setup.seeds:
+            for name, (by, options) in names.items():
+                if by not in ("uniform", "random"):
+                    cells[name]["selections"].append(self.selected(by, options, seed))
+                cells[name]["runs"].append(self.run(self.chosen(by, options, seed, count), seed))
+        compare(cells, count)
+        return [*cells.values()]
+
+    def budgets(self) -> list[Result]:
+        known = {**estimators(self.setup), "uniform": ("uniform", {})}
+        cells: list[Result] = []
+        for share in self.setup.shares:
+            for name in self.setup.rivals:
+                cells.append({"share": share, "count": self.count(share), "name": name, "runs": []})
+        for seed in self.setup.seeds:
+            for cell in cells:
+                kept = self.chosen(*known[cell["name"]], seed, cell["count"])
+                cell["runs"].append(self.run(kept, seed))
+        return cells
+
+    # ------------------------------------------------------------------ greedy
+
+    def greedy(self) -> list[Result]:
+        """Test scores, with no training after alignment, when shares of the units are replaced."""
+        return [
+            self.store.run(
+                self.about(seed) | {"part": "greedy", "task": task, "rows": self.setup.greedy_rows}, self.paths
+            )
+            for seed in self.setup.seeds
+            for task in self.setup.greedy_tasks
+        ]
+
+    def paths(self, settings: Settings) -> Result:
+        setup, seed, name = self.setup, settings["seed"], settings["task"]
+        student = self.aligned(seed)
+        board, tokenizer = Board(student, self.teacher.model), self.teacher.tokenizer
+        task = task_score(name, limit=setup.greedy_rows, context=setup.context, text_BT=self.text)
+        counts = [self.count(share) for share in setup.replaced]
+
+        def score(gone: Sequence[int], part: str) -> float:
+            left = board.everything
+            for unit in gone:
+                left = without(left, self.units[unit])
+            with board.following(board.keeping(left)) as following:
+                return float(getattr(task, part)(following, tokenizer))
+
+        alone = [score([unit], "validation") for unit in range(len(self.units))]
+        work = Work(say=lambda text: None)
+        options = {"task": name, "limit": setup.greedy_rows, "context": setup.context}
+        question = Question(
+            student,
+            self.teacher,
+            self.text,
+            Budget.parse(str(len(self.units) - max(counts))),
+            setup.unit,
+            work=work,
+        )
+        path = SELECTORS["greedy"].choose(question, **options).report["path"]
+        by_kl = self.choice(student, "kl-removal", {}, seed, Work(say=lambda text: None)).report["order"]
+        orders = {
+            "greedy": [step["unit"] for step in path["steps"]],
+            "static, by the task": sorted(range(len(alone)), key=alone.__getitem__, reverse=True),
+            "static, by kl-removal": by_kl[::-1],
+            "random": random.Random(f"gone {seed}").sample(range(len(alone)), len(alone)),
+        }
+        scores = {
+            way: [{part: score(order[:count], part) for part in ("validation", "test")} for count in counts]
+            for way, order in orders.items()
+        }
+        return {"counts": counts, "base": score([], "test"), "scores": scores, "path": path}
+
+
+# Comparing -----------------------------------------------------------------------------------------------------------
+
+
+def compare(cells: dict[str, Result], count: int) -> None:
+    """Adds to each cell how its rankings agree with those of the full procedure, of all seeds together and by seed."""
+    full = [selection["worth"] for selection in cells[FULL]["selections"]]
+    mean = [fmean(worths) for worths in zip(*full, strict=True)]
+    for name, cell in cells.items():
+        worths = [selection["worth"] for selection in cell["selections"]]
+        others = [
+            [fmean(values) for values in zip(*(full[:i] + full[i + 1 :]), strict=True)] if name == FULL else mean
+            for i in range(len(worths))
+        ]
+        if name == FULL and len(full) < 2:
+            worths = []
+        cell["spearman"] = [spearman(mine, other) for mine, other in zip(worths, others, strict=False)]
+        cell["overlap"] = [overlap(mine, other, count) for mine, other in zip(worths, others, strict=False)]
+
+
+def spearman(one: Sequence[float], other: Sequence[float]) -> float:
+    """Rank correlation; equals share their mean rank."""
+    ranks = [_ranks(torch.tensor(values, dtype=torch.float64)) for values in (one, other)]
+    centred = [rank - rank.mean() for rank in ranks]
+    size = (centred[0].square().sum() * centred[1].square().sum()).sqrt()
+    return float((centred[0] * centred[1]).sum() / size) if size > 0 else 0.0
+
+
+def _ranks(values: torch.Tensor) -> torch.Tensor:
+    below = (values[:, None] > values).sum(1)
+    equal = (values[:, None] == values).sum(1)
+    return below + (equal + 1) / 2
+
+
+def overlap(one: Sequence[float], other: Sequence[float], count: int) -> float:
+    """Share of the first `count` that two rankings have in common."""
+    first = [set(sorted(range(len(values)), key=values.__getitem__, reverse=True)[:count]) for values in (one, other)]
+    return len(first[0] & first[1]) / count
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs what is not yet done, prints, and writes what was asked for."""
+    arguments = parse(argv, "benchmarks.claims.selection", __doc__ or "", PARTS, "agreement over cost, KL over share")
+    changes = {**(LARGE if arguments.teacher == "default" else {}), **(QUICK if arguments.quick else {})}
+    setup = replace(Setup(teacher=arguments.teacher), **changes)
+    bench = Selection(setup, Store(arguments.work, wide_console()))
+    more = {"measure": bench.coverage.by, "tasks": [*bench.coverage.probes], "units": len(bench.units)}
+    run_parts(bench, arguments, more, print_report, draw, drawn="estimators")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""The tables and the picture of selection's claims."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.claims.retrieval_report import text_of, what
+from benchmarks.claims.runs import Mean
+from subquad.report import format as fmt
+from subquad.report.plots import STYLE, save_png
+from subquad.select.work import TRAINING
+
+COLOURS = {
+    "kl": "#d04f6b",
+    "uniform": "#7d8794",
+    "alignment-loss": "#dd8a2b",
+    "recall": "#4f7fcf",
+    "halo": "#2f93a8",
+}
+
+
+def print_report(report: Mapping[str, Any], console: Console) -> None:
+    """All tables."""
+    if "estimators" in report:
+        console.print(estimators_table(report["estimators"], report["measure"]))
+    if "budgets" in report:
+        console.print(budgets_table(report["budgets"], report["measure"]))
+    for task in dict.fromkeys(run["settings"]["task"] for run in report.get("greedy", [])):
+        runs = [run for run in report["greedy"] if run["settings"]["task"] == task]
+        console.print(greedy_table(task, runs))
+
+
+def forward_equivalent(selection: Mapping[str, Any]) -> float:
+    """Tokens of a forward pass that a selection is worth, a training step being TRAINING of them."""
+    spent = selection["spent"]
+    return float(spent["forward_tokens"] + TRAINING * spent["training_tokens"])
+
+
+def estimators_table(cells: Sequence[Mapping[str, Any]], measure: str) -> Table:
+    """Agreement, cost, and what the plan is worth."""
+    seeds = len(cells[0]["runs"])
+    table = Table(
+        title=f"selectors against the full procedure: mean of {seeds} seeds ± spread of one", title_justify="left"
+    )
+    headings = ("rank correlation", "first quarter", "tokens, as forward", "of full", "seconds", "KL", what(measure))
+    table.add_column("selector")
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    full = fmean(map(forward_equivalent, cells[0]["selections"]))
+    for cell in cells:
+        row = ["", "", "", "", ""]
+        if cell["selections"]:
+            cost = fmean(map(forward_equivalent, cell["selections"]))
+            seconds = fmean(selection["seconds"] for selection in cell["selections"])
+            row[2:] = f"{cost:,.0f}", fmt.percent(cost / full), f"{seconds:,.0f}"
+        if cell["spearman"]:
+            row[0] = Mean.of(cell["spearman"]).text(2)
+            row[1] = fmt.percent(fmean(cell["overlap"]), 0)
+        runs = cell["runs"]
+        quality = Mean.of([run["kl"] for run in runs]).text(), text_of([r["coverage"]["mean"] for r in runs], measure)
+        table.add_row(cell["name"], *row, *quality)
+    return table
+
+
+def budgets_table(cells: Sequence[Mapping[str, Any]], measure: str) -> Table:
+    """KL and retrieval over the share of attention kept."""
+    seeds = len(cells[0]["runs"])
+    table = Table(title=f"after the same distillation: mean of {seeds} seeds ± spread of one", title_justify="left")
+    for heading in ("attention kept", "units", "selector", "KL", "perplexity", what(measure)):
+        table.add_column(heading, justify="left" if heading == "selector" else "right")
+    for cell in cells:
+        runs = cell["runs"]
+        table.add_row(
+            fmt.percent(cell["share"]),
+            str(cell["count"]),
+            cell["name"],
+            Mean.of([run["kl"] for run in runs]).text(),
+            Mean.of([run["perplexity"] for run in runs]).text(2),
+            text_of([run["coverage"]["mean"] for run in runs], measure),
+        )
+    return table
+
+
+def greedy_table(task: str, runs: Sequence[Mapping[str, Any]]) -> Table:
+    """Test scores over how many units are replaced; validation in brackets."""
+    table = Table(
+        title=f"{task}, no training after alignment: test accuracy (on the questions that chose), {len(runs)} seeds",
+        title_justify="left",
+    )
+    table.add_column("order")
+    for count in runs[0]["counts"]:
+        table.add_column(f"{count} replaced", justify="right")
+    for way in runs[0]["scores"]:
+        found = [[run["scores"][way][place] for run in runs] for place in range(len(runs[0]["counts"]))]
+        table.add_row(
+            way,
+            *(
+                f"{text_of([one['test'] for one in at], 'accuracy')} ({100 * fmean(o['validation'] for o in at):.1f}%)"
+                for at in found
+            ),
+        )
+    table.caption = f"the teacher: {100 * fmean(run['base'] for run in runs):.1f}%"
+    return table
+
+
+def draw(report: Mapping[str, Any], path: Path) -> None:
+    """Left, agreement over cost; right, KL over the share of attention kept."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(9.6, 3.8), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        _draw_agreement(left, report["estimators"])
+        if "budgets" in report:
+            _draw_budgets(right, report["budgets"])
+        save_png(figure, path, dpi=150)
+
+
+def _draw_agreement(ax: Axes, cells: Sequence[Mapping[str, Any]]) -> None:
+    full = fmean(map(forward_equivalent, cells[0]["selections"]))
+    for cell in cells:
+        if not cell["spearman"]:
+            continue
+        cost, found = fmean(map(forward_equivalent, cell["selections"])) / full, Mean.of(cell["spearman"])
+        ax.errorbar(cost, found.mean, found.spread, color="#4f7fcf", marker="o", markersize=4, capsize=2)
+        ax.annotate(cell["name"], (cost, found.mean), xytext=(5, 3), textcoords="offset points", fontsize=7)
+    ax.axvline(0.1, color=STYLE["text.color"], linewidth=0.6, linestyle=":")
+    ax.set_xscale("log")
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}%"))
+    ax.set_xlabel("cost, of retraining every candidate")
+    ax.set_ylabel("rank correlation with that")
+    ax.margins(x=0.25)
+    ax.grid()
+
+
+def _draw_budgets(ax: Axes, cells: Sequence[Mapping[str, Any]]) -> None:
+    for name in dict.fromkeys(cell["name"] for cell in cells):
+        mine = [cell for cell in cells if cell["name"] == name]
+        means = [Mean.of([run["kl"] for run in cell["runs"]]) for cell in mine]
+        ax.errorbar(
+            [cell["share"] for cell in mine],
+            [m.mean for m in means],
+            [m.spread for m in means],
+            color=COLOURS.get(name, "#7d8794"),
+            label=name,
+            marker="o",
+            markersize=4,
+            capsize=2,
+        )
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f}%"))
+    ax.set_xlabel("attention kept")
+    ax.set_ylabel("held-out KL after distillation (nats per token)")
+    ax.grid()
+    ax.legend()
