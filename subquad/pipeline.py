@@ -19,7 +19,7 @@ from subquad.plan import Plan
 from subquad.recipe import Recipe
 from subquad.report import print_table, write_model_card, write_report
 from subquad.run import Run, facts, start_run
-from subquad.selection import select_plan
+from subquad.selection import named_plans, select_plan
 from subquad.student import Student, tied
 from subquad.teacher import Teacher
 from subquad.training import train_stages
@@ -43,7 +43,8 @@ def convert(
 
     `plan`: a plan file to use instead of selecting. `data`: text instead of the recipe's. `resume`: go on with an
     interrupted run in `out`; `overwrite`: delete an earlier run there first. `layers`: cut the teacher to its first
-    layers (for trials). Leaves the model, plan.yaml, scores.json, metrics.json, log.jsonl, report.html and README.md.
+    layers (for trials). Leaves the model, plan.yaml, scores.json, metrics.json, log.jsonl, report.html and README.md;
+    where a selector names several plans and none is trained further, the other models lie in folders of these names.
     Raises UserError for anything wrong with what was given.
     """
     started = time.perf_counter()
@@ -75,8 +76,13 @@ def convert(
     if run.main:
         metrics = _measure(run, source, corpus, student, linear)
         with run.writing() as folder:
-            student.save_pretrained(folder)
-            source.tokenizer.save_pretrained(folder)
+            _save(student, source, folder)
+        if not any(stage.scope == "plan" for stage in recipe.stages):  # else the others would need its training, too
+            for name, file in named_plans(run.out).items():
+                if (named := Plan.load(file)).layers != chosen.layers:
+                    with run.writing(name) as folder:
+                        _save(new_student(run, source, named, corpus, mixers_from=linear), source, folder)
+                    run.say(f"the plan '{name}' of the selector is a model too, in {run.out / name}")
         run.seconds["total"] = time.perf_counter() - started
         metrics |= _bill(run, source, results, scores) | facts(run, command)
         run.write("metrics.json", json.dumps(metrics, indent=1))
@@ -86,6 +92,11 @@ def convert(
         run.say(f"model, report.html and metrics.json are in {run.out}")
     run.end()
     return student
+
+
+def _save(student: Student, source: Teacher, folder: Path) -> None:
+    student.save_pretrained(folder)
+    source.tokenizer.save_pretrained(folder)
 
 
 def _measure(run: Run, source: Teacher, corpus: Corpus, student: Student, linear: Student) -> dict[str, Any]:

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, field_validator, model_validator
 
 from subquad.errors import UserError, nearest
 from subquad.join import JoinStart
 from subquad.plan import Join
-from subquad.stage import Count, Length, Section, Stage, check_order, scaled
+from subquad.stage import Count, Length, Section, Stage, check_order, parse_count, scaled
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -71,7 +71,12 @@ class SelectorConfig(Section):
     """Tokens that the units are scored on, in whole rows: neither trained nor, later, measured on."""
     sequence_length: Length = 1024
     options: dict[str, Any] = {}
-    """Keyword arguments of the selector."""
+    """Keyword arguments of the selector (docs/select.md); numbers of tokens may be written as everywhere, `50k`."""
+
+    @field_validator("options")
+    @classmethod
+    def _tokens_as_numbers(cls, options: dict[str, Any]) -> dict[str, Any]:
+        return {key: parse_count(value) if key.endswith("tokens") else value for key, value in options.items()}
 
 
 class RetrievalConfig(Section):
@@ -165,7 +170,8 @@ def _scaled(recipe: Recipe, factor: float) -> Recipe:
     data, selector = recipe.data, recipe.selector
     if data.max_tokens is not None:
         data = data.model_copy(update={"max_tokens": tokens(data.max_tokens)})
-    selector = selector.model_copy(update={"tokens": tokens(selector.tokens)})
+    options = {key: tokens(value) if key.endswith("tokens") else value for key, value in selector.options.items()}
+    selector = selector.model_copy(update={"tokens": tokens(selector.tokens), "options": options})
     stages = [scaled(stage, factor) for stage in recipe.stages]
     return recipe.model_copy(update={"data": data, "selector": selector, "stages": stages})
 

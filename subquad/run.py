@@ -59,15 +59,16 @@ class Run:
             os.replace(aside, self.out / name)
 
     @contextmanager
-    def writing(self) -> Iterator[Path]:
-        """A folder aside; what is written into it moves into the run's folder when all of it is there."""
+    def writing(self, name: str = "") -> Iterator[Path]:
+        """A folder aside; what is written into it moves into the run's folder, or one in it, when all is there."""
         aside = self.out / "model.tmp"
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
         try:
             yield aside
+            (self.out / name).mkdir(exist_ok=True)
             for path in aside.iterdir():
-                os.replace(path, self.out / path.name)
+                os.replace(path, self.out / name / path.name)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
 

@@ -69,6 +69,8 @@ def select(
         scores_file = out.with_name("scores.json")
         (work / "scores.json").write_text(json.dumps(scores | {"command": command}, indent=1), encoding="utf-8")
         os.replace(work / "scores.json", scores_file)
+        for named in named_plans(work).values():
+            os.replace(named, out.with_name(named.name.replace("plan", out.stem, 1)))
         os.replace(work / "plan.yaml", out)
         shutil.rmtree(work)
         run.say(f"plan: {plan.pattern()}\n{out} and {scores_file} written")
@@ -106,6 +108,11 @@ def select_plan(run: Run, linear: Student, source: Teacher, corpus: Corpus) -> t
     run.write("plan.yaml", plan.to_yaml())
     run.accelerator.wait_for_everyone()
     return plan, scores
+
+
+def named_plans(folder: Path) -> dict[str, Path]:
+    """The plans beside the chosen one that a selector has names for, such as greedy's `best` and `opt`."""
+    return {path.stem.removeprefix("plan-"): path for path in sorted(folder.glob("plan-*.yaml"))}
 
 
 def _work(run: Run, source: Teacher, corpus: Corpus) -> Work:
@@ -149,6 +156,9 @@ def _choose(run: Run, linear: Student, source: Teacher, corpus: Corpus, work: Wo
         return DecodeCost(found[:layers], found[layers:-1], found[-1])
 
     plan, kept = choose_plan(linear, budget, choice, recipe.mixer.join, seconds)
+    for name in choice.named:
+        named, _ = choose_plan(linear, Budget(name, word=name), choice, recipe.mixer.join)
+        run.write(f"plan-{name}.yaml", named.to_yaml())
     scores = choice.report | pareto(linear, budget, choice, recipe.mixer.join) | work.report()
     scores |= {
         "by": settings.by,

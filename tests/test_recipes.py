@@ -15,6 +15,7 @@ from subquad.errors import UserError
 from subquad.evaluate.retrieval import FLOORS
 from subquad.plan import Plan
 from subquad.recipe import Recipe, load_recipe, recipe_names
+from subquad.select import task
 from subquad.student import Student, tied
 from subquad.testing import check_student
 
@@ -42,6 +43,10 @@ def shortened(name):
         recipe.selector.options = {"layers": [1, 2]}
     if recipe.selector.by == "retrieval-heads":
         recipe.selector.options = {"tasks": ["copy"], "context": 32, "rows": 2}
+    if recipe.selector.by == "greedy":
+        recipe.selector.unit, recipe.selector.options = None, {"task": "copy", "context": 32, "limit": 2}
+    if "retrain_tokens" in recipe.selector.options:
+        recipe.selector.options = {"retrain_tokens": 64}
     if recipe.selector.budget == "4":  # of 24 layers or more, and the tiny teacher has three
         recipe.selector.budget = "1"
     if "feature_dim" in recipe.mixer.options:
@@ -67,10 +72,25 @@ def test_every_recipe_runs(name, teacher_folder, text, tmp_path, monkeypatch):
     assert (tmp_path / "run" / "report.html").is_file()
 
 
+def test_both_plans_of_the_greedy_path_are_kept(teacher_folder, text, tmp_path, monkeypatch):
+    """Nothing is trained after the selection, so M_best is a model as well as M_opt."""
+    worth = iter([0.5] + [0.8, 0.9, 0.7] + [0.6, 0.6] + [0.1] + [0.5, 0.9, 0.6])  # teacher, three steps, test
+    monkeypatch.setattr(task, "_retrieval", lambda *_: lambda *_: next(worth))
+    out = tmp_path / "run"
+    student = pipeline.convert(teacher_folder, shortened("distill-then-replace-quick"), out, data=text)
+    best = Student.from_pretrained(out / "best")
+    assert student.plan.attention_layers == [0] and best.plan.attention_layers == [0, 2]
+    path = json.loads((out / "scores.json").read_text())["path"]
+    assert [step["unit"] for step in path["steps"]] == [1, 2] and path["test"]["best"] == 0.9
+    assert best.generate(torch.randint(3, 97, (1, 5)), max_new_tokens=3).shape == (1, 8)
+
+
 def test_budgets_are_scaled_together():
     whole, tenth = load_recipe("radlads"), load_recipe("radlads", ["stages.logits.tokens=1M"], tokens_scale=0.1)
     assert [stage.tokens for stage in tenth.stages] == [10_000_000, 100_000, 10_000_000]
     assert tenth.data.max_tokens == whole.data.max_tokens // 10 and tenth.selector.tokens == 819
+    full = load_recipe("kl-guided-full", tokens_scale=0.1)
+    assert full.selector.options == {"retrain_tokens": 20_000_000}
     for scale in (0.0, -1.0, float("inf"), float("nan")):
         with pytest.raises(UserError, match="cannot scale token budgets by"):
             load_recipe("radlads", tokens_scale=scale)

@@ -17,7 +17,11 @@ from subquad.errors import UserError
 from subquad.plan import AttentionShape, Plan
 from subquad.report import format as fmt
 from subquad.report import plan_picture, print_table, write_model_card, write_picture, write_report
+from subquad.report.plots import picture
 from subquad.report.run import read_run
+from subquad.report.score_plots import draw_front, draw_path, scores_picture
+from subquad.report.scores import ReplacementPath, Scores
+from subquad.select.budget import Budget
 
 KEPT = [0, 1, 4, 5, 9, 10, 12, 14, 15, 18, 20, 22, 24, 27, 29]
 CACHE_CONTEXTS = (2048, 8192, 32768, 65536, 131072)
@@ -122,6 +126,26 @@ def make_run(folder: Path) -> Path:
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     return make_run(tmp_path / "quick")
+
+
+def rescore(run: Path, *without: str, **changes) -> Scores:
+    """Changes keys of scores.json, and takes some away."""
+    found = json.loads((run / "scores.json").read_text()) | changes
+    (run / "scores.json").write_text(json.dumps({key: found[key] for key in found if key not in without}))
+    return read_run(run).scores
+
+
+def make_path(unit: int = 3) -> dict:
+    """Two units replaced; the third one falls below the floor."""
+    steps = [{"unit": unit, "score": 0.91}, {"unit": 20, "score": 0.87}, {"unit": 7, "score": 0.61}]
+    test = {"base": 0.89, "best": 0.854, "opt": 0.843}
+    return {"task": "dictionary", "floor": 0.855, "base": 0.9, "steps": steps, "best": 1, "opt": 2, "test": test}
+
+
+def make_front(context: int = 32768) -> dict:
+    costs = [make_plan().cache_bytes(0) + kept * 2 * 3 * 64 * 4 * context for kept in range(0, 31, 2)]
+    points = [{"cost": cost, "value": (i / 15) ** 0.5, "units": [*range(2 * i)]} for i, cost in enumerate(costs)]
+    return {"front": points, "front_context": context}
 
 
 class Page(HTMLParser):
@@ -261,6 +285,133 @@ def test_no_run_at_all(tmp_path):
         write_report(tmp_path / "nowhere")
 
 
+# How it was selected -------------------------------------------------------------------------------------------------
+
+
+def test_bars_of_layers_and_groups_have_labels_and_whiskers(run):
+    groups = [[2 * group, 2 * group + 1] for group in range(14)] + [[28], [29]]
+    bounds = {"low": [0.01] * 15 + [math.nan], "high": [0.1] * 15 + [None]}
+    scores = rescore(run, unit="group", units=groups, scores=[0.05] * 16, chosen=[0, 3], by="fisher", **bounds)
+    axes = scores_picture(scores).axes[0]
+    assert axes.xaxis.get_major_formatter()(3.0, None) == "6-7" and axes.xaxis.get_major_formatter()(16.0, None) == ""
+    assert len(axes.patches) == 16 and len(axes.collections) == 15  # no whisker where the bounds are unknown
+    text = Page(write_report(run).read_text(encoding="utf-8")).text
+    assert "Why these groups" in text and "Whiskers: bootstrap intervals" in text and "4-5" in text
+
+    axes = scores_picture(rescore(run, "low", "high", unit="layer", units=None)).axes[0]
+    assert axes.xaxis.get_major_formatter()(3.0, None) == "3" and not axes.collections
+    assert "Whiskers" not in write_report(run).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "by, measure, label",
+    [
+        ("kl-removal", "", "KL in nats"),
+        ("alignment-loss", "", "distance"),
+        ("recall", "accuracy", "accuracy lost without it"),
+        ("retrieval-heads", "logprob", "nats lost without it"),
+        ("halo", "", "recall lost / rest lost"),
+        ("gates", "", "log-odds of the gate"),
+        ("mine", "", "score (mine)"),
+    ],
+)
+def test_scores_say_what_they_are(run, by, measure, label):
+    assert scores_picture(rescore(run, by=by, measure=measure)).axes[0].get_ylabel() == label
+    heads = scores_picture(rescore(run, unit="head", scores=[[0.1 * head - 1 for head in range(9)]] * 30))
+    assert heads.axes[1].get_ylabel() == label
+    assert heads.axes[0].collections[0].get_clim() == (-1.0, 1e-9)  # log-odds and KL may all be below zero
+
+
+def test_the_path_of_the_greedy_selector(run):
+    rescore(run, "scores", "order", "kl_all_linear", "tokens", by="greedy", path=make_path(), spent={}, budget="opt")
+    html = write_report(run).read_text(encoding="utf-8")
+    text = Page(html).text
+    assert html.count("<svg") == 4 + 3 and "Why these" not in text
+    for words in (
+        "One layer after the other",
+        "layers replaced",
+        "so those scores are too good",
+        "Budget opt. It took",
+    ):
+        assert words in text
+    rows = [re.findall(r">([^<]+)</t[hd]>", row) for row in re.findall(r"<tr.*?</tr>", html)]
+    assert ["M_best", "1", "0.910", "0.854"] in rows and ["M_opt", "2", "0.870", "0.843"] in rows
+    assert ["1", "layer 3", "0.910"] in rows and ["3", "layer 7", "0.610"] in rows
+
+
+def test_the_path_names_heads_and_groups(run):
+    greedy = {"by": "greedy", "scores": [], "path": make_path(unit=11)}
+    rescore(run, unit="head", **greedy)
+    assert "head 2 of layer 1" in write_report(run).read_text(encoding="utf-8")
+    rescore(run, unit="group", units=[[layer, layer + 30] for layer in range(30)], **greedy)
+    assert "layers 11, 41" in write_report(run).read_text(encoding="utf-8")
+    (run / "plan.yaml").unlink()  # which says how many heads a layer has
+    rescore(run, unit="head", units=None)
+    assert ">head 11<" in write_report(run).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "changes, plans",
+    [
+        ({}, ["teacher", "M_best", "M_opt"]),
+        ({"best": 2, "test": {"base": 0.89, "best": 0.843, "opt": 0.843}}, ["teacher", "M_best = M_opt"]),
+        ({"best": 0, "opt": 0, "steps": [], "test": {}}, ["teacher = M_best = M_opt"]),
+    ],
+)
+def test_the_path_marks_every_plan_once(changes, plans):
+    path = ReplacementPath.model_validate(make_path() | changes)
+    axes = picture(lambda ax: draw_path(ax, path, "layer")).axes[0]
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert labels == ["validation", "floor", *plans, "test"]
+
+
+def test_the_front_marks_the_plan_chosen(run):
+    scores = rescore(run, scores=[1.0] * 30, **make_front())
+    axes = picture(lambda ax: draw_front(ax, scores, read_run(run).front_cost)).axes[0]
+    line, mark = axes.lines
+    assert len(line.get_xdata()) == 16
+    assert mark.get_xdata() == [make_plan().cache_bytes(32768)] and mark.get_ydata() == [0.5]  # 15 of 30 equal layers
+    text = Page(write_report(run).read_text(encoding="utf-8")).text
+    assert "Any point can be had" in text and "the plan chosen" in text
+    budget = Budget.parse(re.search(r"--budget (\S+)", text)[1])
+    assert budget.context == 32768 and 0 <= budget.size - scores.front[8].cost < 2**20 / 100
+
+    (run / "recipe.yaml").write_text("dtype: bfloat16\n")
+    assert read_run(run).front_cost == make_plan().cache_bytes(32768, dtype="bfloat16")
+    (run / "recipe.yaml").unlink()  # which alone knows the dtype
+    assert "the plan chosen" not in write_report(run).read_text(encoding="utf-8")
+    rescore(run, front=scores.model_dump()["front"][:1])
+    assert "Any point can be had" not in write_report(run).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "spent, words",
+    [
+        ({"tokens": 4096, "seconds": 61.4}, "It took 4,096 tokens of text, in 1 min 01 s."),
+        ({"spent": {"forward_tokens": 98304.0, "training_tokens": 0.0}}, "It took 98,304 tokens forward."),
+        (
+            {"spent": {"forward_tokens": 640.0, "training_tokens": 64.0}, "seconds": 3.2},
+            "It took 640 tokens forward and 64 tokens of training, in 3.2 s.",
+        ),
+        ({}, "Budget 50%."),
+    ],
+)
+def test_what_the_selection_took(run, spent, words):
+    rescore(run, "tokens", "seconds")
+    rescore(run, **spent)
+    text = Page(write_report(run).read_text(encoding="utf-8")).text.replace(fmt.NBSP, " ")
+    assert words in text and ("It took" in text) == bool(spent)
+
+
+@pytest.mark.parametrize("key", ["kl_base", "kl_all_linear"])
+def test_the_kl_without_attention(run, key):
+    rescore(run, "kl_all_linear")
+    rescore(run, **{key: 0.4127})
+    assert "With every layer linear the KL is 0.413 nats." in write_report(run).read_text(encoding="utf-8")
+    rescore(run, by="kl-removal")  # its base is the teacher
+    assert "With every layer linear" not in write_report(run).read_text(encoding="utf-8")
+
+
 def test_plan_picture_has_one_square_a_head():
     axes = plan_picture(make_plan(mixed=True)).axes[0]
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
@@ -334,6 +485,9 @@ def test_table_in_the_terminal():
         (fmt.size(90 * 2**20), "90 MiB"),
         (fmt.size(1.5 * 2**30), "1.5 GiB"),
         (fmt.size(2**50), "1,024 TiB"),
+        (fmt.budget(12.3401 * 2**20, 32768), "12.35MiB@32k"),
+        (fmt.budget(512, 1000), "512B@1000"),
+        (fmt.ranges([0, 1, 2, 5]), "0-2, 5"),
         (fmt.context(131072), "128k"),
         (fmt.context(1024), "1024"),
         (fmt.duration(577), "9 min 37 s"),

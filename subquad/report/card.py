@@ -3,10 +3,8 @@
 import re
 from pathlib import Path
 
-import yaml
 from huggingface_hub import ModelCardData
 
-from subquad.errors import UserError
 from subquad.report import format as fmt
 from subquad.report.page import templates, write_text
 from subquad.report.run import VARIANTS, Run, read_run
@@ -40,12 +38,8 @@ def write_model_card(run_dir: Path | str) -> Path:
 
 def _teacher(run: Run) -> str | None:
     """The teacher as the recipe names it: "default", a Hub id, a folder or a file; None without a recipe."""
-    try:
-        recipe = yaml.safe_load(run.recipe or "")
-    except yaml.YAMLError as error:
-        path = run.folder / "recipe.yaml"
-        raise UserError(f"{path} is not YAML: {error}; restore it or run the conversion again.") from error
-    return str(recipe.get("teacher", "default")) if isinstance(recipe, dict) else None
+    settings = run.settings
+    return None if settings is None else str(settings.get("teacher", "default"))
 
 
 def _hub_id(teacher: str | None) -> str | None:

@@ -5,6 +5,7 @@ together by a no-break space, and what is not a number is shown as a dash, so th
 """
 
 import math
+from collections.abc import Sequence
 
 DASH = "–"
 NBSP = "\N{NO-BREAK SPACE}"
@@ -52,14 +53,32 @@ def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
+def ranges(numbers: Sequence[int]) -> str:
+    """Ascending whole numbers, neighbours as a range: `0-2, 5`."""
+    starts = [number for number in numbers if number - 1 not in numbers]
+    ends = [number for number in numbers if number + 1 not in numbers]
+    return ", ".join(str(start) if start == end else f"{start}-{end}" for start, end in zip(starts, ends, strict=True))
+
+
 def size(value: float) -> str:
     """Bytes in binary units, three significant figures."""
     if not math.isfinite(value):
         return DASH
+    value, unit = _binary(value)
+    return f"{value:,.0f}{NBSP}{unit}" if value >= 100 or value == int(value) else f"{value:.3g}{NBSP}{unit}"
+
+
+def budget(value: float, tokens: int) -> str:
+    """The budget for a cache of so many bytes at a context length, rounded up so that it fits: `12.35MiB@32k`."""
+    value, unit = _binary(value)
+    return f"{math.ceil(100 * value) / 100:g}{unit}@{context(tokens)}"
+
+
+def _binary(value: float) -> tuple[float, str]:
     units = ["B", "KiB", "MiB", "GiB", "TiB"]
     while abs(value) >= 1024 and len(units) > 1:
         value, units = value / 1024, units[1:]
-    return f"{value:,.0f}{NBSP}{units[0]}" if value >= 100 or value == int(value) else f"{value:.3g}{NBSP}{units[0]}"
+    return value, units[0]
 
 
 def context(tokens: int) -> str:

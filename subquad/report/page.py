@@ -13,8 +13,10 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from subquad.report import format as fmt
-from subquad.report import plots
-from subquad.report.run import NAN, VARIANTS, Metrics, Run, read_run
+from subquad.report import plots, score_plots
+from subquad.report.number import NAN
+from subquad.report.run import VARIANTS, Metrics, Run, read_run
+from subquad.report.scores import Scores
 
 
 def write_report(run_dir: Path | str) -> Path:
@@ -29,6 +31,8 @@ def write_report(run_dir: Path | str) -> Path:
         variants=VARIANTS,
         plan_svg=_svg(plots.plan_picture(run.plan), "plan") if run.plan else None,
         scores_svg=_scores(run),
+        path_svg=_path(run.scores),
+        front_svg=_front(run),
         kl_svg=_kl(run.metrics),
         cache_svg=_cache(run.metrics),
         curves=_curves(run),
@@ -106,7 +110,21 @@ def _scores(run: Run) -> Markup | None:
     scores = run.scores
     if scores is None or not any(math.isfinite(score) for row in scores.rows for score in row):
         return None
-    return _svg(plots.scores_picture(scores), "scores")
+    return _svg(score_plots.scores_picture(scores), "scores")
+
+
+def _path(scores: Scores | None) -> Markup | None:
+    if scores is None or scores.path is None:
+        return None
+    path, unit = scores.path, scores.unit
+    return _svg(plots.picture(lambda ax: score_plots.draw_path(ax, path, unit)), "path")
+
+
+def _front(run: Run) -> Markup | None:
+    scores = run.scores
+    if scores is None or len(scores.front) < 2:  # nothing is of worth: the plan without attention is alone
+        return None
+    return _svg(plots.picture(lambda ax: score_plots.draw_front(ax, scores, run.front_cost)), "front")
 
 
 def _kl(metrics: Metrics) -> Markup | None:

@@ -1,4 +1,4 @@
-"""The pictures: the plan, selection scores, loss curves, KL by variant, cache bytes over context.
+"""The pictures: the plan, loss curves, KL by variant, cache bytes over context (and in score_plots.py, the selection).
 
 Each `draw_*` fills one axes, so that the page (one inline SVG a picture), the README's summary PNG and a notebook
 (`plan_picture`) share them. Backgrounds are transparent and all colours are of middle lightness; text and axes are
@@ -17,16 +17,16 @@ from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap, to_rgba
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch, PathPatch, Rectangle
+from matplotlib.patches import Patch, PathPatch
 from matplotlib.path import Path as Outline
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from subquad.errors import UserError
 from subquad.plan import Plan
 from subquad.report import format as fmt
-from subquad.report.run import NAN, LossPoint, Metrics, Run, Scores, read_run
+from subquad.report.number import NAN
+from subquad.report.run import LossPoint, Metrics, Run, read_run
 
 INK = "#2b2f36"
 STUDENT, TEACHER, WINDOW, OTHER = "#d04f6b", "#7d8794", "#a98b5d", "#b3a7bd"
@@ -40,6 +40,7 @@ MIXER_COLOURS = {
     "sliding_window": "#a98b5d",
 }
 SPARE_COLOURS = ("#c0619e", "#8a9a3b", "#5f8f8f", "#b5654a")
+
 
 STYLE: dict[Any, Any] = {
     "font.size": 8.5,
@@ -133,66 +134,7 @@ def draw_plan(ax: Axes, plan: Plan) -> None:
     ax.set_ylabel("head")
     ax.spines[:].set_visible(False)
     ax.tick_params(length=0)
-    _legend_above(ax, legend)
-
-
-def scores_picture(scores: Scores) -> Figure:
-    """Selection scores: bars of layers, or a map of heads."""
-    if scores.unit == "layer":
-        return picture(lambda ax: draw_layer_scores(ax, scores), height=2.35)
-    cells = max(map(len, scores.rows), default=1) * min(0.92 * WIDTH / max(len(scores.rows), 1), 0.3)
-    return picture(lambda ax: draw_head_scores(ax, scores), height=min(max(cells, 1.0), 3.2) + 0.9)
-
-
-def draw_head_scores(ax: Axes, scores: Scores) -> None:
-    """A map, layers from left to right and heads from top to bottom; heads that keep attention have an outline, with A
-    or G for an aggregate or a gather head."""
-    colour = MIXER_COLOURS["attention"]
-    shades = LinearSegmentedColormap.from_list("scores", [to_rgba(INK, 0.07), to_rgba(colour, 1.0)])
-    heads = max(map(len, scores.rows))
-    table = [[row[head] if head < len(row) else NAN for row in scores.rows] for head in range(heads)]
-    top = max((value for row in table for value in row if math.isfinite(value)), default=0)
-    mesh = ax.pcolormesh(table, cmap=shades, vmin=0, vmax=max(top, 1e-9), shading="flat")
-    units = [(layer, head) for layer, row in enumerate(scores.rows) for head in range(len(row))]
-    for layer, head in (units[index] for index in scores.chosen):
-        ax.add_patch(Rectangle((layer, head), 1, 1, fill=False, edgecolor=INK, linewidth=1.0))
-        role = scores.roles[layer][head] if scores.roles else ""
-        mark = {"aggregate": "A", "gather": "G"}.get(role, "")
-        ax.text(layer + 0.5, head + 0.5, mark, ha="center", va="center", fontsize=6)
-    ax.set_ylim(heads, 0)
-    ax.set_xticks(*_middles(len(scores.rows)))
-    ax.set_yticks(*_middles(heads))
-    ax.set_xlabel("layer")
-    ax.set_ylabel("head")
-    ax.spines[:].set_visible(False)
-    ax.tick_params(length=0)
-    what = {"accuracy": "accuracy lost without it", "logprob": "nats lost without it"}
-    bar = ax.figure.colorbar(mesh, ax=ax, pad=0.02, fraction=0.05)
-    bar.set_label(what.get(scores.measure, "score"))
-    bar.outline.set_visible(False)
-
-
-def _middles(count: int) -> tuple[list[float], list[str]]:
-    """Places and labels of at most ten ticks in the middle of cells."""
-    shown = range(0, count, -(-count // 10))
-    return [index + 0.5 for index in shown], [str(index) for index in shown]
-
-
-def draw_layer_scores(ax: Axes, scores: Scores) -> None:
-    """One bar a layer; the layers that keep attention stand out in attention's colour."""
-    kept, values = set(scores.chosen), [row[0] for row in scores.rows]
-    linear = MIXER_COLOURS.get(scores.mixer, SPARE_COLOURS[0])
-    colours = [MIXER_COLOURS["attention"] if layer in kept else linear for layer in range(len(values))]
-    ax.bar(range(len(values)), values, color=colours, width=0.8)
-    ax.axhline(0, color=INK, linewidth=0.6)
-    ax.set_xlim(-0.6, len(values) - 0.4)
-    ax.xaxis.set_major_locator(MaxNLocator(nbins=10, integer=True, min_n_ticks=1))
-    ax.yaxis.set_major_locator(MaxNLocator(nbins=5))
-    ax.grid(axis="y")
-    ax.set_xlabel("layer")
-    ax.set_ylabel("KL saved (nats)" if scores.by == "kl" else f"score ({scores.by})")
-    labels = {"keeps attention": MIXER_COLOURS["attention"], f"becomes {scores.mixer or 'linear'}": linear}
-    _legend_above(ax, [Patch(facecolor=colour, label=label) for label, colour in labels.items()])
+    legend_above(ax, legend)
 
 
 def draw_loss(ax: Axes, points: list[LossPoint]) -> None:
@@ -259,7 +201,7 @@ def draw_cache(ax: Axes, metrics: Metrics) -> None:
     ax.grid()
     ax.set_xlabel("context (tokens)")
     ax.set_ylabel("cache of one sequence")
-    _legend_above(ax, ax.get_legend_handles_labels()[0])
+    legend_above(ax, ax.get_legend_handles_labels()[0])
 
 
 def write_picture(run_dir: Path | str, path: Path | str) -> Path:
@@ -309,7 +251,7 @@ def _plan_height(plan: Plan, width: float, tallest: float) -> float:
     return cells + 0.55 + 0.17 * math.ceil(len(mixer_colours(plan)) / 2)
 
 
-def _legend_above(ax: Axes, handles: list) -> None:
+def legend_above(ax: Axes, handles: list) -> None:
     """A row of keys over the axes, in as many columns as the longest label lets stand side by side."""
     if not handles:
         return

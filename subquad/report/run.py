@@ -2,23 +2,23 @@
 
 A run may hold any part of what `convert` leaves (a folder with only a plan and its scores is fine): what is missing is
 empty here, and the report leaves it out. What is there but damaged is the user's to know about: a `UserError`.
-Numbers that the files do not hold (absent, or null) are NaN.
 """
 
 import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ValidationError
+import yaml
+from pydantic import BaseModel, ValidationError
 
 from subquad.errors import UserError
 from subquad.plan import Plan
 from subquad.report import format as fmt
+from subquad.report.number import NAN, Number
+from subquad.report.scores import Scores
 
-Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
-NAN = math.nan
 AGAIN = "run the command that wrote it again."
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -156,30 +156,6 @@ class Metrics(BaseModel):
         return ours / theirs if theirs else NAN
 
 
-class Scores(BaseModel):
-    """scores.json: one score a unit, higher for one that should rather keep its attention.
-
-    Of layers, a list of them; of heads, a list for each layer. `chosen`: indices of units, counted through all layers.
-    """
-
-    by: str
-    unit: Literal["layer", "head"] = "layer"
-    mixer: str = ""
-    scores: list[Number] | list[list[Number]] = []  # none of a selector that measures nothing
-    roles: list[list[str]] = []  # of heads: aggregate, gather or neither
-    measure: str = ""
-    chosen: list[int] = []
-    budget: str | int | float | None = None
-    tokens: Number = NAN
-    seconds: Number = NAN
-    kl_all_linear: Number = NAN
-
-    @property
-    def rows(self) -> list[list[float]]:
-        """The scores with a row for each layer: of its heads, or of the layer alone."""
-        return [row if isinstance(row, list) else [row] for row in self.scores]
-
-
 class LossPoint(BaseModel):
     """One line of log.jsonl, as far as the report reads it."""
 
@@ -204,6 +180,36 @@ class Run:
     def name(self) -> str:
         """The teacher's name."""
         return self.metrics.teacher_name or "a teacher"
+
+    @property
+    def settings(self) -> dict[str, Any] | None:
+        """The recipe's keys; None without a recipe. Raises `UserError` for one that is not YAML."""
+        try:
+            settings = yaml.safe_load(self.recipe or "")
+        except yaml.YAMLError as error:
+            path = self.folder / "recipe.yaml"
+            raise UserError(f"{path} is not YAML: {error}; restore it or run the conversion again.") from error
+        return settings if isinstance(settings, dict) else None
+
+    @property
+    def front_cost(self) -> float:
+        """The plan's bytes at the context of the front; NaN without a plan, or the recipe that knows their dtype."""
+        settings = self.settings
+        if self.plan is None or self.scores is None or settings is None:
+            return NAN
+        return self.plan.cache_bytes(self.scores.front_context, dtype=settings.get("dtype", "float32"))
+
+    def unit_name(self, index: int) -> str:
+        """A unit of the selection: `layer 3`, `layers 0-1`, `head 2 of layer 1`."""
+        assert self.scores is not None
+        if self.scores.units:
+            layers = self.scores.units[index]
+            return f"layer{'s' if len(layers) > 1 else ''} {fmt.ranges(layers)}"
+        if self.scores.unit == "head" and self.plan is not None:
+            heads = [(layer, head) for layer, row in enumerate(self.plan.head_table()) for head in range(len(row))]
+            layer, head = heads[index]
+            return f"head {head} of layer {layer}"
+        return f"{self.scores.unit} {index}"
 
     def plan_sentence(self) -> str:
         """What the plan keeps, in one sentence; empty without a plan."""

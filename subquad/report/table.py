@@ -8,7 +8,8 @@ from rich.table import Table
 from rich.text import Text
 
 from subquad.report import format as fmt
-from subquad.report.run import NAN, Measure, Metrics, check_metrics
+from subquad.report.number import NAN
+from subquad.report.run import Measure, Metrics, check_metrics
 
 
 def print_table(metrics: Mapping[str, Any], console: Console) -> None:
