@@ -1,5 +1,6 @@
 """What every job begins with: settings that are checked, a teacher, its text, and a first student."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from subquad.mixers import mixer_options
 from subquad.plan import ATTENTION, AttentionShape, Plan
 from subquad.recipe import Recipe, load_recipe
 from subquad.run import Run
-from subquad.select import check_selector
+from subquad.select import check_alternatives, check_selector
 from subquad.student import Student, tied
 from subquad.teacher import Teacher, load_teacher
 
@@ -34,7 +35,10 @@ def settled(recipe: Recipe | str | Path, teacher: str, data: list[str] | None) -
     mixer_options(recipe.mixer.name, recipe.mixer.options)
     if recipe.mixer.name == ATTENTION:
         raise UserError("the recipe's mixer is attention itself, so there is nothing to convert: choose another mixer")
+    for other in recipe.mixer.alternatives:
+        mixer_options(other.name, other.options)
     check_selector(recipe.selector)
+    check_alternatives(recipe)
     load_tasks(recipe.evaluate.tasks)
     return recipe
 
@@ -64,7 +68,7 @@ def shapes_of(model: Any) -> list[AttentionShape]:
     return [site.shape for site in find_attention(model)]
 
 
-def new_student(run: Run, source: Teacher, plan: Plan, corpus: Corpus, mixers_from: Student | None = None) -> Student:
+def new_student(run: Run, source: Teacher, plan: Plan, corpus: Corpus, mixers_from: Iterable[Student] = ()) -> Student:
     """A student with this plan: its mixers are another one's where that has the same, and calibrated elsewhere."""
     torch.manual_seed(0)  # the few new weights that start at random: gates' inner projections
     start = run.recipe.mixer.join_start
@@ -77,7 +81,12 @@ def new_student(run: Run, source: Teacher, plan: Plan, corpus: Corpus, mixers_fr
     return student
 
 
-def all_linear(run: Run, source: Teacher, corpus: Corpus) -> Student:
-    mixer = run.recipe.mixer
+def all_linear(run: Run, source: Teacher, corpus: Corpus) -> dict[str, Student]:
+    """A student without attention for each of the recipe's mixers, the recipe's own first."""
+    mixer, shapes = run.recipe.mixer, shapes_of(source.model)
+    options = {mixer.name: mixer.options} | {other.name: other.options for other in mixer.alternatives}
     with run.timed("calibrate"):
-        return new_student(run, source, Plan.by_layer(shapes_of(source.model), [], mixer.name, mixer.options), corpus)
+        return {
+            name: new_student(run, source, Plan.by_layer(shapes, [], name, of_mixer), corpus)
+            for name, of_mixer in options.items()
+        }

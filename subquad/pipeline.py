@@ -7,6 +7,7 @@ interrupted run goes on where it stopped.
 
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from subquad.run import Run, facts, start_run
 from subquad.selection import named_plans, select_plan
 from subquad.student import Student, tied
 from subquad.teacher import Teacher
-from subquad.training import train_stages
+from subquad.training import align, train_stages
 
 
 def convert(
@@ -58,7 +59,7 @@ def convert(
     run.say(f"teacher: {source.name}; text: {len(corpus.train):,} tokens to train on")
 
     linear = all_linear(run, source, corpus)
-    results = train_stages(run, linear, source, corpus, scope="all-linear")
+    results = align(run, linear, source, corpus)
     if given_plan is None:
         chosen, scores = select_plan(run, linear, source, corpus)
     else:
@@ -66,7 +67,7 @@ def convert(
         run.write("plan.yaml", chosen.to_yaml())
     run.say(f"plan: {chosen.pattern()}")
 
-    student = new_student(run, source, chosen, corpus, mixers_from=linear)
+    student = new_student(run, source, chosen, corpus, mixers_from=linear.values())
     if recipe.tied_embeddings in ("untie", "retie"):
         student.untie()
     results += train_stages(run, student, source, corpus, scope="plan")
@@ -81,7 +82,7 @@ def convert(
             for name, file in named_plans(run.out).items():
                 if (named := Plan.load(file)).layers != chosen.layers:
                     with run.writing(name) as folder:
-                        _save(new_student(run, source, named, corpus, mixers_from=linear), source, folder)
+                        _save(new_student(run, source, named, corpus, mixers_from=linear.values()), source, folder)
                     run.say(f"the plan '{name}' of the selector is a model too, in {run.out / name}")
         run.seconds["total"] = time.perf_counter() - started
         metrics |= _bill(run, source, results, scores) | facts(run, command)
@@ -99,16 +100,18 @@ def _save(student: Student, source: Teacher, folder: Path) -> None:
     source.tokenizer.save_pretrained(folder)
 
 
-def _measure(run: Run, source: Teacher, corpus: Corpus, student: Student, linear: Student) -> dict[str, Any]:
+def _measure(
+    run: Run, source: Teacher, corpus: Corpus, student: Student, linear: Mapping[str, Student]
+) -> dict[str, Any]:
     """metrics.json's rows, samples and verdicts: the student beside the rivals of the same budget or cache bytes."""
     recipe, plan = run.recipe, student.plan
     even = even_plan(plan, recipe.mixer.name, recipe.mixer.options, recipe.dtype)
     with run.timed("evaluate"):
         models = {"student": student}
         if any(stage.scope == "all-linear" for stage in recipe.stages):
-            models["aligned"] = new_student(run, source, plan, corpus, mixers_from=linear)
+            models["aligned"] = new_student(run, source, plan, corpus, mixers_from=linear.values())
         if even.layers != plan.layers:
-            models["uniform"] = new_student(run, source, even, corpus, mixers_from=linear)
+            models["uniform"] = new_student(run, source, even, corpus, mixers_from=linear.values())
         models["untrained"] = new_student(run, source, plan, corpus)
         models["window"] = new_student(run, source, window_plan(plan, recipe.dtype), corpus)
         run.say(f"measuring the teacher and {len(models)} models on held-out text and retrieval ...")
@@ -131,7 +134,7 @@ def _bill(run: Run, source: Teacher, results: list[StageResult], scores: dict[st
         "teacher_name": source.name,
         "teacher_fingerprint": source.fingerprint,
         "stages": [result.as_dict() for result in results],
-        "selection": {key: scores.get(key) for key in ("by", "budget", "tokens", "seconds")},
+        "selection": {key: scores.get(key) for key in ("by", "budget", "spent", "seconds")},
         "seconds": run.seconds,
         "tokens": {result.name: result.tokens for result in results},
         "tokens_per_second": {result.name: result.tokens_per_second for result in results},

@@ -23,7 +23,7 @@ A plan knows what its cache costs: `plan.cache_bytes(context, batch, dtype)`.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -74,6 +74,11 @@ class AttentionShape(BaseModel):
             window=self.window,
             layer_heads=self.heads,
         )
+
+
+def every_head(shapes: Sequence[AttentionShape]) -> list[tuple[int, int]]:
+    """All heads of a model, as (layer, head)."""
+    return [(layer, head) for layer, shape in enumerate(shapes) for head in range(shape.heads)]
 
 
 class Plan(BaseModel):
@@ -135,7 +140,7 @@ class Plan(BaseModel):
     ) -> Plan:
         """The head-level hybrid that keeps attention in these heads (layer, head) and uses `mixer` for all others."""
         keep = set(attention_heads)
-        outside = keep - {(layer, head) for layer, shape in enumerate(shapes) for head in range(shape.heads)}
+        outside = keep - {*every_head(shapes)}
         if outside:
             layer, head = min(outside)
             raise UserError(f"head {head} of layer {layer} is not one of the teacher's heads")
@@ -148,6 +153,15 @@ class Plan(BaseModel):
             layers.append({name: heads for name, heads in ((ATTENTION, kept), (mixer, others)) if heads})
         filled = mixer_options(mixer, options or {}).model_dump(exclude_none=True)
         return cls(shapes=shapes, mixers={ATTENTION: {}, mixer: filled}, layers=layers, join=join)
+
+    def with_layers(self, mixer: str, options: dict[str, Any], layers: Iterable[int]) -> Plan:
+        """This plan, but with another mixer for all heads of these layers."""
+        filled = mixer_options(mixer, options).model_dump(exclude_none=True)
+        if self.mixers.get(mixer, filled) != filled:
+            raise UserError(f"a plan has one set of options for each mixer, and '{mixer}' would have two")
+        changed = {layer: {mixer: [*range(self.shapes[layer].heads)]} for layer in layers}
+        table = [changed.get(layer, mixers) for layer, mixers in enumerate(self.layers)]
+        return Plan(shapes=self.shapes, mixers={**self.mixers, mixer: filled}, layers=table, join=self.join)
 
     @classmethod
     def all_attention(cls, shapes: list[AttentionShape]) -> Plan:

@@ -44,6 +44,13 @@ class DataConfig(Section):
     """Share of the tokens that training never sees."""
 
 
+class Alternative(Section):
+    """Another mixer."""
+
+    name: str
+    options: dict[str, Any] = {}
+
+
 class MixerConfig(Section):
     """What takes the place of attention."""
 
@@ -55,6 +62,9 @@ class MixerConfig(Section):
     heads, and attention joins as a branch (subquad/join.py)."""
     join_start: JoinStart = "identity"
     """How the adapter of the parallel join begins: `identity`, or `random` (the paper's code)."""
+    alternatives: list[Alternative] = []
+    """Other mixers that the selector kl may give to units that do not keep attention, each where it serves better for
+    its bytes. The all-linear stages are run for each of them."""
 
 
 class SelectorConfig(Section):

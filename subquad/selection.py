@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from subquad.select.speed import DecodeCost, decode_cost
 from subquad.select.units import kind_of, layers_in
 from subquad.student import Student
 from subquad.teacher import Teacher
-from subquad.training import candidate_training, train_stages
+from subquad.training import align, candidate_training
 
 SPEED_TOKENS = 512  # of the row that the teacher's speed is measured on, for the bill
 
@@ -62,7 +63,7 @@ def select(
     corpus = open_corpus(run, source)
     linear = all_linear(run, source, corpus)
     if SELECTORS[recipe.selector.by].aligned:
-        train_stages(run, linear, source, corpus, scope="all-linear")
+        align(run, linear, source, corpus)
     plan, scores = select_plan(run, linear, source, corpus)
     run.end()
     if run.main:
@@ -85,7 +86,8 @@ def _bill(run: Run, **how: Any) -> None:
     if SELECTORS[run.recipe.selector.by].aligned:
         for stage in run.recipe.stages:
             if stage.scope == "all-linear":
-                run.say(f"{stage.name}: {stage.tokens:,} tokens of training")
+                times = f", {len(linear)} times" if len(linear) > 1 else ""
+                run.say(f"{stage.name}: {stage.tokens:,} tokens of training{times}")
     work = _work(run, source, corpus)
     work.dry_run = True
     try:
@@ -94,7 +96,9 @@ def _bill(run: Run, **how: Any) -> None:
         run.end()
 
 
-def select_plan(run: Run, linear: Student, source: Teacher, corpus: Corpus) -> tuple[Plan, dict[str, Any]]:
+def select_plan(
+    run: Run, linear: Mapping[str, Student], source: Teacher, corpus: Corpus
+) -> tuple[Plan, dict[str, Any]]:
     """The plan and scores.json: read, when an interrupted run had got as far, else measured and written."""
     plan_file, scores_file = run.out / "plan.yaml", run.out / "scores.json"
     if run.resume and plan_file.is_file() and scores_file.is_file():
@@ -124,9 +128,13 @@ def _work(run: Run, source: Teacher, corpus: Corpus) -> Work:
     return Work(run.say, accelerator=run.accelerator, file=run.out / "selection.jsonl", speed=speed)
 
 
-def _choose(run: Run, linear: Student, source: Teacher, corpus: Corpus, work: Work) -> tuple[Plan, dict[str, Any]]:
+def _choose(
+    run: Run, aligned: Mapping[str, Student], source: Teacher, corpus: Corpus, work: Work
+) -> tuple[Plan, dict[str, Any]]:
     recipe, settings = run.recipe, run.recipe.selector
     selector, budget = SELECTORS[settings.by], Budget.parse(settings.budget)
+    alternatives = dict(aligned)
+    linear = alternatives.pop(recipe.mixer.name)
     text_BT = torch.zeros(0, 0, dtype=torch.long)
     if selector.text:
         rows = math.ceil(settings.tokens / settings.sequence_length)
@@ -141,6 +149,7 @@ def _choose(run: Run, linear: Student, source: Teacher, corpus: Corpus, work: Wo
         candidate_training(run, source, corpus) if settings.options.get("retrain_tokens") else None,
         recipe.seed,
         work,
+        alternatives,
     )
     choice = selector.choose(question, **settings.options)
 
@@ -155,7 +164,7 @@ def _choose(run: Run, linear: Student, source: Teacher, corpus: Corpus, work: Wo
         layers = linear.plan.num_layers
         return DecodeCost(found[:layers], found[layers:-1], found[-1])
 
-    plan, kept = choose_plan(linear, budget, choice, recipe.mixer.join, seconds)
+    plan, kept = choose_plan(linear, budget, choice, recipe.mixer.join, seconds, alternatives)
     for name in choice.named:
         named, _ = choose_plan(linear, Budget(name, word=name), choice, recipe.mixer.join)
         run.write(f"plan-{name}.yaml", named.to_yaml())

@@ -89,14 +89,14 @@ class Student(PreTrainedModel, GenerationMixin):
         cls,
         teacher: PreTrainedModel,
         plan: Plan,
-        mixers_from: Student | None = None,
+        mixers_from: Student | Iterable[Student] = (),
         join_start: JoinStart = "identity",
     ) -> Student:
         """A student of `teacher` with this plan; every tensor that is not a mixer's shares the teacher's storage.
 
         `join_start`: how the adapters of the parallel join begin (join.py).
-        `mixers_from`: another student of the same teacher. Where the plan has the same mixers on the same heads of a
-        layer, what it learned in that layer's block is taken (shared); elsewhere what its mixers learned for the heads
+        `mixers_from`: other students of the same teacher. Where the plan has the same mixers on the same heads of a
+        layer, what one learned in that layer's block is taken (shared); elsewhere what its mixers learned for the heads
         that they still have. `new_mixers` are then those that found nothing to take.
         Raises UserError where the teacher is unsupported or the plan was made for another shape.
         """
@@ -129,8 +129,8 @@ class Student(PreTrainedModel, GenerationMixin):
         student.new_mixers = {
             (layer, name) for layer, mixers in enumerate(plan.layers) for name in mixers if name != ATTENTION
         }
-        if mixers_from is not None:
-            student._take_mixers(mixers_from)
+        for other in [mixers_from] if isinstance(mixers_from, Student) else mixers_from:
+            student._take_mixers(other)
         return student.eval()
 
     def _take_mixers(self, other: Student) -> None:

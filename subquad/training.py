@@ -1,6 +1,7 @@
 """Training as a recipe says it: the stages of a scope, and short stages for a selector's candidates."""
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,24 @@ from subquad.student import Student
 from subquad.teacher import Teacher, load_teacher
 
 
-def train_stages(run: Run, student: Student, source: Teacher, corpus: Corpus, scope: str) -> list[StageResult]:
-    """The stages of one scope, in order."""
+def align(run: Run, linear: Mapping[str, Student], source: Teacher, corpus: Corpus) -> list[StageResult]:
+    """The all-linear stages, for the student of every mixer; what became of them for the first, the recipe's own."""
+    first, *others = linear
+    results = train_stages(run, linear[first], source, corpus, scope="all-linear")
+    for name in others:
+        if any(True for _ in linear[name].mixer_parameters()):  # a window has nothing to learn
+            run.say(f"the same with {name}:")
+            train_stages(run, linear[name], source, corpus, scope="all-linear", out=run.out / "alternatives" / name)
+    return results
+
+
+def train_stages(
+    run: Run, student: Student, source: Teacher, corpus: Corpus, scope: str, out: Path | None = None
+) -> list[StageResult]:
+    """The stages of one scope, in order. `out`: where their log and checkpoints go; none: the run's folder."""
+    if out is not None and run.main:
+        out.mkdir(parents=True, exist_ok=True)
+    run.accelerator.wait_for_everyone()
     results = []
     for index, stage in enumerate(run.recipe.stages):
         if stage.scope == scope:
@@ -32,7 +49,7 @@ def train_stages(run: Run, student: Student, source: Teacher, corpus: Corpus, sc
                     corpus=text,
                     logits_from=target,
                     seed=run.recipe.seed,
-                    out=run.out,
+                    out=out or run.out,
                     accelerator=run.accelerator,
                     progress=run.console if run.main else None,
                     resume=run.resume,

@@ -1,5 +1,6 @@
 """The Python examples of the documentation run, in order, page by page."""
 
+import inspect
 import re
 from pathlib import Path
 from typing import get_args
@@ -12,6 +13,7 @@ from subquad import pipeline
 from subquad.data.retrieval import TASKS
 from subquad.mixers import MIXERS
 from subquad.recipe import Recipe, Task, load_recipe, recipe_names
+from subquad.select import SELECTORS
 from subquad.stage import Objective
 
 ROOT = Path(__file__).parent.parent
@@ -46,14 +48,26 @@ def test_links_lead_somewhere():
 
 
 def test_recipes_of_the_documentation(tmp_path):
-    page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"^```yaml\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 2
+    pages = [(ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("recipes.md", "select.md")]
+    page, blocks = pages[0], re.findall(r"^```yaml\n(.*?)^```", "\n".join(pages), re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 3
     for number, block in enumerate(blocks):
         (tmp_path / f"{number}.yaml").write_text(block, encoding="utf-8")
         assert load_recipe(tmp_path / f"{number}.yaml").stages
     assert all(f"`{name}`" in page for name in recipe_names() if not name.startswith("quick") and "-quick" not in name)
     assert all(f"| `{name}` |" in page for name in get_args(Objective))
+
+
+def test_every_selector_is_in_the_documentation():
+    page = (ROOT / "docs" / "select.md").read_text(encoding="utf-8")
+    assert all(f"| `{name}` |" in page for name in SELECTORS)
+    options = {
+        one.name
+        for selector in SELECTORS.values()
+        for one in inspect.signature(selector.choose).parameters.values()
+        if one.kind is one.KEYWORD_ONLY
+    }
+    assert all(f"`{name}`" in page for name in options - {"layers"})
 
 
 def test_every_retrieval_task_is_in_the_documentation():

@@ -280,6 +280,25 @@ def test_every_selector_gives_a_plan(by, unit, budget, options, teacher_folder, 
         assert plan.attention_heads and seconds(plan) <= 4 / 1.5
 
 
+def test_a_choice_of_mixers_for_every_layer(teacher_folder, text, tmp_path):
+    """Aligned, selected and distilled with two mixers; the folder loads."""
+    alternatives = [{"name": "sliding_window", "options": {"window": 30, "sinks": 1}}, {"name": "linear"}]
+    mixer = {"name": "gla", "options": {"state_dim": 4}, "alternatives": alternatives}
+    selector = {**RECIPE["selector"], "budget": "6000B@64"}
+    student = pipeline.convert(
+        teacher_folder, Recipe(**{**RECIPE, "mixer": mixer, "selector": selector}), tmp_path / "run", data=text
+    )
+    used = {name for layer in student.plan.layers for name in layer}
+    assert used & {"sliding_window", "linear"} and student.plan.cache_bytes(64) <= 6000
+    assert [*json.loads((tmp_path / "run" / "scores.json").read_text())["alternatives"]] == [
+        "sliding_window",
+        "linear",
+    ]
+    assert (tmp_path / "run" / "alternatives" / "linear" / "log.jsonl").is_file()
+    loaded = Student.from_pretrained(tmp_path / "run")
+    assert loaded.plan == student.plan
+
+
 def test_eval_and_generate(finished, tmp_path):
     out, _ = finished
     metrics = jobs.evaluate_model(out, json_path=tmp_path / "numbers.json")

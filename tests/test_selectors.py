@@ -10,7 +10,7 @@ from subquad.attention import Pass, find_attention
 from subquad.errors import UserError
 from subquad.evaluate import likelihood
 from subquad.plan import Plan
-from subquad.recipe import SelectorConfig
+from subquad.recipe import Recipe, SelectorConfig
 from subquad.select import (
     SELECTORS,
     Bill,
@@ -19,6 +19,7 @@ from subquad.select import (
     OnlyTheBill,
     Question,
     Work,
+    check_alternatives,
     check_selector,
     choose_plan,
     uniform_layers,
@@ -170,6 +171,45 @@ def test_candidates_are_trained_before_they_are_measured():
     question.train = None
     with pytest.raises(UserError, match="has no stage on logits"):
         SELECTORS["kl"].choose(question, retrain_tokens=10)
+
+
+def test_units_get_the_mixer_that_is_worth_its_bytes():
+    """One layer is ruined in the first mixer, another in the alternative: each gets what serves it."""
+    teacher, student = ruined_layer(1)
+    plan = Plan.by_layer(student.plan.shapes, [], "sliding_window", {"window": 48, "sinks": 0})
+    window = Student.from_teacher(teacher, plan)
+    spoiled = window.attention_modules()[2].mixer["sliding_window"]
+    spoiled.options = spoiled.options.model_copy(update={"window": 1})
+    question = Question(
+        student,
+        SimpleNamespace(model=teacher),
+        text(),
+        Budget.parse("0"),
+        work=Work(**quiet),
+        alternatives={"sliding_window": window},
+    )
+    choice = SELECTORS["kl"].choose(question)
+    gains = choice.alternatives["sliding_window"]
+    assert gains[1] > 0.1 * choice.worth[1] > gains[2]
+    wanted = Student.from_teacher(
+        teacher, student.plan.with_layers("sliding_window", plan.mixers["sliding_window"], [1]), [student, window]
+    )
+    with question.board.following(wanted.plan) as following:
+        assert torch.equal(following.final_hidden(text()), wanted.final_hidden(text()))
+
+    def chosen(budget):
+        others = {"sliding_window": window}
+        return choose_plan(student, Budget.parse(budget), choice, others=others)[0]
+
+    assert [*chosen("0").layers[1]] == ["sliding_window"] and "sliding_window" not in chosen("0").layers[2]
+    assert [*chosen("1").layers[1]] == ["attention"]
+    least, most = student.plan.cache_bytes(4096), Plan.all_attention(plan.shapes).cache_bytes(4096)
+    for share in (0.0, 0.3, 0.6, 1.0):
+        bytes_ = round(least + share * (most - least))
+        assert chosen(f"{bytes_}B@4096").cache_bytes(4096) <= bytes_
+    assert chosen(f"{most}B@4096").layers[1] == {"attention": [*range(6)]}
+    with pytest.raises(UserError, match="impossible"):
+        chosen("1KiB@4096")
 
 
 # Alignment -----------------------------------------------------------------------------------------------------------
@@ -367,3 +407,18 @@ def test_unknown_selectors_options_and_budgets_are_refused():
         check_selector(SelectorConfig(by="kl", budget="opt"))
     for by in SELECTORS.keys() - {"fixed"}:
         check_selector(SelectorConfig(by=by))
+
+
+@pytest.mark.parametrize(
+    ("mixer", "selector", "message"),
+    [
+        ({"name": "gla", "alternatives": [{"name": "gla"}]}, {}, "should be other mixers than 'gla'"),
+        ({"alternatives": [{"name": "gla"}]}, {"by": "uniform"}, "are chosen by the selector kl"),
+        ({"alternatives": [{"name": "gla"}]}, {"unit": "head"}, "are chosen by the selector kl"),
+        ({"alternatives": [{"name": "gla"}], "join": "parallel"}, {}, "are chosen by the selector kl"),
+        ({"alternatives": [{"name": "gla"}]}, {"budget": "2x@4k"}, "knows one mixer"),
+    ],
+)
+def test_alternatives_where_they_cannot_be_chosen(mixer, selector, message):
+    with pytest.raises(UserError, match=message):
+        check_alternatives(Recipe(name="tiny", mixer=mixer, selector=selector))

@@ -193,11 +193,10 @@ class Run:
 
     @property
     def front_cost(self) -> float:
-        """The plan's bytes at the context of the front; NaN without a plan, or the recipe that knows their dtype."""
-        settings = self.settings
-        if self.plan is None or self.scores is None or settings is None:
+        """The plan's bytes at the context of the front; NaN without a plan."""
+        if self.plan is None or self.scores is None:
             return NAN
-        return self.plan.cache_bytes(self.scores.front_context, dtype=settings.get("dtype", "float32"))
+        return self.plan.cache_bytes(self.scores.front_context, dtype=self.scores.front_dtype)
 
     def unit_name(self, index: int) -> str:
         """A unit of the selection: `layer 3`, `layers 0-1`, `head 2 of layer 1`."""

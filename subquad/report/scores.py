@@ -83,6 +83,7 @@ class Scores(BaseModel):
     path: ReplacementPath | None = None
     front: list[FrontPoint] = []
     front_context: int = 0
+    front_dtype: str = "float32"
 
     @property
     def rows(self) -> list[list[float]]:

@@ -9,7 +9,7 @@ from subquad.select.board import Board
 from subquad.select.budget import Budget
 from subquad.select.choice import Choice, Question, choose_plan, pareto
 from subquad.select.retrieval_heads import RetrievalScores, retrieval_scores
-from subquad.select.selectors import SELECTORS, Selector, check_selector
+from subquad.select.selectors import SELECTORS, Selector, check_alternatives, check_selector
 from subquad.select.uniform import uniform_layers
 from subquad.select.units import Unit, units_of
 from subquad.select.work import Bill, OnlyTheBill, Work
@@ -26,6 +26,7 @@ __all__ = [
     "Selector",
     "Unit",
     "Work",
+    "check_alternatives",
     "check_selector",
     "choose_plan",
     "pareto",

@@ -5,7 +5,7 @@ everything with the aligned student and the teacher, and stands in while a plan 
 student that its plan gives, and many plans cost the memory of a few.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TypeAlias, TypeVar
 
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from subquad.plan import ATTENTION, Plan
+from subquad.plan import ATTENTION, Plan, every_head
 from subquad.select.prefix import recorded, resumed, standing_in
 from subquad.select.units import Unit
 from subquad.student import Student
@@ -23,10 +23,16 @@ Layer: TypeAlias = tuple[tuple[str, tuple[int, ...]], ...]  # a layer of a plan,
 
 
 class Board:
-    """The plans over an all-linear, aligned student's mixers."""
+    """The plans over an all-linear, aligned student's mixers, and over those of others like it.
 
-    def __init__(self, linear: Student, teacher: PreTrainedModel) -> None:
+    `alternatives`: all-linear students with other mixers, by the names of these.
+    """
+
+    def __init__(
+        self, linear: Student, teacher: PreTrainedModel, alternatives: Mapping[str, Student] | None = None
+    ) -> None:
         self.student, self.teacher, self.linear = linear, teacher, linear.plan
+        self.alternatives = dict(alternatives or {})
         self._blocks: dict[tuple[int, Layer], nn.Module] = {}
         self.mixer = next(name for name in self.linear.mixers if name != ATTENTION)
 
@@ -34,9 +40,14 @@ class Board:
         """The plan that keeps attention in these heads."""
         return Plan.by_head(self.linear.shapes, heads, self.mixer, self.linear.mixers[self.mixer])
 
+    def having(self, mixer: str, layers: Sequence[int]) -> Plan:
+        """The plan without attention in which these layers have an alternative mixer."""
+        options = self.alternatives[mixer].plan.mixers[mixer]
+        return self.linear.with_layers(mixer, options, layers)
+
     @property
     def everything(self) -> Unit:
-        return [(layer, head) for layer, shape in enumerate(self.linear.shapes) for head in range(shape.heads)]
+        return every_head(self.linear.shapes)
 
     @contextmanager
     def following(self, plan: Plan) -> Iterator[Student]:
@@ -79,8 +90,10 @@ class Board:
         while any(missing):
             taken = {layer: of_layer.popitem() for layer, of_layer in enumerate(missing) if of_layer}
             layers = [taken[i][1].layers[i] if i in taken else mine for i, mine in enumerate(self.linear.layers)]
-            plan = self.linear.model_copy(update={"layers": layers})
-            student = Student.from_teacher(self.teacher, plan, mixers_from=self.student)
+            students = [self.student, *self.alternatives.values()]
+            options = {name: given for one in students for name, given in one.plan.mixers.items()}
+            plan = Plan(shapes=self.linear.shapes, mixers=options, layers=layers)
+            student = Student.from_teacher(self.teacher, plan, mixers_from=students)
             blocks = student.blocks()
             for layer, (key, _) in taken.items():
                 self._blocks[layer, key] = blocks[layer]

@@ -1,6 +1,6 @@
 """What a selector is asked, and what it answers: which units keep attention, for any number or cost of them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import methodcaller
 from typing import Any
@@ -12,7 +12,8 @@ from subquad.plan import ATTENTION, Join, Plan
 from subquad.select.board import Board
 from subquad.select.budget import Budget, Cost
 from subquad.select.cost import best_units, front
-from subquad.select.units import Unit, Wish, kind_of, units_of
+from subquad.select.knapsack import solve
+from subquad.select.units import Unit, Wish, kind_of, layers_in, units_of
 from subquad.select.work import Work
 from subquad.student import Student
 from subquad.teacher import Teacher
@@ -35,6 +36,7 @@ class Question:
     train: Train | None = None
     seed: int = 0
     work: Work = field(default_factory=Work)
+    alternatives: Mapping[str, Student] = field(default_factory=dict)  # all-linear too, with other mixers, by name
 
     @property
     def units(self) -> list[Unit]:
@@ -42,7 +44,7 @@ class Question:
 
     @property
     def board(self) -> Board:
-        return Board(self.student, self.source.model)
+        return Board(self.student, self.source.model, self.alternatives)
 
     @property
     def count(self) -> int:
@@ -62,13 +64,15 @@ class Choice:
     """Which units to keep for a given number of them, and what is known about why (for scores.json).
 
     `worth`: of every unit, in a measure that adds up, so that a budget in bytes or time can weigh it against the cost.
-    `named`: the units of the plans that the selector has a name for.
+    `alternatives`: the same of other mixers in their place, by name. `named`: the units of the plans that the selector
+    has a name for.
     """
 
     units: list[Unit]
     kept: Callable[[int], list[int]]  # indices of units
     unit: Wish = "layer"
     worth: Sequence[float] | None = None
+    alternatives: dict[str, Sequence[float]] = field(default_factory=dict)
     named: dict[str, list[int]] = field(default_factory=dict)
     report: dict[str, Any] = field(default_factory=dict)
 
@@ -96,15 +100,52 @@ def choose_plan(
     choice: Choice,
     join: Join = "split",
     decode_cost: Callable[[int], Cost] | None = None,
+    others: Mapping[str, Student] | None = None,
 ) -> tuple[Plan, list[int]]:
     """The plan that keeps as much attention as the budget allows, and the indices of the units it keeps.
 
     Bytes and time are a knapsack over what the units are worth and what they cost; where a selector has only an order,
     its first units are kept, as many as fit. `decode_cost(context)`: measures what a decoding step of a plan takes.
-    Raises UserError for a budget that no plan meets, or that the selector has no answer to.
+    `others`: the students of the choice's alternatives. Raises UserError for a budget that no plan meets, or that the
+    selector has no answer to.
     """
+    if choice.alternatives:
+        return _with_alternatives(student, budget, choice, others or {})
     kept = _kept(student, budget, choice, join, decode_cost)
     return _plan_of(student, join)(choice.heads(kept)), kept
+
+
+def _with_alternatives(
+    student: Student, budget: Budget, choice: Choice, others: Mapping[str, Student]
+) -> tuple[Plan, list[int]]:
+    """Of every unit, whole layers, attention or the mixer that is worth the most within the budget."""
+    units, worth = choice.units, {ATTENTION: choice.worth or [], **choice.alternatives}
+    names = [*worth]
+    plan_of = _plan_of(student, "split")
+
+    def plan_with(chosen: Mapping[int, str]) -> Plan:
+        plan = plan_of(choice.heads([unit for unit, name in chosen.items() if name == ATTENTION]))
+        for name, other in others.items():
+            layers = [layer for unit, mine in chosen.items() if mine == name for layer in layers_in(units[unit])]
+            plan = plan.with_layers(name, other.plan.mixers[name], layers) if layers else plan
+        return plan
+
+    if budget.context is None:
+        kept = choice.kept(budget.of(len(units), kind_of(choice.unit)))
+        best = {unit: max(others, key=lambda name: worth[name][unit]) for unit in range(len(units))}
+        chosen = {unit: name for unit, name in best.items() if worth[name][unit] > 0} | dict.fromkeys(kept, ATTENTION)
+        return plan_with(chosen), kept
+    cost, limit = budget.priced(student.plan.shapes, str(student.dtype).removeprefix("torch."))
+    least = cost(plan_of([]))
+    items = [
+        [(0.0, 0.0), *((worth[name][unit], cost(plan_with({unit: name})) - least) for name in names)]
+        for unit in range(len(units))
+    ]
+    options = solve(items, limit - least)
+    if options is None:
+        raise budget.impossible(least, limit, kind_of(choice.unit))
+    chosen = {unit: names[option - 1] for unit, option in enumerate(options) if option}
+    return plan_with(chosen), [unit for unit, name in chosen.items() if name == ATTENTION]
 
 
 def _kept(
@@ -142,7 +183,7 @@ def pareto(student: Student, budget: Budget, choice: Choice, join: Join = "split
     dtype = str(student.dtype).removeprefix("torch.")
     cost = methodcaller("cache_bytes", context, dtype=dtype)
     points = front(choice.units, choice.worth, student.plan.shapes, _plan_of(student, join), cost)
-    return {"front": points, "front_context": context}
+    return {"front": points, "front_context": context, "front_dtype": dtype}
 
 
 def _plan_of(student: Student, join: Join) -> Callable[[Unit], Plan]:

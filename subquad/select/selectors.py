@@ -5,7 +5,7 @@ Each announces its bill before it works (`question.work.announce`), and leaves w
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 from subquad.data.retrieval import TASKS, make_probe
 from subquad.errors import UserError, nearest
 from subquad.evaluate.retrieval import usable
-from subquad.recipe import SelectorConfig
+from subquad.recipe import Recipe, SelectorConfig
 from subquad.select import alignment, gates, halo, kl, silence
 from subquad.select.board import passes
 from subquad.select.budget import Budget
@@ -22,7 +22,7 @@ from subquad.select.greedy import greedy_path
 from subquad.select.retrieval_heads import retrieval_scores
 from subquad.select.task import Score, task_score
 from subquad.select.uniform import uniform_layers
-from subquad.select.units import Wish, by_layer
+from subquad.select.units import Wish, by_layer, layers_in
 from subquad.select.work import Bill, bootstrap
 
 
@@ -64,13 +64,15 @@ def by_kl_removal(question: Question, *, stride: int = 4, retrain_tokens: int = 
 def _by_kl(question: Question, base: kl.Base, stride: int, tokens: int, rounds: int) -> Choice:
     board, units, text_NT, work = question.board, question.units, question.text_BT, question.work
     plans = kl.candidates(board, units, base)
+    plans += [board.having(other, layers_in(unit)) for other in question.alternatives for unit in units]
     name = "kl" if base == "restore" else "kl-removal"
     if tokens == 0:
         work.announce(f"{name}, {len(units)} units", Bill(forward_tokens=(1 + passes(plans)) * text_NT.numel()))
         found = kl.kl_without_training(board, plans, text_NT, stride, work)
-        gains_NU = kl.gains_of(found, base)
-        more = {"kl_base": float(found[:, 0].mean()), "kl_candidates": found[:, 1:].mean(0).tolist()}
-        return _by_rows(question, gains_NU, more)
+        gains_NU, *others = kl.gains_of(found, base).split(len(units), 1)
+        gains = {other: x_NU.mean(0).tolist() for other, x_NU in zip(question.alternatives, others, strict=True)}
+        more = {"kl_base": float(found[:, 0].mean()), "alternatives": gains}
+        return replace(_by_rows(question, gains_NU, more), alternatives=gains)
     if question.train is None:
         raise UserError(
             f"the selector '{name}' with retrain_tokens trains as the recipe does, and the recipe has no stage on "
@@ -332,3 +334,21 @@ def check_selector(settings: SelectorConfig) -> None:
             f"the budget '{budget.word}' is a plan that only the selector greedy finds: give selector '{by}' a number "
             "of units, a share of them, or bytes (64MiB@32k)"
         )
+
+
+def check_alternatives(recipe: Recipe) -> None:
+    """Raises UserError for other mixers where they cannot be chosen."""
+    mixer, selector = recipe.mixer, recipe.selector
+    names = [mixer.name, *(one.name for one in mixer.alternatives)]
+    unit = SELECTORS[selector.by].unit if selector.unit is None else selector.unit
+    if len(names) == 1:
+        return
+    if len({*names}) < len(names):
+        raise UserError(f"mixer.alternatives should be other mixers than '{mixer.name}', each once: not {names[1:]}")
+    if selector.by != "kl" or selector.options.get("retrain_tokens") or unit == "head" or mixer.join != "split":
+        raise UserError(
+            "mixer.alternatives are chosen by the selector kl without retrain_tokens, for layers or groups of them, "
+            "with the split join: change the selector, or leave them out"
+        )
+    if Budget.parse(selector.budget).speedup is not None:
+        raise UserError("a budget of decoding speed knows one mixer: give bytes, or leave out mixer.alternatives")

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 from subquad.errors import UserError
-from subquad.plan import AttentionShape
+from subquad.plan import AttentionShape, every_head
 
 Unit: TypeAlias = list[tuple[int, int]]  # heads, as (layer, head)
 Wish: TypeAlias = str | int | list[list[int]]  # "layer", "head", layers in a group, or the groups themselves
@@ -19,7 +19,7 @@ def units_of(shapes: Sequence[AttentionShape], wish: Wish) -> list[Unit]:
     if wish == "layer":
         return layers
     if wish == "head":
-        return [[head] for unit in layers for head in unit]
+        return [[head] for head in every_head(shapes)]
     if isinstance(wish, int) and wish >= 1:
         groups = [[*range(first, min(first + wish, len(layers)))] for first in range(0, len(layers), wish)]
     elif isinstance(wish, list):
