@@ -208,7 +208,11 @@ def mixed_attention(
         gate_H11 = student_pass.gates[layer.layer].to(y_BHTD.dtype)[:, None, None]
         y_BHTD = y_BHTD + gate_H11 * (attend(query, key, value) - y_BHTD)
     if layer.layer in student_pass.gains:
-        y_BHTD = y_BHTD * student_pass.gains[layer.layer].to(y_BHTD.dtype)[:, :, None, None]
+        gain_BH11 = student_pass.gains[layer.layer].to(y_BHTD.dtype)[:, :, None, None]
+        y_BHTD = y_BHTD * gain_BH11
+        if branch is not None:
+            gain_BTHD = gain_BH11[:, list(branch.group.heads)].transpose(1, 2)
+            branch = replace(branch, y_BTHD=branch.y_BTHD * gain_BTHD)
     return y_BHTD.transpose(1, 2), branch
 
 
@@ -265,7 +269,7 @@ def attach(model: PreTrainedModel, paths: Sequence[str], plan: Plan, join_start:
         if plan.joined(layer):
             shape = plan.shapes[layer]
             projection = output_projection(module, shape.heads * shape.head_dim, shape.hidden_size)
-            module.register_forward_hook(partial(_join, projection, shape.heads))
+            module.register_forward_hook(partial(_join, projection))
         module.mixer = keep_initialised(LayerMixer(plan, layer, join_start))
         module.register_forward_pre_hook(_provide, with_kwargs=True)
     set_attention(model, register(model.config._attn_implementation))
@@ -300,14 +304,14 @@ def _provide(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     return args, {**given, "plain": look[0]}
 
 
-def _join(projection: nn.Module, heads: int, module: nn.Module, args: Any, output: tuple[Any, ...]) -> Any:
+def _join(projection: nn.Module, module: nn.Module, args: Any, output: tuple[Any, ...]) -> Any:
     """The module's output with the branch of the retained heads, where its attention function gave one."""
     u_BTM, branch, *rest = output
     if not isinstance(branch, Branch):
         return output
     adapter = layer_mixer(module).adapter
     assert adapter is not None
-    return adapter(u_BTM, projected(projection, branch, heads)), None, *rest
+    return adapter(u_BTM, projected(projection, branch)), None, *rest
 
 
 def set_attention(model: PreTrainedModel, name: str) -> None:

@@ -70,11 +70,10 @@ def output_projection(module: nn.Module, width: int, hidden_size: int) -> nn.Mod
     )
 
 
-def projected(projection: nn.Module, branch: Branch, heads: int) -> Tensor:
+def projected(projection: nn.Module, branch: Branch) -> Tensor:
     """W_o of the branch's heads alone, (B, T, M), without the bias, which the other branch has."""
-    y_BTHD = branch.y_BTHD
-    columns = torch.tensor(branch.group.heads, device=y_BTHD.device)
-    whole_BTHD = y_BTHD.new_zeros(*y_BTHD.shape[:2], heads, y_BTHD.shape[-1]).index_copy(2, columns, y_BTHD)
-    v_BTM = projection(whole_BTHD.flatten(2))
-    bias = getattr(projection, "bias", None)
-    return v_BTM if bias is None else v_BTM - bias
+    weight: Tensor = projection.weight  # type: ignore[assignment]
+    weight_XM = weight if isinstance(projection, Conv1D) else weight.T
+    width = branch.y_BTHD.shape[-1]
+    columns = [weight_XM[head * width : (head + 1) * width] for head in branch.group.heads]  # views: no index to send
+    return branch.y_BTHD.flatten(2) @ torch.cat(columns)

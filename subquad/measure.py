@@ -13,6 +13,7 @@ import torch
 from subquad.data.retrieval import Probe, make_probe
 from subquad.data.text import Corpus
 from subquad.evaluate import cache_table, harness, likelihood, retrieval, standard_error
+from subquad.evaluate.harness import load_tasks
 from subquad.mixers.sliding_window import WindowOptions
 from subquad.plan import ATTENTION, ITEMSIZE, Plan
 from subquad.recipe import EvaluateConfig
@@ -32,11 +33,12 @@ def measured_rows(
     """Rows of metrics.json for the teacher and for `models`; `plans` gives the plan of each, the teacher's included."""
     rows, probes = questions(config, source, corpus)
     measured = likelihood(models, source.model, rows, config.contexts)
+    tasks = load_tasks(config.tasks)
     return {
         name: {
             **measured[name],
             "retrieval": retrieval(model, probes),
-            "tasks": harness(model, source.tokenizer, config.tasks, limit=config.task_limit),
+            "tasks": harness(model, source.tokenizer, tasks, limit=config.task_limit),
             "cache_bytes": cache_table(plans[name], config.cache_contexts, dtype),
             "attention_layers": plans[name].attention_layers,
             "plan_pattern": plans[name].pattern(),

@@ -23,6 +23,7 @@ from subquad.evaluate import harness
 from subquad.evaluate.harness import load_tasks
 from subquad.plan import Plan
 from subquad.recipe import Recipe
+from subquad.select.task import task_score
 from subquad.student import Student
 
 PAGE = Path(__file__).parent.parent / "docs" / "evaluate.md"
@@ -210,6 +211,30 @@ def test_batches_and_padding_change_nothing(mixer, options, lm_eval, files, toke
     for file in files:
         for metric, measure in one[file].items():
             assert measure["value"] == pytest.approx(four[file][metric]["value"], rel=1e-4), (file, metric)
+
+
+def test_documents_by_number_and_tasks_loaded_once(lm_eval, files, tokenizer):
+    """The mean over all is that of the two halves; and a second model, or a second go, finds the tasks as they were."""
+    _, student = make_student(tokenizer, [1])
+    loaded = load_tasks(files[:1])
+    whole = harness(student, tokenizer, files[:1])[files[0]]["logprob"]["value"]
+    even, odd = (
+        harness(student, tokenizer, loaded, documents=lambda n, first=first: [*range(first, n, 2)])[files[0]]
+        for first in (0, 1)
+    )
+    assert (even["logprob"]["value"] + odd["logprob"]["value"]) / 2 == pytest.approx(whole, rel=1e-5)
+    assert even["logprob"]["value"] != odd["logprob"]["value"]
+
+
+def test_a_users_task_is_cut_into_two_halves(lm_eval, files, tokenizer):
+    """What chose is not what is reported."""
+    _, student = make_student(tokenizer, [1])
+    task = task_score(files[0], metric="logprob")
+    halves = [score(student, tokenizer) for score in (task.validation, task.test)]
+    whole = harness(student, tokenizer, files[:1])[files[0]]["logprob"]["value"]
+    assert sum(halves) / 2 == pytest.approx(whole, rel=1e-5) and halves[0] != halves[1]
+    with pytest.raises(UserError, match="has no metric 'bleu'"):
+        task_score(files[0], metric="bleu").test(student, tokenizer)
 
 
 def test_a_student_that_keeps_all_attention_scores_like_its_teacher(lm_eval, files, tokenizer):

@@ -5,7 +5,7 @@ import torch
 from conftest import FAMILIES, tiny
 from torch import nn
 
-from subquad.attention import find_attention
+from subquad.attention import Pass, find_attention
 from subquad.errors import UserError
 from subquad.join import EPS, RecolouringAdapter, output_projection
 from subquad.plan import Plan
@@ -124,3 +124,17 @@ def test_the_adapter_is_trained_with_the_mixers():
     student = Student.from_teacher(tiny("llama"), plan_of(tiny("llama")))
     names = [name for name, _ in student.mixer_parameters()]
     assert sum(".mixer.join." in name for name in names) == 4  # a weight and a bias in two layers
+
+
+def test_a_silenced_head_is_silent_in_both_branches():
+    teacher = tiny("llama")
+    student = Student.from_teacher(teacher, plan_of(teacher))
+    tokens = torch.randint(3, 97, (1, 20))
+    gain_BH = torch.ones(1, 6)
+    gain_BH[0, 4] = 0  # it attends, and the recurrence has it too
+    silent = student.final_hidden(tokens, student_pass=Pass(gains={0: gain_BH}))
+    width = student.plan.shapes[0].head_dim
+    projection = student.attention_modules()[0].o_proj
+    projection.weight.data = projection.weight.data.clone()
+    projection.weight.data[:, 4 * width : 5 * width] = 0
+    torch.testing.assert_close(silent, student.final_hidden(tokens))

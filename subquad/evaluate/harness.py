@@ -31,7 +31,7 @@ TaskScores = dict[str, dict[str, float | None]]
 def harness(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    tasks: Sequence[str],
+    tasks: Sequence[Any],
     *,
     limit: int | None = None,
     batch: int = 4,
@@ -39,14 +39,15 @@ def harness(
     seed: int = 0,
     documents: Callable[[int], list[int]] | None = None,
 ) -> dict[str, TaskScores]:
-    """Measure a causal language model on `tasks`: names of lm-eval's tasks, groups and tags, or JSONL files.
+    """Measure a causal language model on `tasks`: names of lm-eval's tasks, groups and tags, or JSONL files; or what
+    `load_tasks` made of them, to load once for many models.
 
     `limit`: documents a task, the first ones; `documents`: those of these numbers instead, given how many there are;
     `batch`: rows at a time; `fewshot`: examples before each question, drawn by `seed`, instead of the task's own
     number. Returns {task: {metric: {"value", "stderr"}}}, `stderr` None where
     unknown; a group that has a score of its own stands for its members. Raises UserError as `load_tasks` does.
     """
-    loaded = load_tasks(tasks, fewshot)
+    loaded = load_tasks(tasks, fewshot) if all(isinstance(task, str) for task in tasks) else list(tasks)
     if not loaded:
         return {}
     from lm_eval import simple_evaluate

@@ -71,7 +71,7 @@ def _retrieval(task: str, rows: int, context: int, seed: int, text_BT: torch.Ten
 
 
 def _harness(task: str, limit: int, metric: str | None, seed: int) -> Score:
-    load_tasks([task])  # what can be wrong with it shows now
+    loaded = load_tasks([task])  # what can be wrong with it shows now
 
     def score(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, part: Part) -> float:
         def half(count: int) -> list[int]:
@@ -79,7 +79,7 @@ def _harness(task: str, limit: int, metric: str | None, seed: int) -> Score:
             mine = shuffled[: count // 2] if part == "validation" else shuffled[count // 2 :]
             return sorted(mine[:limit])
 
-        found = harness(model, tokenizer, [task], documents=half)
+        found = harness(model, tokenizer, loaded, documents=half)
         values = [_metric(task, scores, metric) for scores in found.values()]
         return sum(values) / len(values)
 
