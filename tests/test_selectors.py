@@ -194,7 +194,7 @@ def test_units_get_the_mixer_that_is_worth_its_bytes():
     wanted = Student.from_teacher(
         teacher, student.plan.with_layers("sliding_window", plan.mixers["sliding_window"], [1]), [student, window]
     )
-    with question.board.following(wanted.plan) as following:
+    with question.new_board().following(wanted.plan) as following:
         assert torch.equal(following.final_hidden(text()), wanted.final_hidden(text()))
 
     def chosen(budget):

@@ -42,8 +42,8 @@ class Question:
     def units(self) -> list[Unit]:
         return units_of(self.student.plan.shapes, self.unit)
 
-    @property
-    def board(self) -> Board:
+    def new_board(self) -> Board:
+        """The plans over the student's mixers, and the alternatives'."""
         return Board(self.student, self.source.model, self.alternatives)
 
     @property

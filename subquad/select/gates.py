@@ -102,20 +102,17 @@ def trained_gates(
         odds_U = torch.zeros(len(units), requires_grad=True)
         pressure = torch.zeros(2, requires_grad=True)  # on the mean gate: of its distance from `share`, and the square
         sizes_U = torch.tensor([len(unit) for unit in units], dtype=torch.float32)
-        optimizer = torch.optim.Adam([{"params": [odds_U]}], lr=GATE_RATE)
+        optimizer = torch.optim.Adam([odds_U], lr=GATE_RATE)
         for step in range(steps):
-            gate_U = _drawn(odds_U, generator)
-            gates = _by_head(board, units, gate_U.to(device))
-            loss = sum(
-                (_kl(board, row, gates) for row in batch(step).to(device).split(1)), torch.zeros((), device=device)
-            )
+            gates = _by_head(board, units, _drawn(odds_U, generator).to(device))
+            loss = _kl(board, work.my_rows(batch(step)).to(device), gates).cpu()
             excess = (_open(odds_U) * sizes_U).sum() / sizes_U.sum() - share
-            total = loss.cpu() / len(batch(step)) + pressure[0] * excess + pressure[1] * excess**2
-            slopes = torch.autograd.grad(total, [odds_U, pressure])
-            odds_U.grad = slopes[0]
+            total = loss + pressure[0] * excess + pressure[1] * excess**2
+            odds_U.grad, push = torch.autograd.grad(total, [odds_U, pressure])
+            odds_U.grad = work.mean(odds_U.grad)
             optimizer.step()
             with torch.no_grad():  # ascent: the pressure grows while the constraint is missed
-                pressure += PRESSURE_RATE / math.sqrt(steps) * slopes[1]
+                pressure += PRESSURE_RATE / math.sqrt(steps) * push
         return odds_U.detach()
 
     tokens = steps * batch(0).numel()

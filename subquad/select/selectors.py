@@ -6,6 +6,7 @@ Each announces its bill before it works (`question.work.announce`), and leaves w
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -62,7 +63,7 @@ def by_kl_removal(question: Question, *, stride: int = 4, retrain_tokens: int = 
 
 
 def _by_kl(question: Question, base: kl.Base, stride: int, tokens: int, rounds: int) -> Choice:
-    board, units, text_NT, work = question.board, question.units, question.text_BT, question.work
+    board, units, text_NT, work = question.new_board(), question.units, question.text_BT, question.work
     plans = kl.candidates(board, units, base)
     plans += [board.having(other, layers_in(unit)) for other in question.alternatives for unit in units]
     name = "kl" if base == "restore" else "kl-removal"
@@ -108,7 +109,7 @@ def by_alignment_loss(question: Question) -> Choice:
     text_NT, work = question.text_BT, question.work
     packs = len(alignment.packed(question.units))
     work.announce("alignment loss", Bill(forward_tokens=(1 + packs) * text_NT.numel()))
-    return _by_rows(question, alignment.alignment_losses(question.board, question.units, text_NT, work), {})
+    return _by_rows(question, alignment.alignment_losses(question.new_board(), question.units, text_NT, work), {})
 
 
 # From retrieval ------------------------------------------------------------------------------------------------------
@@ -125,7 +126,7 @@ def by_retrieval_heads(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> Choice:
-    """Heads without which the teacher cannot look things up (select/retrieval_heads.py)."""
+    """Heads, or layers, without which the teacher cannot look things up (select/retrieval_heads.py)."""
     found = retrieval_scores(
         question.source.model,
         question.source.tokenizer,
@@ -144,30 +145,6 @@ def by_retrieval_heads(
     return Choice.in_order(question.units, pairs, question.unit, found.as_dict(), found.scores)
 
 
-def by_recall(
-    question: Question,
-    *,
-    tasks: Sequence[str] = ("dictionary", "variables", "associative"),
-    context: int = 512,
-    rows: int = 64,
-    measure: silence.Measure = "auto",
-    top: int | None = None,
-    confidence: float = 0.95,
-    seed: int = 0,
-) -> Choice:
-    """Layers without whose attention the teacher recalls less: the AR baseline of KL-guided selection."""
-    return by_retrieval_heads(
-        question,
-        tasks=tasks,
-        context=context,
-        rows=rows,
-        measure=measure,
-        top=top,
-        confidence=confidence,
-        seed=seed,
-    )
-
-
 def by_halo(
     question: Question,
     *,
@@ -183,7 +160,7 @@ def by_halo(
     `recall`: retrieval tasks, of `rows` rows. `common`: tasks of lm-eval's, of which `limit` documents count; none: the
     next tokens of held-out text.
     """
-    board, source, work, text_NT = question.board, question.source, question.work, question.text_BT
+    board, source, work, text_NT = question.new_board(), question.source, question.work, question.text_BT
     plans = kl.candidates(board, question.units, "remove")
     tasks = [task_score(task, limit=limit, seed=seed) for task in common]
     asked = rows * context * len(recall) + (0 if tasks else text_NT.numel())
@@ -218,14 +195,14 @@ def by_gradient(question: Question, *, points: int = 4) -> Choice:
     """The KL's derivative by how much attention a unit has, from all-linear to the teacher (select/gates.py)."""
     text_NT, work = question.text_BT, question.work
     work.announce(f"gradient at {points} points", Bill(training_tokens=points * text_NT.numel()))
-    return _by_rows(question, gates.gradient_scores(question.board, question.units, text_NT, work, points), {})
+    return _by_rows(question, gates.gradient_scores(question.new_board(), question.units, text_NT, work, points), {})
 
 
 def by_fisher(question: Question, *, draws: int = 4) -> Choice:
     """The second-order estimate of the KL that removing a unit's attention costs (select/gates.py)."""
     text_NT, work = question.text_BT, question.work
     work.announce(f"fisher, {draws} draws", gates.fisher_bill(text_NT.numel(), draws))
-    return _by_rows(question, gates.fisher_scores(question.board, question.units, text_NT, work, draws), {})
+    return _by_rows(question, gates.fisher_scores(question.new_board(), question.units, text_NT, work, draws), {})
 
 
 def by_gates(question: Question, *, tokens: int = 50_000, sequence_length: int = 512, batch: int = 1) -> Choice:
@@ -241,7 +218,7 @@ def by_gates(question: Question, *, tokens: int = 50_000, sequence_length: int =
 
     share = question.count / len(units)
     found = gates.trained_gates(
-        question.board, units, rows, question.work, steps=steps, share=share, seed=question.seed
+        question.new_board(), units, rows, question.work, steps=steps, share=share, seed=question.seed
     )
     odds = found[0].tolist()
     report = {"scores": by_layer(odds, units), "gate_tokens": steps * batch * sequence_length}
@@ -269,7 +246,7 @@ def by_greedy(
     units = question.units
     scored = task_score(task, limit=limit, metric=metric, context=context, seed=seed, text_BT=question.text_BT)
     path = greedy_path(
-        question.board,
+        question.new_board(),
         units,
         scored,
         question.source.tokenizer,
@@ -304,7 +281,7 @@ SELECTORS: dict[str, Selector] = {
     "kl": Selector(by_kl, aligned=True),
     "kl-removal": Selector(by_kl_removal, aligned=True),
     "alignment-loss": Selector(by_alignment_loss, aligned=True),
-    "recall": Selector(by_recall),
+    "recall": Selector(partial(by_retrieval_heads, tasks=("dictionary", "variables", "associative"))),
     "retrieval-heads": Selector(by_retrieval_heads, unit="head"),
     "halo": Selector(by_halo, aligned=True),
     "gradient": Selector(by_gradient, aligned=True),

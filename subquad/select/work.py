@@ -100,6 +100,18 @@ class Work:
                 self.progress(len(done), count)
         return torch.tensor([done[index] for index in range(count)], dtype=torch.float64)
 
+    def my_rows(self, rows_BT: Tensor) -> Tensor:
+        """This process's part of a batch; all of it where it cannot be cut into equal parts."""
+        if self.accelerator is None or len(rows_BT) % self.accelerator.num_processes:
+            return rows_BT
+        return rows_BT.chunk(self.accelerator.num_processes)[self.accelerator.process_index]
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean over the processes of what each has, on the CPU."""
+        if self.accelerator is None or self.accelerator.num_processes == 1:
+            return value
+        return self.accelerator.reduce(value.to(self.accelerator.device), reduction="mean").cpu()
+
     def report(self) -> dict[str, Any]:
         """For scores.json: what was announced, and what it took (of this process, and without what was kept)."""
         seconds = time.perf_counter() - self.started
