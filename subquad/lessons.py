@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerFast
 
 from subquad.data.corpora import default_sources
 from subquad.data.packing import document_separator
-from subquad.data.retrieval import WORDS, make_probe
+from subquad.data.retrieval import DICTIONARY_LINE, DICTIONARY_QUESTION, DICTIONARY_TITLE, WORDS, make_probe
 from subquad.data.sources import clean, open_source
 from subquad.data.text import Corpus
 
@@ -41,9 +41,7 @@ SHORTEST = {"dictionary": 64, "passkey": 128}  # tokens of a problem
 TRAINING_SEEDS = 10**9  # probes are trained on seeds from here on, and measured on seeds below
 PROBES = 0.25  # of the copying and dictionary rows are the probes themselves
 
-TITLE = "Memorize the following dictionary:\n"
-LINE = "{key}:{value}\n"
-FORMS = (LINE, "{key} is {value}\n", "'{key}' is {value}\n", "The value of the key '{key}' is {value}\n")
+FORMS = (DICTIONARY_LINE, "{key} is {value}\n", "'{key}' is {value}\n", f"{DICTIONARY_QUESTION} {{value}}\n")
 PASSKEY = "There is a pass key hidden in a lot of irrelevant text. Find it and memorize it. Remember it. What is it?"
 FILLERS = ((0, 1, 2), (0, 1), (0, 1, 3), (0, 1, 2, 3))  # lengths: between and after, in questions before and between
 COMMON = (0.0, 0.3, 0.5)  # shares of the places of a repeated sequence that its two common tokens take
@@ -77,7 +75,7 @@ def _tokenizer_texts(data: list[str] | None) -> Iterator[str]:
             if not document.test:
                 yield (text := clean(document.text))
                 room -= len(text)
-    yield from ["\n".join([*WORDS, TITLE, *FORMS, PASSKEY])] * PROMPTS_REPEATED
+    yield from ["\n".join([*WORDS, DICTIONARY_TITLE, *FORMS, PASSKEY])] * PROMPTS_REPEATED
 
 
 @dataclass(frozen=True)
@@ -149,11 +147,11 @@ class Lessons:
 
     def questions(self, length: int, rng: random.Random) -> list[int]:
         """A dictionary and questions about it, in all forms, `length` tokens."""
-        line = len(self._encode(LINE.format(key=WORDS[0], value=10)))
+        line = len(self._encode(DICTIONARY_LINE.format(key=WORDS[0], value=10)))
         most = max(2, int(0.7 * length) // line - 2)
         count = rng.randint(2, min(most, 100))
         pairs = list(zip(rng.sample(WORDS, count), rng.sample(range(100), count), strict=True))
-        text = TITLE + "".join(LINE.format(key=key, value=value) for key, value in pairs)
+        text = DICTIONARY_TITLE + "".join(DICTIONARY_LINE.format(key=key, value=value) for key, value in pairs)
         ids = self._encode(text)
         while len(ids) < length:
             for key, value in rng.sample(pairs, count):

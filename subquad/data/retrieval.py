@@ -45,6 +45,14 @@ GOLDEN = 0.6180339887498949  # steps of this share of the haystack spread the de
 
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
 
+# The prompts of the dictionary and the pass key.
+DICTIONARY_TITLE = "Memorize the following dictionary:\n"
+DICTIONARY_LINE = "{key}:{value}\n"
+DICTIONARY_QUESTION = "The value of the key '{key}' is"
+PASSKEY_TITLE = "There is a pass key hidden in a lot of irrelevant text. Find it and memorize it.\n"
+PASSKEY_NEEDLE = "The pass key is {key}. Remember it. {key} is the pass key.\n"
+PASSKEY_QUESTION = "What is the pass key? The pass key is"
+
 WORDS = """
     actor anchor angle animal apple apron arrow autumn badge bakery balloon bamboo banana barrel basket beach beacon
     bishop blanket blossom bottle boulder branch bread breeze brick bridge bronze bucket butter button cabin cactus
@@ -236,9 +244,9 @@ def _dictionary_row(text: _Text, context: int, rng: random.Random, row: int) -> 
 
     def build(count: int) -> Row:
         key, value = pairs[int(target * count)]
-        lines = "".join(f"{k}:{v}\n" for k, v in pairs[:count])
-        dictionary = text.encode(f"Memorize the following dictionary:\n{lines}")
-        return text.start + dictionary, *text.question(f"The value of the key '{key}' is", str(value))
+        lines = (DICTIONARY_LINE.format(key=key, value=value) for key, value in pairs[:count])
+        dictionary = text.encode(DICTIONARY_TITLE + "".join(lines))
+        return text.start + dictionary, *text.question(DICTIONARY_QUESTION.format(key=key), str(value))
 
     def length(count: int) -> int:
         dictionary, question, _ = build(count)
@@ -256,11 +264,9 @@ def _dictionary_row(text: _Text, context: int, rng: random.Random, row: int) -> 
 
 def _passkey_row(text: _Text, context: int, rng: random.Random, row: int) -> Row:
     key = str(rng.randrange(10_000, 100_000))
-    intro = text.start + text.encode(
-        "There is a pass key hidden in a lot of irrelevant text. Find it and memorize it.\n"
-    )
-    needle = text.encode(f"The pass key is {key}. Remember it. {key} is the pass key.\n")
-    question, answer = text.question("What is the pass key? The pass key is", key)
+    intro = text.start + text.encode(PASSKEY_TITLE)
+    needle = text.encode(PASSKEY_NEEDLE.format(key=key))
+    question, answer = text.question(PASSKEY_QUESTION, key)
     room = context - len(intro) - len(needle) - len(question)
     if room < 0:
         raise UserError(_too_short("passkey", context, context - room))
