@@ -197,6 +197,14 @@ def select(
     changes: SetOption = None,
     tokens_scale: ScaleOption = 1.0,
     seed: SeedOption = None,
+    scores: Annotated[
+        Path | None,
+        typer.Option(
+            "--scores",
+            metavar="FILE",
+            help="The scores.json of an earlier selection: nothing is measured again, and the budget decides anew.",
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what it would cost, in tokens and time, and write nothing.")
     ] = False,
@@ -215,6 +223,8 @@ def select(
 
         subquad select Qwen/Qwen2.5-1.5B --by gradient --unit head --budget 64MiB@32k --mixer gla --dry-run
 
+        subquad select --scores scores.json --budget 41MiB@32k --out smaller.yaml
+
         subquad select --by greedy --set selector.options.task=my-questions.jsonl --budget opt
     """
     chosen = recipe_of(recipe, changes, tokens_scale, by=by, unit=unit, budget=budget, mixer=mixer, seed=seed)
@@ -224,6 +234,7 @@ def select(
         teacher=teacher or chosen.teacher,
         recipe=chosen,
         out=out,
+        scores=scores,
         dry_run=dry_run,
         resume=resume,
         overwrite=overwrite,

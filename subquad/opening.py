@@ -13,7 +13,7 @@ from subquad.errors import UserError
 from subquad.evaluate.harness import load_tasks
 from subquad.mixers import mixer_options
 from subquad.plan import ATTENTION, AttentionShape, Plan
-from subquad.recipe import Recipe, load_recipe
+from subquad.recipe import NamedMixer, Recipe, load_recipe
 from subquad.run import Run
 from subquad.select import check_alternatives, check_selector
 from subquad.student import Student, tied
@@ -32,11 +32,10 @@ def settled(recipe: Recipe | str | Path, teacher: str, data: list[str] | None) -
     if streamed and recipe.data.max_tokens is None:  # a stream has no end: take what the stages will read
         read = sum(stage.tokens for stage in recipe.stages)
         recipe.data.max_tokens = max(1, round(1.1 * read))
-    mixer_options(recipe.mixer.name, recipe.mixer.options)
+    for name, options in mixers_of(recipe).items():
+        mixer_options(name, options)
     if recipe.mixer.name == ATTENTION:
         raise UserError("the recipe's mixer is attention itself, so there is nothing to convert: choose another mixer")
-    for other in recipe.mixer.alternatives:
-        mixer_options(other.name, other.options)
     check_selector(recipe.selector)
     check_alternatives(recipe)
     load_tasks(recipe.evaluate.tasks)
@@ -81,12 +80,17 @@ def new_student(run: Run, source: Teacher, plan: Plan, corpus: Corpus, mixers_fr
     return student
 
 
+def mixers_of(recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """The options of the recipe's mixer, and then of its alternatives, by name."""
+    mixers: list[NamedMixer] = [recipe.mixer, *recipe.mixer.alternatives]
+    return {mixer.name: mixer.options for mixer in mixers}
+
+
 def all_linear(run: Run, source: Teacher, corpus: Corpus) -> dict[str, Student]:
     """A student without attention for each of the recipe's mixers, the recipe's own first."""
-    mixer, shapes = run.recipe.mixer, shapes_of(source.model)
-    options = {mixer.name: mixer.options} | {other.name: other.options for other in mixer.alternatives}
+    shapes = shapes_of(source.model)
     with run.timed("calibrate"):
         return {
             name: new_student(run, source, Plan.by_layer(shapes, [], name, of_mixer), corpus)
-            for name, of_mixer in options.items()
+            for name, of_mixer in mixers_of(run.recipe).items()
         }

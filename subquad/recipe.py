@@ -44,25 +44,24 @@ class DataConfig(Section):
     """Share of the tokens that training never sees."""
 
 
-class Alternative(Section):
-    """Another mixer."""
+class NamedMixer(Section):
+    """A mixer."""
 
     name: str
     options: dict[str, Any] = {}
+    """Keyword arguments of the mixer, such as `window: 64`."""
 
 
-class MixerConfig(Section):
+class MixerConfig(NamedMixer):
     """What takes the place of attention."""
 
     name: str = "hedgehog"
-    options: dict[str, Any] = {}
-    """Keyword arguments of the mixer, such as `window: 64`."""
     join: Join = "split"
     """Where only some heads of a layer attend: `split` gives each head one mixer; `parallel` gives this mixer all the
     heads, and attention joins as a branch (subquad/join.py)."""
     join_start: JoinStart = "identity"
     """How the adapter of the parallel join begins: `identity`, or `random` (the paper's code)."""
-    alternatives: list[Alternative] = []
+    alternatives: list[NamedMixer] = []
     """Other mixers that the selector kl may give to units that do not keep attention, each where it serves better for
     its bytes. The all-linear stages are run for each of them."""
 

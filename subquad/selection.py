@@ -5,7 +5,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,11 @@ from rich.progress import Progress
 from subquad.data.text import Corpus
 from subquad.distill.passes import bare_forward_speed
 from subquad.errors import UserError
-from subquad.opening import all_linear, open_corpus, open_teacher, settled
+from subquad.opening import all_linear, mixers_of, open_corpus, open_teacher, settled, shapes_of
 from subquad.plan import Plan
 from subquad.recipe import Recipe
 from subquad.run import Run, start_run
-from subquad.select import SELECTORS, Bill, Budget, OnlyTheBill, Question, Work, choose_plan, pareto
+from subquad.select import SELECTORS, Bill, Budget, Choice, OnlyTheBill, Question, Work, choose_plan, pareto
 from subquad.select.speed import DecodeCost, decode_cost
 from subquad.select.units import kind_of, layers_in
 from subquad.student import Student
@@ -35,6 +35,7 @@ def select(
     out: str | Path = "plan.yaml",
     *,
     data: list[str] | None = None,
+    scores: str | Path | None = None,
     dry_run: bool = False,
     resume: bool = False,
     overwrite: bool = False,
@@ -44,7 +45,8 @@ def select(
 ) -> Plan | None:
     """Aligns an all-linear student where the selector needs it, chooses what keeps attention, and writes the plan.
 
-    scores.json is written beside `out`. `dry_run`: only the bill is said, and nothing written (None is returned).
+    scores.json is written beside `out`. `scores`: that of an earlier selection, for another budget: nothing is measured
+    again, and only the plan is written. `dry_run`: only the bill is said, and nothing written (None is returned).
     `resume`: go on with an interrupted selection. Raises UserError for anything wrong with what was given, or when
     `out` exists and is not to be overwritten.
     """
@@ -53,6 +55,15 @@ def select(
     if out.exists() and not overwrite and not dry_run:
         raise UserError(f"{out} exists; give --overwrite to replace it")
     how = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
+    if scores is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            run = start_run(recipe, Path(folder) / "run", resume=False, overwrite=False)
+            plan = _from_scores(run, Path(scores), **how)
+            run.end()
+        if run.main:
+            plan.save(out)
+        run.say(f"plan: {plan.pattern()}\n{out} written")
+        return plan
     if dry_run:
         with tempfile.TemporaryDirectory() as folder:
             _bill(start_run(recipe, Path(folder) / "run", resume=False, overwrite=False), **how)
@@ -64,11 +75,11 @@ def select(
     linear = all_linear(run, source, corpus)
     if SELECTORS[recipe.selector.by].aligned:
         align(run, linear, source, corpus)
-    plan, scores = select_plan(run, linear, source, corpus)
+    plan, found = select_plan(run, linear, source, corpus)
     run.end()
     if run.main:
         scores_file = out.with_name("scores.json")
-        (work / "scores.json").write_text(json.dumps(scores | {"command": command}, indent=1), encoding="utf-8")
+        (work / "scores.json").write_text(json.dumps(found | {"command": command}, indent=1), encoding="utf-8")
         os.replace(work / "scores.json", scores_file)
         for named in named_plans(work).values():
             os.replace(named, out.with_name(named.name.replace("plan", out.stem, 1)))
@@ -76,6 +87,32 @@ def select(
         shutil.rmtree(work)
         run.say(f"plan: {plan.pattern()}\n{out} and {scores_file} written")
     return plan
+
+
+def _from_scores(run: Run, file: Path, **how: Any) -> Plan:
+    """The plan that an earlier selection's scores give under the recipe's budget."""
+    recipe, budget = run.recipe, Budget.parse(run.recipe.selector.budget)
+    source = open_teacher(run, **how)
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        known = found["teacher_fingerprint"] == source.fingerprint and found["mixer"] == recipe.mixer.name
+        choice = Choice.of_scores(found, shapes_of(source.model)) if known else None
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{file} is not the scores.json of a selection with scores: run `subquad select` first"
+        ) from None
+    if choice is None:
+        raise UserError(
+            f"{file} is of another teacher or mixer than {source.name} and {recipe.mixer.name}: select again, or give "
+            "those (--mixer)"
+        )
+    aligned = {
+        name: Student.from_teacher(source.model, Plan.by_layer(shapes_of(source.model), [], name, options))
+        for name, options in mixers_of(recipe).items()
+    }
+    linear = aligned.pop(recipe.mixer.name)
+    seconds = _decoding(Work(run.say), source, linear)
+    return choose_plan(linear, budget, choice, recipe.mixer.join, seconds, aligned)[0]
 
 
 def _bill(run: Run, **how: Any) -> None:
@@ -153,17 +190,7 @@ def _choose(
     )
     choice = selector.choose(question, **settings.options)
 
-    def seconds(context: int) -> DecodeCost:
-        def measured(_: int) -> list[float]:
-            everything = Student.from_teacher(source.model, Plan.all_attention(linear.plan.shapes))
-            found = decode_cost(everything, linear, context)
-            return [*found.attention, *found.mixer, found.rest]
-
-        # as a piece of the work, so that all processes have the same, and an interrupted run the same again
-        found = work.pieces(f"decoding after {context}", 1, measured, each=Bill())[0].tolist()
-        layers = linear.plan.num_layers
-        return DecodeCost(found[:layers], found[layers:-1], found[-1])
-
+    seconds = _decoding(work, source, linear)
     plan, kept = choose_plan(linear, budget, choice, recipe.mixer.join, seconds, alternatives)
     for name in choice.named:
         named, _ = choose_plan(linear, Budget(name, word=name), choice, recipe.mixer.join)
@@ -173,9 +200,31 @@ def _choose(
         "by": settings.by,
         "unit": kind_of(question.unit),
         "units": [layers_in(unit) for unit in question.units] if kind_of(question.unit) == "group" else None,
+        "worth": None if choice.worth is None else list(choice.worth),
+        "alternatives": choice.alternatives,
+        "teacher_fingerprint": source.fingerprint,
         "mixer": recipe.mixer.name,
         "budget": settings.budget,
         "chosen": kept,
         "seed": recipe.seed,
     }
     return plan, scores
+
+
+def _decoding(work: Work, source: Teacher, linear: Student) -> Callable[[int], DecodeCost]:
+    """What decoding steps take, measured when it is asked for.
+
+    It is a piece of the work, so that all processes have the same, and an interrupted run the same again.
+    """
+
+    def measured(context: int) -> list[float]:
+        everything = Student.from_teacher(source.model, Plan.all_attention(linear.plan.shapes))
+        found = decode_cost(everything, linear, context)
+        return [*found.attention, *found.mixer, found.rest]
+
+    def seconds(context: int) -> DecodeCost:
+        found = work.pieces(f"decoding after {context}", 1, lambda _: measured(context), each=Bill())[0].tolist()
+        layers = linear.plan.num_layers
+        return DecodeCost(found[:layers], found[layers:-1], found[-1])
+
+    return seconds

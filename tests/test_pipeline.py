@@ -274,6 +274,11 @@ def test_every_selector_gives_a_plan(by, unit, budget, options, teacher_folder, 
     units = units_of(plan.shapes, SELECTORS[by].unit if unit is None else unit)
     assert sorted(head for index in scores["chosen"] for head in units[index]) == sorted(plan.attention_heads)
     assert scores["spent"].keys() == scores["bill"].keys() and scores["unit"] in ("layer", "head", "group")
+    if by not in ("uniform", "fixed"):
+        again = selection.select(
+            teacher_folder, recipe, tmp_path / "again.yaml", data=text, scores=tmp_path / "scores.json"
+        )
+        assert again == plan, "another budget asks for no measuring, and the same gives the same"
     if budget.endswith("KiB@64"):
         assert plan.cache_bytes(64) <= 1024 * int(budget[:2])
     if budget.endswith("x@64"):

@@ -167,7 +167,7 @@ MISTAKES = [
     ({"stages": [STAGE, STAGE]}, "two stages the same name"),
     ({"stages": [STAGE, {**STAGE, "name": "b", "scope": "all-linear"}]}, "put all-linear stages first"),
     ({"stages": [3]}, r"'stages\.0'.*mapping with the keys name, objective"),
-    ({"mixer": "gla"}, "'mixer'.*mapping with the keys name, options, join, join_start, not 'gla'"),
+    ({"mixer": "gla"}, "'mixer'.*mapping with the keys name, options, join, join_start, alternatives, not 'gla'"),
     ({"data": {"sources": "a.txt"}}, r"'data\.sources'.*list, not 'a.txt'"),
     ({"extends": "quik"}, "unknown recipe 'quik'.*did you mean 'quick'"),
     ("stages: [", "is not valid YAML"),

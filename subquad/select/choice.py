@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from subquad.data.text import Corpus
-from subquad.plan import ATTENTION, Join, Plan
+from subquad.plan import ATTENTION, AttentionShape, Join, Plan
 from subquad.select.board import Board
 from subquad.select.budget import Budget, Cost
 from subquad.select.cost import best_units, front
@@ -88,6 +88,18 @@ class Choice:
         """Keeps the units with the highest scores: numbers, or tuples of them, of which later ones part equals."""
         order = sorted(range(len(scores)), key=lambda index: scores[index], reverse=True)
         return cls(units, lambda count: sorted(order[:count]), unit, worth, report=report | {"order": order})
+
+    @classmethod
+    def of_scores(cls, scores: Mapping[str, Any], shapes: Sequence[AttentionShape]) -> "Choice":
+        """What scores.json says, so that another budget asks for no measuring."""
+        unit: Wish = scores["units"] if scores["unit"] == "group" else scores["unit"]
+        order, path = scores["order"], scores.get("path")
+        units = units_of(shapes, unit)
+        named = {}
+        if path is not None:
+            gone = [step["unit"] for step in path["steps"]]
+            named = {name: sorted({*range(len(units))} - {*gone[: path[name]]}) for name in ("best", "opt")}
+        return cls(units, lambda count: sorted(order[:count]), unit, scores["worth"], scores["alternatives"], named)
 
     def heads(self, kept: Sequence[int]) -> Unit:
         """The heads of these units."""
