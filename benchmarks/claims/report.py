@@ -7,6 +7,7 @@ from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from rich.console import Console
 from rich.table import Table
 
@@ -105,10 +106,13 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
     """KL over tokens for each way, one panel for each mixer and start."""
     cells = report["stages"]
     panels = list(dict.fromkeys((cell["settings"]["mixer"], cell["settings"]["start"]) for cell in cells))
+    budgets = sorted(values(cells, "tokens"))
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(2.6 * len(panels) + 0.6, 2.9), layout="constrained")
-        axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-        for ax, (mixer, start) in zip(axes, panels, strict=True):
+        figure = Figure(figsize=(3.6 * columns + 0.4, 2.7 * rows), layout="constrained")
+        axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
+        for ax, (mixer, start) in zip(axes, panels, strict=False):
             for way, colour in COLOURS.items():
                 mine = [
                     cell
@@ -122,11 +126,17 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
                     tokens, [m.mean for m in means], [m.spread for m in means],
                     color=colour, label=way, marker="o", markersize=4, capsize=2,
                 )  # fmt: skip
-            ax.set_title(f"{mixer}, {'the teacher' + chr(8217) + 's' if start == 'teacher' else 'fresh'} projections")
-            ax.set_xlabel("tokens")
+            whose = "the teacher\u2019s" if start == "teacher" else "fresh"
+            ax.set_title(f"{mixer}, {whose} projections", fontsize=9)
             ax.set_xscale("log")
-            ax.set_yscale("log")
+            ax.xaxis.set_major_locator(FixedLocator(budgets))
+            ax.xaxis.set_minor_locator(NullLocator())
+            ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1000:g}k"))
+            ax.margins(x=0.15)
             ax.grid(True)
-        axes[0].set_ylabel("held-out KL (nats per token)")
-        axes[0].legend()
+        for ax in axes[-columns:]:
+            ax.set_xlabel("tokens, all stages together")
+        for ax in axes[::columns]:
+            ax.set_ylabel("held-out KL (nats per token)")
+        axes[0].legend(fontsize=8)
         save_png(figure, path, dpi=150)
