@@ -1,13 +1,14 @@
 """The tables and the picture of retrieval-aware distillation's claims."""
 
 from collections.abc import Mapping, Sequence
+from math import log2
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, MultipleLocator
 from rich.console import Console
 from rich.table import Table
 
@@ -16,7 +17,16 @@ from subquad.report import format as fmt
 from subquad.report.plots import STYLE, save_png
 
 COLOURS = {"scored": "#dd8a2b", "random": "#7d8794", "uniform layers": "#4f7fcf", "best layers": "#2f93a8"}
-LABELS = {"scored": "heads by score", "random": "heads at random"}
+LABELS = {
+    "scored": "heads by score",
+    "random": "heads at random",
+    "smaller state": "heads by score, smaller states",
+    "parallel": "heads by score, parallel join",
+}
+LOOKS: dict[str, dict[str, Any]] = {
+    "smaller state": {"color": "#a8612f", "marker": "v", "linestyle": ":"},
+    "parallel": {"color": "#d04f6b", "marker": "D", "linestyle": "none"},
+}
 CACHE_CONTEXT = "2048"
 
 
@@ -94,29 +104,39 @@ def serving_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 def draw(report: Mapping[str, Any], path: Path) -> None:
     """Coverage over cache bytes, all families; whiskers are the spread of a run."""
-    measure = report["measure"]
+    measure, heads = report["measure"], report["heads"]
+    nothing = [cell for cell in heads if cell["settings"]["count"] == 0]
+    families = {family: [c for c in heads if c["settings"]["family"] == family] for family in COLOURS}
+    families["random"] += nothing
+    kept = max(cell["settings"]["count"] for cell in heads)
+    families["smaller state"] = [c for c in report.get("state", []) if c["settings"]["count"] == kept]
+    families["parallel"] = [
+        cell
+        for cell in report.get("join", [])
+        if (cell["settings"]["join"], cell["settings"]["join_start"]) == ("parallel", "identity")
+    ]
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+        figure = Figure(figsize=(7.2, 4.2), layout="constrained")
         ax = figure.subplots()
-        for family, colour in COLOURS.items():
-            cells = [cell for cell in report["heads"] if cell["settings"]["family"] == family]
-            cells += [c for c in report["heads"] if family == "random" and c["settings"]["count"] == 0]
+        for family, cells in families.items():
             found = sorted(
                 (fmean(run["cache_bytes"][CACHE_CONTEXT] for run in cell["runs"]), _coverage(cell)) for cell in cells
             )
             if found:
                 sizes, means = [size for size, _ in found], [mean for _, mean in found]
                 values, spreads = [mean.mean for mean in means], [mean.spread for mean in means]
+                look = {"marker": "o", "linestyle": "-", "color": COLOURS.get(family)} | LOOKS.get(family, {})
                 label = LABELS.get(family, family)
-                ax.errorbar(sizes, values, yerr=spreads, color=colour, marker="o", markersize=4, capsize=2, label=label)
+                ax.errorbar(sizes, values, yerr=spreads, markersize=4, capsize=2, label=label, **look)
         ax.axhline(1.0 if measure == "accuracy" else 0.0, color=STYLE["text.color"], linewidth=0.6, linestyle=":")
+        ax.xaxis.set_major_locator(MultipleLocator(2.0 ** round(log2(ax.get_xlim()[1] / 8))))
         ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: fmt.size(value)))
         if measure == "accuracy":
             ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f}%"))
         ax.set_xlabel("cache of one sequence at 2,048 tokens (float32)")
         ax.set_ylabel(what(measure))
         ax.grid()
-        ax.legend()
+        ax.legend(fontsize=8)
         save_png(figure, path, dpi=160)
 
 
