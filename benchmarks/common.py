@@ -1,8 +1,6 @@
 """What every benchmark writes beside its numbers: when, where, with what, and how."""
 
-import json
 import os
-import platform
 import shlex
 import subprocess
 import sys
@@ -12,11 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from rich.console import Console
 
-import subquad
-from subquad.run import device_name, processor, source_commit
+from subquad.run import machine, source_commit, versions
 
 ROOT = Path(__file__).parents[1]
 TELLING = ("MALLOC_", "OMP_", "MKL_")  # environment variables that change speeds
@@ -29,18 +25,8 @@ def facts(command: str, settings: Mapping[str, Any], device: torch.device) -> di
         "command": command,
         "commit": source_commit(),
         "modified_since": modified_files(),
-        "machine": {
-            "processor": processor(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "device": device_name(device),
-        },
-        "versions": {
-            "subquad": subquad.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
+        "machine": machine(device),
+        "versions": versions(),
         "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith(TELLING)},
         "settings": dict(settings),
     }
@@ -65,14 +51,6 @@ def modified_files() -> list[str]:
     ]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     return [line[3:] for line in found.stdout.splitlines()]
-
-
-def write_json(path: Path, report: Mapping[str, Any]) -> None:
-    """Writes a report: aside first, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    os.replace(aside, path)
 
 
 def wide_console() -> Console:

@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from subquad.cli_bench import bench
 from subquad.cli_options import (
     BudgetOption,
     DataOption,
+    DryRunOption,
     MixerOption,
     ModelArgument,
     OutOption,
@@ -35,6 +37,7 @@ from subquad.cli_options import (
     command_line,
     recipe_of,
 )
+from subquad.cli_plans import compare, plans
 from subquad.cli_teachers import cache_teacher, train_teacher
 from subquad.errors import UserError
 from subquad.files import is_disk_full
@@ -79,7 +82,7 @@ def main() -> None:
 
 
 def _how_to_resume(command: str | None) -> str:
-    if command not in ("convert", "select", "distill", "cache-teacher", "train-teacher"):
+    if command not in ("convert", "select", "distill", "cache-teacher", "train-teacher") or "--dry-run" in sys.argv:
         return ""
     again = [argument for argument in sys.argv[1:] if argument not in ("--resume", "--overwrite")]
     return f"; go on from the last checkpoint with:\n  {shlex.join(['subquad', *again, '--resume'])}"
@@ -130,6 +133,7 @@ def convert(
     changes: SetOption = None,
     tokens_scale: ScaleOption = 1.0,
     seed: SeedOption = None,
+    dry_run: DryRunOption = False,
     resume: ResumeOption = False,
     overwrite: OverwriteOption = False,
     allow_pickle: PickleOption = False,
@@ -148,22 +152,27 @@ def convert(
         subquad convert ./my-llama --data ./texts --budget 25% --set stages.0.tokens=1M
 
         subquad convert --recipe quick --out runs/quick --resume
+
+        subquad convert Qwen/Qwen2.5-1.5B --recipe kl-guided --dry-run
     """
     chosen = recipe_of(recipe, changes, tokens_scale, mixer=mixer, budget=budget, seed=seed)
-    from subquad.pipeline import convert as run
+    what: dict[str, Any] = {
+        "teacher": teacher or chosen.teacher,
+        "recipe": chosen,
+        "out": out or Path("runs") / chosen.name,
+        "plan": plan,
+        "data": data,
+        "allow_pickle": allow_pickle,
+        "trust_remote_code": trust_remote_code,
+    }
+    if dry_run:
+        from subquad.preview import preview
 
-    run(
-        teacher=teacher or chosen.teacher,
-        recipe=chosen,
-        out=out or Path("runs") / chosen.name,
-        resume=resume,
-        overwrite=overwrite,
-        plan=plan,
-        data=data,
-        allow_pickle=allow_pickle,
-        trust_remote_code=trust_remote_code,
-        command=command_line(),
-    )
+        preview(**what)
+    else:
+        from subquad.pipeline import convert as run
+
+        run(**what, resume=resume, overwrite=overwrite, command=command_line())
 
 
 @app.command()
@@ -257,6 +266,7 @@ def distill(
     changes: SetOption = None,
     tokens_scale: ScaleOption = 1.0,
     seed: SeedOption = None,
+    dry_run: DryRunOption = False,
     resume: ResumeOption = False,
     overwrite: OverwriteOption = False,
     allow_pickle: PickleOption = False,
@@ -281,6 +291,7 @@ def distill(
         changes=changes,
         tokens_scale=tokens_scale,
         seed=seed,
+        dry_run=dry_run,
         resume=resume,
         overwrite=overwrite,
         allow_pickle=allow_pickle,
@@ -385,5 +396,8 @@ def report(run: Annotated[Path, typer.Argument(help="The folder of a run, finish
     print(write_report(run))
 
 
+app.add_typer(plans, name="plan")
+app.command("compare")(compare)
+app.command("bench")(bench)
 app.command("cache-teacher")(cache_teacher)
 app.command("train-teacher")(train_teacher)

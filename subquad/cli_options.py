@@ -89,6 +89,13 @@ ResumeOption = Annotated[
 OverwriteOption = Annotated[
     bool, typer.Option("--overwrite", help="Delete an earlier run in --out first (never a folder of anything else).")
 ]
+DryRunOption = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run",
+        help="Say what it would take (time, memory, disk), from ten seconds of trying it out, and write nothing.",
+    ),
+]
 SeedOption = Annotated[
     int | None,
     typer.Option("--seed", min=0, help="Seed of the new weights and the order of the text.", show_default="recipe's"),

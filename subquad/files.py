@@ -9,11 +9,13 @@ Notable:
 import errno
 import hashlib
 import importlib.util
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from subquad.errors import UserError
 
@@ -87,6 +89,24 @@ def first_line(error: BaseException) -> str:
     """The gist of a library's exception, short enough to stand inside a sentence."""
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__
+
+
+def make_room(file: Path) -> None:
+    """Makes the folder of a file that is to be written. Raises UserError where that, or the file, cannot be."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"the file {file} cannot be written: {error.strerror}") from None
+    if file.is_dir() or not os.access(file.parent, os.W_OK):
+        raise UserError(f"the file {file} cannot be written: give another one")
+
+
+def write_json(file: Path, report: Mapping[str, Any]) -> None:
+    """Writes a report: aside first, then renamed. Makes the folder that it goes to."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    aside = file.with_name(file.name + ".tmp")
+    aside.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(aside, file)
 
 
 def sync(path: Path) -> None:

@@ -14,6 +14,7 @@ from subquad.distill.heads import check_head
 from subquad.distill.loop import make_accelerator
 from subquad.distill.teacher_cache import TeacherCache
 from subquad.errors import UserError
+from subquad.files import write_json
 from subquad.measure import measured_rows
 from subquad.opening import open_corpus, open_teacher, settled, shapes_of
 from subquad.plan import Plan
@@ -60,10 +61,10 @@ def evaluate_model(
     name = "student" if isinstance(lm, Student) else "model"
     plans = {"teacher": Plan.all_attention(shapes_of(source.model)), name: plan}
     metrics = measured_rows({name: lm}, source, corpus, plans, recipe.evaluate, recipe.dtype)
-    text = json.dumps(metrics | {"teacher_name": source.name}, indent=1)
+    metrics["teacher_name"] = source.name
     if json_path is not None:
-        Path(json_path).write_text(text, encoding="utf-8")
-    return dict(json.loads(text))
+        write_json(Path(json_path), metrics)
+    return dict(json.loads(json.dumps(metrics)))
 
 
 def generate(

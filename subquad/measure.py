@@ -12,12 +12,12 @@ import torch
 
 from subquad.data.retrieval import Probe, make_probe
 from subquad.data.text import Corpus
-from subquad.evaluate import cache_table, harness, likelihood, retrieval, standard_error
+from subquad.evaluate import cache_table, harness, likelihood, paired_gain, retrieval
 from subquad.evaluate.harness import load_tasks
 from subquad.mixers.sliding_window import WindowOptions
 from subquad.plan import ATTENTION, ITEMSIZE, Plan
 from subquad.recipe import EvaluateConfig
-from subquad.select import uniform_layers
+from subquad.select import Bill, uniform_layers
 from subquad.select.budget import largest_within
 from subquad.teacher import Teacher
 
@@ -61,6 +61,12 @@ def questions(
         for task in config.retrieval.tasks
     }
     return rows, probes
+
+
+def evaluation_bill(config: EvaluateConfig, models: int) -> Bill:
+    """What measuring that many models, the teacher among them, costs on held-out text and retrieval (not on tasks)."""
+    probes = len(config.retrieval.tasks) * config.retrieval.count * sum(config.retrieval.contexts)
+    return Bill(forward_tokens=models * (config.rows * max(config.contexts) + probes))
 
 
 def window_plan(plan: Plan, dtype: str) -> Plan:
@@ -109,12 +115,11 @@ def verdicts(metrics: dict[str, Any], contexts: list[int]) -> list[str]:
             continue
         for context in sorted(contexts)[-2:]:
             mine, theirs = (metrics[name]["kl_samples"][context] for name in (better, worse))
-            gains = [b - a for a, b in zip(mine, theirs, strict=True)]
-            gain, error = fmean(gains), standard_error(gains)
-            word = "tied" if gain == 0 else "won" if gain > 0 else "LOST"
-            doubt = ", which may be chance" if abs(gain) < 2 * error else ""
+            gain = paired_gain(mine, theirs)
+            word = "tied" if gain.mean == 0 else "won" if gain.mean > 0 else "LOST"
+            doubt = ", which may be chance" if gain.may_be_chance else ""
             said.append(
-                f"{what}: {word} at {context} tokens by {abs(gain):.4f} ± {error:.4f} nats, "
+                f"{what}: {word} at {context} tokens by {abs(gain.mean):.4f} ± {gain.stderr:.4f} nats, "
                 f"KL {fmean(mine):.4f} against {fmean(theirs):.4f}{doubt}"
             )
     return said

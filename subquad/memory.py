@@ -1,12 +1,15 @@
-"""What this process holds and the most it took: of the GPU where there is one, else of the machine."""
+"""What this process holds, the most it took, and what is left: of the GPU where there is one, else of the machine."""
 
+import ctypes
+import math
 import resource
 import sys
 from pathlib import Path
 
 import torch
 
-_CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+_CLEAR, _STATUS, _MACHINE = Path("/proc/self/clear_refs"), Path("/proc/self/status"), Path("/proc/meminfo")
+_LIMIT, _USE = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.stat")  # of a container
 
 
 def reset_peak_memory(device: torch.device) -> None:
@@ -18,6 +21,23 @@ def reset_peak_memory(device: torch.device) -> None:
         _CLEAR.write_text("5")  # the high-water mark of the resident set, see proc(5)
     except OSError:
         pass
+
+
+def release_free_memory() -> None:
+    """Gives memory that was freed back to the system, where the C library can (glibc), so that it is held no more."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
+
+
+def available_bytes(device: torch.device) -> float:
+    """What can still be taken, of the machine within the container's limit; infinite where the system does not say."""
+    if device.type == "cuda":
+        freed = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return freed + torch.cuda.mem_get_info(device)[0]
+    left = 1024 * _entry(_MACHINE, "MemAvailable") if _MACHINE.exists() else math.inf
+    limit = _LIMIT.read_text().strip() if _LIMIT.exists() else "max"
+    return left if limit == "max" else min(left, int(limit) - _entry(_USE, "anon"))
 
 
 def held_bytes(device: torch.device) -> int:
@@ -33,8 +53,13 @@ def peak_memory_bytes(device: torch.device) -> int:
 def _status(key: str) -> int:
     if not _STATUS.exists():
         return peak_rss_bytes()
-    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(f"{key}:"))
-    return 1024 * int(line.split()[1])
+    return 1024 * _entry(_STATUS, key)
+
+
+def _entry(file: Path, key: str) -> int:
+    """The number beside a key of one of the kernel's files: kB under /proc, bytes elsewhere."""
+    rows = (line.split() for line in file.read_text().splitlines())
+    return next(int(row[1]) for row in rows if row[0].rstrip(":") == key)
 
 
 def peak_rss_bytes() -> int:

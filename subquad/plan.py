@@ -280,3 +280,11 @@ class Plan(BaseModel):
         aside = Path(f"{path}.tmp")
         aside.write_text(self.to_yaml(), encoding="utf-8")
         os.replace(aside, path)
+
+
+def find_plan(path: str | Path) -> Plan:
+    """Reads a plan file, or the one in the folder of a run or a model. Raises UserError where there is none."""
+    path = Path(path)
+    if path.is_dir() and not (path / "plan.yaml").is_file():
+        raise UserError(f"the folder {path} has no plan.yaml: give a plan file, or a run that has chosen its plan")
+    return Plan.load(path / "plan.yaml" if path.is_dir() else path)

@@ -106,21 +106,30 @@ def facts(run: Run, command: str | None) -> dict[str, Any]:
     return {
         "seed": run.recipe.seed,
         "peak_rss_bytes": peak_rss_bytes(),
-        "versions": {
-            "subquad": subquad.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
-        "machine": {
-            "processor": processor(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "device": device_name(run.accelerator.device),
-            "processes": run.accelerator.num_processes,
-        },
+        "versions": versions(),
+        "machine": machine(run.accelerator.device) | {"processes": run.accelerator.num_processes},
         "command": command,
         "commit": source_commit(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of Subquad and what its numbers depend on."""
+    return {
+        "subquad": subquad.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Processor, cores, threads in use and device."""
+    return {
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": device_name(device),
     }
 
 

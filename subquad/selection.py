@@ -6,6 +6,8 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -125,12 +127,17 @@ def _bill(run: Run, **how: Any) -> None:
             if stage.scope == "all-linear":
                 times = f", {len(linear)} times" if len(linear) > 1 else ""
                 run.say(f"{stage.name}: {stage.tokens:,} tokens of training{times}")
+    selection_bill(run, linear, source, corpus)
+    run.end()
+
+
+def selection_bill(run: Run, linear: Mapping[str, Student], source: Teacher, corpus: Corpus) -> Bill:
+    """What selecting would cost, said and returned."""
     work = _work(run, source, corpus)
     work.dry_run = True
-    try:
+    with suppress(OnlyTheBill):
         _choose(run, linear, source, corpus, work)
-    except OnlyTheBill:
-        run.end()
+    return work.announced
 
 
 def select_plan(
@@ -156,12 +163,15 @@ def named_plans(folder: Path) -> dict[str, Path]:
     return {path.stem.removeprefix("plan-"): path for path in sorted(folder.glob("plan-*.yaml"))}
 
 
-def _work(run: Run, source: Teacher, corpus: Corpus) -> Work:
-    def speed() -> float:
-        length = min(SPEED_TOKENS, len(corpus.train))
-        row = corpus.batch(0, batch=1, sequence_length=length, seed=0).to(source.model.device)
-        return bare_forward_speed(source.model, row)
+def teacher_speed(source: Teacher, corpus: Corpus) -> float:
+    """Tokens per second of the teacher's bare forward pass on a row of text."""
+    length = min(SPEED_TOKENS, len(corpus.train))
+    row = corpus.batch(0, batch=1, sequence_length=length, seed=0).to(source.model.device)
+    return bare_forward_speed(source.model, row)
 
+
+def _work(run: Run, source: Teacher, corpus: Corpus) -> Work:
+    speed = partial(teacher_speed, source, corpus)
     return Work(run.say, accelerator=run.accelerator, file=run.out / "selection.jsonl", speed=speed)
 
 

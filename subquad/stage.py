@@ -3,6 +3,7 @@
 The models below are the reference of a stage's keys, their defaults and units.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeAlias, get_args
@@ -135,6 +136,11 @@ class Stage(Section):
     """Steps between two lines of log.jsonl."""
     checkpoint_every: Length = 100
     """Steps between two checkpoints."""
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps that the tokens last for."""
+        return math.ceil(self.tokens / (self.batch * self.sequence_length))
 
     @property
     def weights(self) -> dict[str, float]:

@@ -18,7 +18,19 @@ from subquad.errors import UserError
 from subquad.recipe import load_recipe, recipe_names
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = ["convert", "select", "distill", "eval", "generate", "report", "cache-teacher", "train-teacher"]
+COMMANDS = [
+    "convert",
+    "select",
+    "distill",
+    "eval",
+    "bench",
+    "generate",
+    "report",
+    "cache-teacher",
+    "train-teacher",
+    "plan",
+    "compare",
+]
 
 
 def python(code: str, *arguments: object) -> str:
@@ -123,6 +135,29 @@ def test_distill_is_convert_with_a_plan(run, called):
     assert run("distill", "--plan", "plan.yaml", "--out", "there").exit_code == 0
     assert convert.call_args.kwargs["plan"] == Path("plan.yaml")
     assert run("distill").exit_code == 2
+
+
+@pytest.mark.parametrize("command", [["convert"], ["distill", "--plan", "mine.yaml"]])
+def test_a_dry_run_is_a_preview(command, run, called):
+    convert, preview = called("convert"), called("preview", "subquad.preview")
+    result = run(*command, *"some/teacher --out there --data a.txt --set seed=3 --dry-run".split())
+    assert result.exit_code == 0, result.output
+    preview.assert_called_once_with(
+        teacher="some/teacher",
+        recipe=load_recipe("quick", ["seed=3"]),
+        out=Path("there"),
+        plan=Path("mine.yaml") if "--plan" in command else None,
+        data=["a.txt"],
+        allow_pickle=False,
+        trust_remote_code=False,
+    )
+    convert.assert_not_called()
+
+
+def test_a_dry_run_that_is_interrupted_has_nothing_to_resume(run, called):
+    called("preview", "subquad.preview").side_effect = KeyboardInterrupt
+    result = run("convert", "--dry-run")
+    assert (result.exit_code, result.stderr) == (130, "\nsubquad: stopped\n")
 
 
 def test_select_passes_on_what_was_asked(run, called):

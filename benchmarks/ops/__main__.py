@@ -36,7 +36,7 @@ from unittest.mock import patch
 import torch
 from rich.console import Console
 
-from benchmarks.common import command_of, facts, wide_console, write_json
+from benchmarks.common import command_of, facts, wide_console
 from benchmarks.ops.contenders import FORMULAS, QUICK, Contender, Settings, find_contenders
 from benchmarks.ops.measures import (
     agreement,
@@ -48,6 +48,7 @@ from benchmarks.ops.measures import (
     measure_times,
 )
 from benchmarks.ops.report import draw, print_report
+from subquad.files import write_json
 from subquad.ops import triton
 
 PARTS = ("times", "decode", "memory", "compile")

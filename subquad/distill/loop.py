@@ -12,8 +12,8 @@ Notable:
 
 import math
 import time
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -80,38 +80,26 @@ def run_stage(
     Raises UserError for a batch that does not divide by the processes, a loss that is not finite (naming stage, layer
     and step), a full disk, or a checkpoint that was made with other settings.
     """
-    if stage.batch % (accelerator.num_processes * stage.accumulate):
-        raise UserError(
-            f"stage '{stage.name}' cannot cut its batch of {stage.batch} sequences into equal parts for "
-            f"{accelerator.num_processes} processes times accumulate = {stage.accumulate}: change 'batch'."
-        )
+    micro_rows(stage, accelerator.num_processes)
     if accelerator.mixed_precision not in ("no", "bf16"):
         raise UserError(f"training in {accelerator.mixed_precision} is not supported: use bf16 or no mixed precision.")
     known = identity(stage, index, seed, student.plan, teacher_model, corpus, accelerator.mixed_precision)
     checkpoints = Checkpoints(out / "checkpoints", index, known)
-    student.eval()
-    teacher_model.eval()
-    with ExitStack() as within:
-        within.enter_context(adapters(student, stage, seed))
-        training_pass = make_pass(stage, student, teacher_model, logits_from)
-        parameters = choose_parameters(student, stage, training_pass.reachable)
-        lowered = within.enter_context(trained_in_float32(parameters))
-        within.enter_context(checkpointed_blocks(student, stage.gradient_checkpointing))
-        optimizer = make_optimizer(parameters, stage, student)
-        ledger = Ledger()
+    with prepared(stage, index, student, teacher_model, logits_from, seed, accelerator) as run:
+        parameters, optimizer = run.parameters, run.optimizer
         if resume and (state := checkpoints.load_finished(parameters)):
             return StageResult(**state["result"])
         if resume and (state := checkpoints.load(parameters, optimizer)):
-            ledger = Ledger(**state["ledger"])
+            run.ledger = Ledger(**state["ledger"])
         elif accelerator.is_main_process:
             checkpoints.start_over()
         accelerator.wait_for_everyone()
 
-        run = _Run(stage, index, seed, training_pass, parameters, optimizer, accelerator, lowered, ledger)
+        ledger = run.ledger
         speeds = []
-        reset_peak_memory(training_pass.device)
+        reset_peak_memory(run.training_pass.device)
         log = RunLog(out / "log.jsonl", stage=index, step=ledger.step) if accelerator.is_main_process else None
-        with StageProgress(progress if log else None, stage.name, steps=run.steps, step=ledger.step) as bar:
+        with StageProgress(progress if log else None, stage.name, steps=stage.steps, step=ledger.step) as bar:
             started_at = ledger.step
             while not run.done:
                 input_ids_BT = run.step(corpus)
@@ -133,7 +121,7 @@ def run_stage(
 
 
 @dataclass
-class _Run:
+class StageRun:
     """A stage under way."""
 
     stage: Stage
@@ -148,13 +136,8 @@ class _Run:
     grad_norm: float = 0.0
 
     @property
-    def steps(self) -> int:
-        """Steps that the stage's tokens last for."""
-        return math.ceil(self.stage.tokens / (self.stage.batch * self.stage.sequence_length))
-
-    @property
     def done(self) -> bool:
-        return self.ledger.step >= self.steps or self.ledger.settled
+        return self.ledger.step >= self.stage.steps or self.ledger.settled
 
     def my_slice(self, corpus: TokenSource) -> Tensor:
         """This process's part of the batch of the next step, on the device where the model reads it."""
@@ -189,7 +172,7 @@ class _Run:
             norms = {name: float(p.grad.norm()) for name, p in self.parameters.items() if p.grad is not None}
             self.check_finite(norms, "gradient")
         self.optimizer.step()
-        self.ledger.add(loss, time.perf_counter() - start, keep=min(RECENT, max(1, self.steps // 10)))
+        self.ledger.add(loss, time.perf_counter() - start, keep=min(RECENT, max(1, self.stage.steps // 10)))
         if plateau := self.stage.plateau:
             window = max(1, round(plateau.tokens / self.tokens(1)))
             self.ledger.watch(self.total(loss), window, plateau.improvement)
@@ -199,9 +182,10 @@ class _Run:
         bad = [name for name, value in values.items() if not math.isfinite(value)]
         if bad:
             others = f" (and of {len(bad) - 1} others)" if len(bad) > 1 else ""
+            stage = self.stage
             raise UserError(
-                f"stage '{self.stage.name}' stopped at step {self.ledger.step + 1} of {self.steps}: the {what} of "
-                f"{bad[0]}{others} is {values[bad[0]]}; lower 'lr' (now {self.stage.lr:g}) or 'clip' and start again; "
+                f"stage '{stage.name}' stopped at step {self.ledger.step + 1} of {stage.steps}: the {what} of "
+                f"{bad[0]}{others} is {values[bad[0]]}; lower 'lr' (now {stage.lr:g}) or 'clip' and start again; "
                 "the last good checkpoint is kept."
             )
 
@@ -213,9 +197,9 @@ class _Run:
 
     def factor(self, step: int) -> float:
         stage = self.stage
-        warmup = warmup_steps(stage.warmup, self.steps)
+        warmup = warmup_steps(stage.warmup, self.stage.steps)
         return learning_rate_factor(
-            step, steps=self.steps, warmup=warmup, schedule=stage.schedule, min_ratio=stage.min_lr_ratio
+            step, steps=self.stage.steps, warmup=warmup, schedule=stage.schedule, min_ratio=stage.min_lr_ratio
         )
 
     def total(self, parts: list[float]) -> float:
@@ -270,6 +254,39 @@ class _Run:
             final_loss=self.total(parts),
             final_parts=dict(zip(self.training_pass.weights, parts, strict=True)),
         )
+
+
+@contextmanager
+def prepared(
+    stage: Stage,
+    index: int,
+    student: Student,
+    teacher_model: PreTrainedModel,
+    logits_from: PreTrainedModel | LogitsStore | None,
+    seed: int,
+    accelerator: Accelerator,
+) -> Iterator[StageRun]:
+    """Within, the student is ready for the stage's first step: adapters, what is trained and in which precision."""
+    student.eval()
+    teacher_model.eval()
+    with ExitStack() as within:
+        within.enter_context(adapters(student, stage, seed))
+        training_pass = make_pass(stage, student, teacher_model, logits_from)
+        parameters = choose_parameters(student, stage, training_pass.reachable)
+        lowered = within.enter_context(trained_in_float32(parameters))
+        within.enter_context(checkpointed_blocks(student, stage.gradient_checkpointing))
+        optimizer = make_optimizer(parameters, stage, student)
+        yield StageRun(stage, index, seed, training_pass, parameters, optimizer, accelerator, lowered, Ledger())
+
+
+def micro_rows(stage: Stage, processes: int) -> int:
+    """Sequences in a micro-batch of one process. Raises UserError where the batch does not divide."""
+    if stage.batch % (processes * stage.accumulate):
+        raise UserError(
+            f"stage '{stage.name}' cannot cut its batch of {stage.batch} sequences into equal parts for "
+            f"{processes} processes times accumulate = {stage.accumulate}: change 'batch'."
+        )
+    return stage.batch // (processes * stage.accumulate)
 
 
 def average_gradients(parameters: Iterable[nn.Parameter], accelerator: Accelerator) -> None:

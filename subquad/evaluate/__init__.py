@@ -1,7 +1,7 @@
 """What a student is worth beside its teacher: likelihood, retrieval, tasks, memory, and text to read."""
 
 from subquad.evaluate.harness import harness
-from subquad.evaluate.likelihood import likelihood, standard_error
+from subquad.evaluate.likelihood import likelihood, paired_gain
 from subquad.evaluate.memory import cache_table, held_cache_bytes
 from subquad.evaluate.retrieval import answers, retrieval, usable
 from subquad.evaluate.samples import samples
@@ -12,8 +12,8 @@ __all__ = [
     "harness",
     "held_cache_bytes",
     "likelihood",
+    "paired_gain",
     "retrieval",
     "samples",
-    "standard_error",
     "usable",
 ]

@@ -13,8 +13,8 @@ Shapes: B rows, T tokens, C positions of a chunk, M model width, V vocabulary.
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from statistics import stdev
-from typing import Any
+from statistics import fmean, stdev
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -122,3 +122,20 @@ def _sample_means(values_BT: Tensor) -> list[float]:
 def standard_error(samples: Sequence[float]) -> float:
     """Of the mean of at least two independent samples."""
     return stdev(samples) / math.sqrt(len(samples))
+
+
+class Gain(NamedTuple):
+    """By how much one mean lies below another over the same samples, and the standard error of that."""
+
+    mean: float
+    stderr: float
+
+    @property
+    def may_be_chance(self) -> bool:
+        return abs(self.mean) < 2 * self.stderr
+
+
+def paired_gain(mine: Sequence[float], theirs: Sequence[float]) -> Gain:
+    """The gain of `mine` over `theirs`, sample by sample: it is these differences that have to stand out."""
+    gains = [other - one for one, other in zip(mine, theirs, strict=True)]
+    return Gain(fmean(gains), standard_error(gains))

@@ -11,6 +11,11 @@ DASH = "–"
 NBSP = "\N{NO-BREAK SPACE}"
 
 
+def plain(text: str) -> str:
+    """What these functions return, in ASCII."""
+    return text.translate({ord(DASH): "-", ord(NBSP): " "})
+
+
 def nats(value: float) -> str:
     """A divergence or a loss in nats, three decimals where that says enough."""
     if not math.isfinite(value):

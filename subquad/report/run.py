@@ -55,6 +55,7 @@ class Variant(BaseModel):
 
     kl: dict[int, Number] = {}
     kl_stderr: dict[int, Number] = {}
+    kl_samples: dict[int, list[Number]] = {}
     perplexity: dict[int, Number] = {}
     top1: dict[int, Number] = {}
     retrieval: dict[str, dict[int, Answer]] = {}

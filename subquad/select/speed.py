@@ -11,7 +11,6 @@ time, and on a GPU the parts wait for each other here. Measure the student itsel
 """
 
 import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +20,7 @@ import torch
 
 from subquad.cache import StudentCache
 from subquad.plan import ATTENTION, Plan
+from subquad.roofline import clock
 from subquad.student import Student
 
 
@@ -92,10 +92,10 @@ def _step(student: Student, cache: StudentCache) -> list[float]:
     mixing = [0.0] * student.plan.num_layers
 
     def start(layer: int, *_: Any) -> None:
-        mixing[layer] -= _now(student)
+        mixing[layer] -= clock(student.device)
 
     def stop(layer: int, *_: Any) -> None:
-        mixing[layer] += _now(student)
+        mixing[layer] += clock(student.device)
 
     hooks = []
     for layer in range(student.plan.num_layers):
@@ -103,16 +103,9 @@ def _step(student: Student, cache: StudentCache) -> list[float]:
             hooks += [mixer.register_forward_pre_hook(partial(start, layer))]
             hooks += [mixer.register_forward_hook(partial(stop, layer))]
     try:
-        started = _now(student)
+        started = clock(student.device)
         student(torch.ones(1, 1, dtype=torch.long, device=student.device), past_key_values=cache, use_cache=True)
-        return [*mixing, _now(student) - started - sum(mixing)]
+        return [*mixing, clock(student.device) - started - sum(mixing)]
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _now(student: Student) -> float:
-    """The time, once the device has done all that it was asked for."""
-    if student.device.type == "cuda":
-        torch.cuda.synchronize(student.device)
-    return time.perf_counter()

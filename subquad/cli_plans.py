@@ -1,0 +1,68 @@
+"""The commands that only look: at a plan, and at what differs between two runs."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+plans = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
+
+
+@plans.callback()
+def plan() -> None:
+    """Look at plans.
+
+    Examples:
+
+        subquad plan show plan.yaml
+    """
+
+
+@plans.command()
+def show(
+    plan: Annotated[
+        Path, typer.Argument(metavar="PLAN", help="A plan.yaml, or the folder of a run or a model that has one.")
+    ],
+    dtype: Annotated[
+        str,
+        typer.Option("--dtype", help="Of keys and values in the cache: float32, bfloat16, float16 or float64."),
+    ] = "float32",
+) -> None:
+    """Draw a plan: its layers and heads, its mixers and their options, and the bytes of its cache.
+
+    Examples:
+
+        subquad plan show plan.yaml
+
+        subquad plan show runs/quick --dtype bfloat16
+    """
+    from rich.console import Console
+
+    from subquad.plan import find_plan
+    from subquad.report import print_plan
+
+    print_plan(find_plan(plan), Console(), dtype)
+
+
+def compare(
+    run_a: Annotated[Path, typer.Argument(metavar="RUN_A", help="The folder of a run, finished or not.")],
+    run_b: Annotated[Path, typer.Argument(metavar="RUN_B", help="The folder of another run.")],
+    json_path: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Also write what differs to this file.")
+    ] = None,
+) -> None:
+    """Say what differs between two runs: recipe, plan, results, stages, time, versions and machine.
+
+    Where both were measured on the same text, the difference in KL is set beside its spread over the rows.
+
+    Examples:
+
+        subquad compare runs/quick runs/seed1
+
+        subquad compare runs/quick runs/gla --json differences.json
+    """
+    from rich.console import Console
+
+    from subquad.compare import compare_runs, print_comparison
+
+    print_comparison(compare_runs(run_a, run_b, json_path=json_path), Console())

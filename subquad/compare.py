@@ -1,0 +1,343 @@
+"""What differs between two runs: recipe, plan, results, stages, time, versions and machine.
+
+Everything is read from the files of the two folders, as the report is, so an unfinished run is compared as far as it
+got. Two students that were measured on the same text are compared row by row: rows differ far more than students do,
+so it is the differences that have to stand out of their spread.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from subquad.evaluate import paired_gain
+from subquad.files import write_json
+from subquad.mixers import mixer_options
+from subquad.plan import Plan
+from subquad.report import format as fmt
+from subquad.report.number import NAN
+from subquad.report.plan import CONTEXTS
+from subquad.report.run import Answer, Measure, Metrics, Run, StageRecord, Variant, read_run
+
+Pair: TypeAlias = tuple[Any, Any]  # what A has and what B has
+
+FILES = {"recipe.yaml": "recipes", "plan.yaml": "plans", "metrics.json": "results, stages, time and machines"}
+"""What is compared, by the file that tells it."""
+
+UNITS: dict[str, Callable[[float], str]] = {
+    "nats": fmt.nats,
+    "perplexity": fmt.perplexity,
+    "share": fmt.percent,
+    "log-probability": fmt.logprob,
+    "measure": lambda value: fmt.measure(value, NAN),
+    "bytes": fmt.size,
+    "seconds": fmt.duration,
+    "tokens": fmt.integer,
+    "tokens/s": fmt.integer,
+}
+AS_RATIO = ("bytes", "seconds", "tokens", "tokens/s")  # of these, B is told as so many times A
+
+
+@dataclass
+class Row:
+    """One number of both runs (NaN where a run lacks it), with standard errors and a verdict where there are any."""
+
+    name: str
+    a: float
+    b: float
+    unit: str  # a key of UNITS
+    a_stderr: float = NAN
+    b_stderr: float = NAN
+    verdict: str = ""
+
+    @property
+    def same(self) -> bool:
+        return self.a == self.b or (math.isnan(self.a) and math.isnan(self.b))
+
+
+@dataclass
+class Comparison:
+    """What differs between the runs in the folders `a` and `b`, by part; None where one of them lacks the part."""
+
+    a: str
+    b: str
+    missing: list[str] = field(default_factory=list)
+    recipe: dict[str, Pair] | None = None
+    plan: dict[str, Pair] | None = None
+    layers: list[int] = field(default_factory=list)  # whose heads have other mixers
+    heads: int = 0  # that have another mixer
+    cache: list[Row] | None = None
+    results: list[Row] | None = None
+    stages: list[Row] | None = None
+    time: list[Row] | None = None
+    machine: dict[str, Pair] | None = None
+
+    @property
+    def same(self) -> bool:
+        """Whether all that was recorded of both is there, and is the same."""
+        rows = [row for part in (self.cache, self.results, self.stages, self.time) for row in part or []]
+        differ = self.missing or self.recipe or self.plan or self.machine
+        return not differ and all(row.same for row in rows)
+
+
+def compare_runs(a: Path | str, b: Path | str, *, json_path: Path | str | None = None) -> Comparison:
+    """Reads two run folders and says what differs; `json_path`: also writes that as JSON, NaN as null.
+
+    Raises UserError for a folder that holds no run, or a damaged file.
+    """
+    one, other = read_run(a), read_run(b)
+    found = Comparison(str(a), str(b), missing=[*_missing(one), *_missing(other)])
+    if one.settings is not None and other.settings is not None:
+        found.recipe = dict(differences(one.settings, other.settings))
+    if one.plan is not None and other.plan is not None:
+        found.plan, found.layers, found.heads = _of_plans(one.plan, other.plan)
+        found.cache = _caches(one, one.plan, other, other.plan)
+    if all((run.folder / "metrics.json").is_file() for run in (one, other)):
+        found.results = _results(one.metrics, other.metrics)
+        found.stages = _stages(one.metrics, other.metrics)
+        found.time = _time(one.metrics, other.metrics)
+        found.machine = dict(differences(_machine(one.metrics), _machine(other.metrics)))
+    if json_path is not None:
+        write_json(Path(json_path), _finite(asdict(found) | {"same": found.same}))
+    return found
+
+
+def differences(a: Any, b: Any, at: str = "") -> Iterator[tuple[str, Pair]]:
+    """Dotted keys at which two nested values differ, as `--set` takes them, with both values.
+
+    Items of lists that have names go by these, wherever they stand. None stands for a key that one of them lacks.
+    """
+    if isinstance(a, list) and isinstance(b, list) and all(isinstance(x, dict) and "name" in x for x in a + b):
+        a, b = ({item["name"]: item for item in items} for items in (a, b))
+        orders = [key for key in a if key in b], [key for key in b if key in a]
+        if orders[0] != orders[1]:
+            yield f"order of {at}", orders
+    if isinstance(a, dict) and isinstance(b, dict):
+        for key in {**a, **b}:
+            yield from differences(a.get(key), b.get(key), f"{at}.{key}" if at else str(key))
+    elif a != b:
+        yield at, (a, b)
+
+
+def _missing(run: Run) -> list[str]:
+    said = []
+    for file, what in FILES.items():
+        if not (run.folder / file).is_file():
+            said.append(f"{run.folder} has no {file}, so the {what} are not compared")
+            if file == "metrics.json" and run.curves:
+                (_, stage), points = [*run.curves.items()][-1]
+                so_far = f"{points[-1].tokens:,.0f} tokens at a loss of {fmt.nats(points[-1].loss)}"
+                said[-1] += f"; its log ends in stage '{stage}' after {so_far}"
+    return said
+
+
+# Plans ---------------------------------------------------------------------------------------------------------------
+
+
+def _of_plans(a: Plan, b: Plan) -> tuple[dict[str, Pair], list[int], int]:
+    """What differs in words, the layers that differ, and how many heads do (none of either between other shapes)."""
+    pairs = dict(differences({"join": a.join, "mixers": _mixers(a)}, {"join": b.join, "mixers": _mixers(b)}))
+    if a.shapes != b.shapes:
+        return {"shape": (_shape(a), _shape(b))} | pairs, [], 0
+    by_pair: dict[Pair, list[int]] = {}
+    for layer in range(a.num_layers):
+        mine, theirs = _layer(a, layer), _layer(b, layer)
+        if mine != theirs:
+            by_pair.setdefault((mine, theirs), []).append(layer)
+    for pair, layers in by_pair.items():
+        pairs[f"layer{'s' if len(layers) > 1 else ''} {fmt.ranges(layers)}"] = pair
+    counts = [{name: sum(len(layer.get(name, [])) for layer in plan.layers) for name in plan.mixers} for plan in (a, b)]
+    for name in {**counts[0], **counts[1]}:
+        of_a, of_b = (count.get(name, 0) for count in counts)
+        if of_a != of_b:
+            pairs[f"heads with {name}"] = (of_a, of_b)
+    both = zip(a.head_table(), b.head_table(), strict=True)
+    heads = sum(x != y for mine, theirs in both for x, y in zip(mine, theirs, strict=True))
+    return pairs, sorted(layer for layers in by_pair.values() for layer in layers), heads
+
+
+def _mixers(plan: Plan) -> dict[str, dict[str, Any]]:
+    """Every option of the mixers that the plan uses."""
+    used = {name for layer in plan.layers for name in layer}
+    return {name: mixer_options(name, plan.mixers[name]).model_dump() for name in plan.mixers if name in used}
+
+
+def _shape(plan: Plan) -> str:
+    return f"{fmt.count(plan.num_layers, 'layer')}, {fmt.count(sum(shape.heads for shape in plan.shapes), 'head')}"
+
+
+def _layer(plan: Plan, layer: int) -> str:
+    """`attention`, or `attention 0, 3; hedgehog 1-2`."""
+    mixers = plan.layers[layer]
+    if len(mixers) == 1:
+        return next(iter(mixers))
+    return "; ".join(f"{name} {fmt.ranges(sorted(mixers[name]))}" for name in sorted(mixers))
+
+
+def _caches(a: Run, plan_a: Plan, b: Run, plan_b: Plan) -> list[Row]:
+    """Bytes of one sequence's cache, each in the precision of its run."""
+    dtype_a, dtype_b = ((run.settings or {}).get("dtype", "float32") for run in (a, b))
+    return [
+        Row(
+            f"at {fmt.context(context)}",
+            plan_a.cache_bytes(context, dtype=dtype_a),
+            plan_b.cache_bytes(context, dtype=dtype_b),
+            "bytes",
+        )
+        for context in CONTEXTS
+    ]
+
+
+# Numbers -------------------------------------------------------------------------------------------------------------
+
+
+def _results(a: Metrics, b: Metrics) -> list[Row]:
+    """The two students: held-out text by context, retrieval, tasks."""
+    mine, theirs = a.student or Variant(), b.student or Variant()
+    rows = []
+    for context in _keys(mine.kl, theirs.kl):
+        kl = mine.kl.get(context, NAN), theirs.kl.get(context, NAN)
+        errors = mine.kl_stderr.get(context, NAN), theirs.kl_stderr.get(context, NAN)
+        rows.append(Row(f"KL at {context}", *kl, "nats", *errors, _verdict(a, b, context)))
+    for context in _keys(mine.perplexity, theirs.perplexity):
+        pair = mine.perplexity.get(context, NAN), theirs.perplexity.get(context, NAN)
+        rows.append(Row(f"perplexity at {context}", *pair, "perplexity"))
+    for context in _keys(mine.top1, theirs.top1):
+        rows.append(Row(f"top-1 at {context}", mine.top1.get(context, NAN), theirs.top1.get(context, NAN), "share"))
+    for task in _keys(mine.retrieval, theirs.retrieval):
+        found = mine.retrieval.get(task, {}), theirs.retrieval.get(task, {})
+        for context in _keys(*found):
+            one, other = (answers.get(context, Answer()) for answers in found)
+            rows.append(Row(f"{task} at {context}", one.accuracy, other.accuracy, "share"))
+            rows.append(Row(f"{task} at {context}, log-prob.", one.logprob, other.logprob, "log-probability"))
+    for task in _keys(mine.tasks, theirs.tasks):
+        measures = mine.tasks.get(task, {}), theirs.tasks.get(task, {})
+        for metric in _keys(*measures):
+            x, y = (measured.get(metric, Measure()) for measured in measures)
+            rows.append(Row(f"{task} {metric}", x.value, y.value, "measure", x.stderr, y.stderr))
+    return rows
+
+
+def _verdict(a: Metrics, b: Metrics, context: int) -> str:
+    """Which of two students is nearer to their teacher at a context length, in nats per token, row by row."""
+    if not (a.student and b.student and a.teacher and b.teacher):
+        return ""
+    samples = [student.kl_samples.get(context, []) for student in (a.student, b.student)]
+    if not all(samples):
+        return "not paired: no kl_samples"
+    read = [teacher.perplexity.get(context, NAN) for teacher in (a.teacher, b.teacher)]
+    if len(samples[0]) != len(samples[1]) or not math.isclose(*read, rel_tol=1e-4):
+        return "not paired: other text or teacher"  # the teacher's own perplexity would be the same
+    gain = paired_gain(samples[1], samples[0])
+    if gain.mean == 0:
+        return "tied"
+    nearer = "B" if gain.mean > 0 else "A"
+    doubt = ", which may be chance" if gain.may_be_chance else ""
+    return f"{nearer} is nearer by {abs(gain.mean):.4f} ± {gain.stderr:.4f} nats{doubt}"
+
+
+def _stages(a: Metrics, b: Metrics) -> list[Row]:
+    mine, theirs = ({stage.name: stage for stage in metrics.stages} for metrics in (a, b))
+    rows = []
+    for name in {**mine, **theirs}:
+        x, y = (stages.get(name, StageRecord(name=name)) for stages in (mine, theirs))
+        rows.append(Row(f"{name}: tokens", x.tokens, y.tokens, "tokens"))
+        rows.append(Row(f"{name}: tokens/s", x.tokens_per_second, y.tokens_per_second, "tokens/s"))
+        rows.append(Row(f"{name}: final loss", x.final_loss, y.final_loss, "nats"))
+    return rows
+
+
+def _time(a: Metrics, b: Metrics) -> list[Row]:
+    parts = {**a.seconds, **b.seconds}
+    rows = [Row(part, a.seconds.get(part, NAN), b.seconds.get(part, NAN), "seconds") for part in parts]
+    return [*rows, Row("peak memory", a.peak_rss_bytes, b.peak_rss_bytes, "bytes")]
+
+
+def _machine(metrics: Metrics) -> dict[str, Any]:
+    return metrics.model_dump(include={"teacher_name", "versions", "machine", "commit", "command"})
+
+
+def _keys(a: Mapping[Any, Any], b: Mapping[Any, Any]) -> list[Any]:
+    """The keys of either, in order."""
+    return sorted({*a, *b})
+
+
+def _finite(value: Any) -> Any:
+    """For JSON: what is not a finite number is null."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# In the terminal -----------------------------------------------------------------------------------------------------
+
+
+def print_comparison(found: Comparison, console: Console) -> None:
+    """Prints what differs, part by part, and in one line each what is the same."""
+    console.print(Text(f"A  {found.a}\nB  {found.b}"))
+    for missing in found.missing:
+        console.print(Text(f"· {missing}"))
+    if found.same:
+        console.print("The two runs are the same.")
+        return
+    differ = f": {fmt.count(len(found.layers), 'layer')} and {fmt.count(found.heads, 'head')} differ"
+    _print_pairs("Recipe", found.recipe, console)
+    _print_pairs("Plan", found.plan, console, differ if found.layers else "")
+    _print_rows("Cache of one sequence", found.cache, console)
+    _print_rows("Results", found.results, console)
+    differing = [row for row in found.results or [] if not row.same]
+    for verdict in dict.fromkeys(row.verdict for row in differing if row.verdict):
+        names = ", ".join(row.name for row in differing if row.verdict == verdict)
+        console.print(Text(f"· {names}: {verdict}"))
+    _print_rows("Stages", found.stages, console)
+    _print_rows("Time and memory", found.time, console)
+    _print_pairs("Versions and machine", found.machine, console)
+
+
+def _print_pairs(title: str, pairs: dict[str, Pair] | None, console: Console, also: str = "") -> None:
+    table = _table(title + also)
+    for heading in ("", "A", "B"):
+        table.add_column(heading, overflow="fold")
+    for key, pair in (pairs or {}).items():
+        table.add_row(Text(key), *(Text(fmt.DASH if value is None else str(value)) for value in pair))
+    _print_part(title, table, pairs is None, console)
+
+
+def _print_rows(title: str, rows: list[Row] | None, console: Console) -> None:
+    table = _table(title)
+    table.add_column("")
+    for heading in ("A", "B", "change"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    if rows is not None and not all(row.same for row in rows):
+        for row in rows:
+            table.add_row(Text(row.name), *_cells(row))
+    _print_part(title, table, rows is None, console)
+
+
+def _print_part(title: str, table: Table, missing: bool, console: Console) -> None:
+    if not missing:
+        console.print()
+        console.print(table if table.row_count else Text(f"{title}: the same", style="italic"))
+
+
+def _table(title: str) -> Table:
+    return Table(title=Text(title), title_justify="left", box=None, header_style="bold", pad_edge=False)
+
+
+def _cells(row: Row) -> list[str]:
+    show = UNITS[row.unit]
+    both = ((row.a, row.a_stderr), (row.b, row.b_stderr))
+    numbers = [show(value) + (f" ± {show(error)}" if math.isfinite(error) else "") for value, error in both]
+    if not (math.isfinite(row.a) and math.isfinite(row.b)):
+        return [*numbers, fmt.DASH]
+    if row.unit in AS_RATIO:
+        return [*numbers, f"× {row.b / row.a:.2f}" if row.a else fmt.DASH]
+    change = row.b - row.a
+    return [*numbers, ("−" if change < 0 else "+") + show(abs(change)) if change else "="]
