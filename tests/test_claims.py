@@ -69,9 +69,9 @@ def test_rates_are_walked_to():
     def trial(best):
         return lambda rate: asked.append(rate) or abs(rate - best)
 
-    assert [mohawk.lowest(ladder, trial(best)) for best in (1.0, 2.2, 3.0, 4.9)] == [1.0, 2.0, 3.0, 5.0]
+    assert [mohawk.lowest(ladder, 3.0, trial(best)) for best in (1.0, 2.2, 3.0, 4.9)] == [1.0, 2.0, 3.0, 5.0]
     assert asked[:4] == [3.0, 4.0, 2.0, 1.0], "from the middle, the other way when the first is worse"
-    assert mohawk.lowest((7.0,), trial(0.0)) == 7.0
+    assert mohawk.lowest((7.0,), 7.0, trial(0.0)) == 7.0
 
 
 def test_mohawk_from_end_to_end(tmp_path, tiny_runs, capsys):

@@ -11,9 +11,9 @@ Parts:
   come that the matrix stage trains, by state size.
 
 Notable:
-- All layers are replaced. Rates are tuned for every combination alone, at the smallest budget, on a seed and on text
-  that nothing is reported of: from the middle of a ladder of rates, first of logits, then of layers, in steps up and
-  down while it gets better. The table shows other seeds on the test split.
+- All layers are replaced. Rates are tuned for every combination and budget alone, on a seed and on text that nothing is
+  reported of: first that of logits, then that of layers, in steps up and down a ladder while it gets better; a larger
+  budget starts from the smaller one's best. The table shows other seeds on the test split.
 - Of the tokens of three stages a tenth goes to matrices and a fifth to hidden states; of two, three tenths.
 - A small teacher is trained on text and retrieval in turns, as it was itself; a large one on text.
 - Finished runs are kept under --work: a script that was stopped goes on from there.
@@ -74,8 +74,9 @@ class Setup:
     budgets: tuple[int, ...] = (40_000, 200_000)
     seeds: tuple[int, ...] = (0, 1, 2)
     tuning_seed: int = 100
-    layer_rates: tuple[float, ...] = (1e-3, 5e-3, 2.5e-2)
+    layer_rates: tuple[float, ...] = (1e-3, 5e-3, 2.5e-2, 0.125)
     logit_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+    first_rates: tuple[float, float] = (5e-3, 1e-3)  # of layers and of logits, that tuning begins with
     mixers: tuple[str, ...] = tuple(MIXERS)
     starts: tuple[str, ...] = ("teacher", "fresh")
     state_dims: tuple[int, ...] = (4, 8, 16, 32)
@@ -105,6 +106,7 @@ LARGE: dict[str, Any] = {  # SmolLM2 on two cores
     "budgets": (12_000,),
     "layer_rates": (1e-3,),
     "logit_rates": (1e-4, 3e-4, 1e-3),
+    "first_rates": (1e-3, 3e-4),
     "mixers": ("without rotary",),
     "starts": ("teacher",),
     "seeds": (0,),
@@ -193,20 +195,26 @@ class Mohawk(Bench):
         }
 
     def tuned(self, settings: dict[str, Any]) -> list[Result]:
-        """The runs of all seeds, at the rates that are best on the tuning seed at the smallest budget."""
+        """The runs of all seeds, at the rates that are best on the tuning seed."""
+        rates = [*self.best_rates(settings)]
+        return [self.store.run(settings | {"seed": seed, "rates": rates}, self.distilled) for seed in self.setup.seeds]
+
+    def best_rates(self, settings: dict[str, Any]) -> tuple[float, float]:
+        """Of layers and of logits, for these settings and their budget."""
         setup = self.setup
+        smaller = [tokens for tokens in setup.budgets if tokens < settings["tokens"]]
+        layers, logits = self.best_rates(settings | {"tokens": max(smaller)}) if smaller else setup.first_rates
 
         def trial(layers: float, logits: float) -> float:
-            short = settings | {"tokens": setup.budgets[0], "seed": setup.tuning_seed, "rates": [layers, logits]}
-            return float(self.store.run(short, self.distilled)["kl"])
+            tried = settings | {"seed": setup.tuning_seed, "rates": [layers, logits]}
+            return float(self.store.run(tried, self.distilled)["kl"])
 
-        only_logits = settings["way"] == "logits"
-        layers = setup.layer_rates[0 if only_logits else len(setup.layer_rates) // 2]
-        logits = lowest(setup.logit_rates, lambda rate: trial(layers, rate))
-        if not only_logits:
-            layers = lowest(setup.layer_rates, lambda rate: trial(rate, logits))
-        rates = [layers, logits]
-        return [self.store.run(settings | {"seed": seed, "rates": rates}, self.distilled) for seed in setup.seeds]
+        if settings["way"] == "logits":
+            layers = setup.layer_rates[0]  # which is not used
+        logits = lowest(setup.logit_rates, logits, lambda rate: trial(layers, rate))
+        if settings["way"] != "logits":
+            layers = lowest(setup.layer_rates, layers, lambda rate: trial(rate, logits))
+        return layers, logits
 
     def cells(self, combinations: Sequence[dict[str, Any]]) -> list[Result]:
         cells = []
@@ -279,17 +287,16 @@ class Mohawk(Bench):
         return float(torch.stack([loss.cpu() for loss in losses.values()]).mean())
 
 
-def lowest(ladder: Sequence[float], trial: Callable[[float], float]) -> float:
-    """The rung at which a trial is lowest, walking up and down from the middle while it falls."""
-    at = len(ladder) // 2
+def lowest(ladder: Sequence[float], start: float, trial: Callable[[float], float]) -> float:
+    """The rung at which a trial is lowest, walking up and down from `start` while it falls."""
+    at = ladder.index(start)
     if len(ladder) == 1:
-        return ladder[0]
-    best = trial(ladder[at])
+        return start
+    best = trial(start)
     for step in (1, -1):
-        start = at
         while 0 <= at + step < len(ladder) and (found := trial(ladder[at + step])) < best:
             at, best = at + step, found
-        if at != start:
+        if ladder[at] != start:
             break
     return ladder[at]
 
