@@ -136,7 +136,7 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
         ax.set_xlabel("cache of one sequence at 2,048 tokens (float32)")
         ax.set_ylabel(what(measure))
         ax.grid()
-        ax.legend(fontsize=8)
+        ax.legend(fontsize=8, frameon=True, facecolor="white", edgecolor="none", framealpha=0.9)
         save_png(figure, path, dpi=160)
 
 
