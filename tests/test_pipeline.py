@@ -420,7 +420,7 @@ def test_heads_that_retrieve_are_kept(teacher_folder, text, tmp_path, monkeypatc
     assert metrics["uniform"]["cache_bytes"][context] <= metrics["student"]["cache_bytes"][context]
     assert metrics["window"]["cache_bytes"][context] <= metrics["student"]["cache_bytes"][context]
     said = capsys.readouterr().out
-    assert "18 heads on 1 x 4 rows of 32 tokens" in " ".join(said.split())
+    assert "silencing 18 heads on 1 x 4 rows of 32 tokens" in " ".join(said.split())
     page = (tmp_path / "run/report.html").read_text()
     assert "Why these heads" in page and "an aggregate head" in page
     loaded = Student.from_pretrained(tmp_path / "run")

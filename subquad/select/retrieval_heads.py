@@ -91,7 +91,7 @@ def retrieval_scores(
     probes = {task: make_probe(task, tokenizer, context, rows, seed, text_BT) for task in tasks}
     bill = silence_bill(units, len(shapes), probes)
     work.announce(
-        f"silencing {len(units)} units on {len(probes)} x {rows} rows of {context} tokens, fewer when the first {top} "
+        f"silencing {len(units)} {'heads' if units == heads else 'units'} on {len(probes)} x {rows} rows of {context} tokens, fewer when the first {top} "
         "are settled early",
         bill,
     )
