@@ -228,6 +228,7 @@ def test_alignment_losses_of_heads_and_layers():
     student = Student.from_teacher(board.teacher, board.keeping([(1, 4)]), mixers_from=board.student)
     seen = {}
 
+    @torch.no_grad()
     def keep(module, args, kwargs, output):
         mine = [s.attention_modules()[1](*args, **kwargs)[0] for s in (board.student, student)]
         seen["distances"] = [(one - output[0]).square().mean(-1).sqrt().mean() for one in mine]

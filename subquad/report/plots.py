@@ -169,7 +169,7 @@ def draw_kl(ax: Axes, metrics: Metrics, context: int) -> None:
     rows = range(len(found))
     ax.barh(rows, values, color=[VARIANT_COLOURS.get(name, OTHER) for name in found], height=0.68)
     ax.errorbar(values, rows, xerr=errors, fmt="none", ecolor=INK, elinewidth=0.8)
-    top = max(values, default=0) or 1
+    top = max((value + error for value, error in zip(values, errors, strict=True)), default=0) or 1
     for row, value, error in zip(rows, values, errors, strict=True):
         ax.text(value + error + 0.015 * top, row, fmt.nats(value), va="center", fontsize=8)
     ax.set_yticks(rows, list(found))

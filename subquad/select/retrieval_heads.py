@@ -90,8 +90,9 @@ def retrieval_scores(
     top = max(1, round(len(units) / 50)) if top is None else top
     probes = {task: make_probe(task, tokenizer, context, rows, seed, text_BT) for task in tasks}
     bill = silence_bill(units, len(shapes), probes)
+    what = "heads" if units == heads else "units"
     work.announce(
-        f"silencing {len(units)} {'heads' if units == heads else 'units'} on {len(probes)} x {rows} rows of {context} tokens, fewer when the first {top} "
+        f"silencing {len(units)} {what} on {len(probes)} x {rows} rows of {context} tokens, fewer when the first {top} "
         "are settled early",
         bill,
     )
