@@ -154,6 +154,11 @@ class Plan(BaseModel):
         filled = mixer_options(mixer, options or {}).model_dump(exclude_none=True)
         return cls(shapes=shapes, mixers={ATTENTION: {}, mixer: filled}, layers=layers, join=join)
 
+    def keeping(self, heads: Iterable[tuple[int, int]], join: Join = "split") -> Plan:
+        """The hybrid that keeps attention in these heads, and has the one mixer of this plan for all others."""
+        mixer = next(name for name in self.mixers if name != ATTENTION)
+        return Plan.by_head(self.shapes, heads, mixer, self.mixers[mixer], join)
+
     def with_layers(self, mixer: str, options: dict[str, Any], layers: Iterable[int]) -> Plan:
         """This plan, but with another mixer for all heads of these layers."""
         filled = mixer_options(mixer, options).model_dump(exclude_none=True)

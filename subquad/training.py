@@ -12,7 +12,7 @@ from subquad.distill.loop import run_stage
 from subquad.distill.teacher_cache import TeacherCache
 from subquad.errors import UserError
 from subquad.run import Run
-from subquad.select.choice import Train
+from subquad.select.kl import Train
 from subquad.stage import Stage
 from subquad.student import Student
 from subquad.teacher import Teacher, load_teacher

@@ -22,7 +22,6 @@ Notable:
 
 import random
 import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from operator import methodcaller
@@ -37,6 +36,7 @@ from benchmarks.common import wide_console
 from subquad.attention import Pass
 from subquad.evaluate import likelihood
 from subquad.plan import Join, Plan
+from subquad.roofline import clock
 from subquad.select import Work, retrieval_scores, uniform_layers
 from subquad.select.budget import largest_within
 from subquad.select.silence import Kind
@@ -301,11 +301,9 @@ class RetrievalAware(Bench):
             seconds: dict[str, list[float]] = {name: [] for name in students}
             for _ in range(self.setup.serving_steps):
                 for name, student in students.items():
-                    started = time.perf_counter()
+                    started = clock(token.device)
                     student(token, past_key_values=caches[name], use_cache=True)
-                    if self.device == "cuda":
-                        torch.cuda.synchronize()
-                    seconds[name].append(time.perf_counter() - started)
+                    seconds[name].append(clock(token.device) - started)
             for name, plan in plans.items():
                 quartiles = statistics.quantiles(seconds[name], n=4)
                 row = {"context": context, "plan": name, "attention_heads": len(plan.attention_heads)}

@@ -35,7 +35,7 @@ from subquad.plan import Plan
 from subquad.select import SELECTORS, Board, Budget, Choice, Question, Work
 from subquad.select.board import without
 from subquad.select.task import task_score
-from subquad.select.units import Wish, units_of
+from subquad.select.units import Wish, heads_of, units_of
 from subquad.stage import Stage
 from subquad.student import Student
 
@@ -149,8 +149,7 @@ class Selection(Bench):
     # ------------------------------------------------------------------ students
 
     def plan(self, kept: Sequence[int]) -> Plan:
-        heads = [head for unit in kept for head in self.units[unit]]
-        return Plan.by_head(self.shapes, heads, self.setup.mixer, dict(self.setup.options))
+        return Plan.by_head(self.shapes, heads_of(self.units, kept), self.setup.mixer, dict(self.setup.options))
 
     def aligned(self, seed: int) -> Student:
         """The all-linear student of a seed, kept while that seed is worked on."""
@@ -293,9 +292,7 @@ class Selection(Bench):
         counts = [self.count(share) for share in setup.replaced]
 
         def score(gone: Sequence[int], part: str) -> float:
-            left = board.everything
-            for unit in gone:
-                left = without(left, self.units[unit])
+            left = without(board.everything, heads_of(self.units, gone))
             with board.following(board.keeping(left)) as following:
                 return float(getattr(task, part)(following, tokenizer))
 

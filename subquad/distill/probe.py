@@ -5,7 +5,6 @@ be thrown away. The first is slower than all others and is not timed; between it
 pass makes are counted.
 """
 
-import time
 import weakref
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +19,7 @@ from transformers import PreTrainedModel
 from subquad.distill.ledger import TokenSource
 from subquad.distill.loop import micro_rows, prepared
 from subquad.distill.passes import LogitsStore
+from subquad.roofline import clock
 from subquad.stage import Stage
 from subquad.student import Student
 
@@ -70,11 +70,11 @@ def probe_stage(
         input_ids_BT = run.my_slice(corpus)
         with TensorBytes() as made, run.autocast():
             run.training_pass(input_ids_BT, 1.0)
-        start = _now(run.training_pass.device)
+        start = clock(run.training_pass.device)
         run.step(corpus)
-        stepped = _now(run.training_pass.device)
+        stepped = clock(run.training_pass.device)
         run.optimizer.step()
-        update = _now(run.training_pass.device) - stepped
+        update = clock(run.training_pass.device) - stepped
         more = rows * longest / (tried * length)
         return Probe(
             tokens=tried * length,
@@ -92,12 +92,6 @@ def weights_of(*models: nn.Module) -> dict[int, int]:
     """Bytes of the memory that holds the weights of these models, by address: what they share counts once."""
     storages = [parameter.untyped_storage() for model in models for parameter in model.parameters()]
     return {storage.data_ptr(): storage.nbytes() for storage in storages}
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 class TensorBytes(TorchDispatchMode):

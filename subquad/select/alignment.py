@@ -19,7 +19,7 @@ from subquad.attention import find_attention
 from subquad.distill.heads import final_hidden
 from subquad.distill.hidden import output_distance
 from subquad.select.board import Board
-from subquad.select.units import Unit, layers_in
+from subquad.select.units import Unit, heads_of, layers_in
 from subquad.select.work import Bill, Work
 from subquad.student import Student
 
@@ -27,7 +27,7 @@ from subquad.student import Student
 def alignment_losses(board: Board, units: Sequence[Unit], text_NT: Tensor, work: Work) -> Tensor:
     """What the units are worth on every row of text, (N, U)."""
     packs = packed(units)
-    plans = [board.keeping([head for unit in pack for head in units[unit]]) for pack in packs]
+    plans = [board.keeping(heads_of(units, pack)) for pack in packs]
     students = [Student.from_teacher(board.teacher, plan, mixers_from=board.student) for plan in plans]
 
     @torch.no_grad()

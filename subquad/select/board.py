@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from subquad.plan import ATTENTION, Plan, every_head
+from subquad.plan import Plan, every_head
 from subquad.select.prefix import recorded, resumed, standing_in
 from subquad.select.units import Unit
 from subquad.student import Student
@@ -34,11 +34,10 @@ class Board:
         self.student, self.teacher, self.linear = linear, teacher, linear.plan
         self.alternatives = dict(alternatives or {})
         self._blocks: dict[tuple[int, Layer], nn.Module] = {}
-        self.mixer = next(name for name in self.linear.mixers if name != ATTENTION)
 
     def keeping(self, heads: Unit) -> Plan:
         """The plan that keeps attention in these heads."""
-        return Plan.by_head(self.linear.shapes, heads, self.mixer, self.linear.mixers[self.mixer])
+        return self.linear.keeping(heads)
 
     def having(self, mixer: str, layers: Sequence[int]) -> Plan:
         """The plan without attention in which these layers have an alternative mixer."""

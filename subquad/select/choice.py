@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from operator import methodcaller
 from typing import Any
 
@@ -12,15 +13,14 @@ from subquad.plan import ATTENTION, AttentionShape, Join, Plan
 from subquad.select.board import Board
 from subquad.select.budget import Budget, Cost
 from subquad.select.cost import best_units, front
+from subquad.select.kl import Train
 from subquad.select.knapsack import solve
-from subquad.select.units import Unit, Wish, kind_of, layers_in, units_of
+from subquad.select.units import Unit, Wish, heads_of, kind_of, layers_in, units_of
 from subquad.select.work import Work
 from subquad.student import Student
 from subquad.teacher import Teacher
 
 FRONT_CONTEXT = 32768  # of the Pareto front, where the budget names no context
-
-Train = Callable[[Student, int, str], None]  # (student, tokens, name): trains it as the recipe would, on logits
 
 
 @dataclass
@@ -103,7 +103,7 @@ class Choice:
 
     def heads(self, kept: Sequence[int]) -> Unit:
         """The heads of these units."""
-        return [head for index in kept for head in self.units[index]]
+        return heads_of(self.units, kept)
 
 
 def choose_plan(
@@ -124,7 +124,7 @@ def choose_plan(
     if choice.alternatives:
         return _with_alternatives(student, budget, choice, others or {})
     kept = _kept(student, budget, choice, join, decode_cost)
-    return _plan_of(student, join)(choice.heads(kept)), kept
+    return student.plan.keeping(choice.heads(kept), join), kept
 
 
 def _with_alternatives(
@@ -133,10 +133,9 @@ def _with_alternatives(
     """Of every unit, whole layers, attention or the mixer that is worth the most within the budget."""
     units, worth = choice.units, {ATTENTION: choice.worth or [], **choice.alternatives}
     names = [*worth]
-    plan_of = _plan_of(student, "split")
 
     def plan_with(chosen: Mapping[int, str]) -> Plan:
-        plan = plan_of(choice.heads([unit for unit, name in chosen.items() if name == ATTENTION]))
+        plan = student.plan.keeping(choice.heads([unit for unit, name in chosen.items() if name == ATTENTION]))
         for name, other in others.items():
             layers = [layer for unit, mine in chosen.items() if mine == name for layer in layers_in(units[unit])]
             plan = plan.with_layers(name, other.plan.mixers[name], layers) if layers else plan
@@ -148,7 +147,7 @@ def _with_alternatives(
         chosen = {unit: name for unit, name in best.items() if worth[name][unit] > 0} | dict.fromkeys(kept, ATTENTION)
         return plan_with(chosen), kept
     cost, limit = budget.priced(student.plan.shapes, str(student.dtype).removeprefix("torch."))
-    least = cost(plan_of([]))
+    least = cost(plan_with({}))
     items = [
         [(0.0, 0.0), *((worth[name][unit], cost(plan_with({unit: name})) - least) for name in names)]
         for unit in range(len(units))
@@ -167,7 +166,7 @@ def _kept(
     join: Join,
     decode_cost: Callable[[int], Cost] | None,
 ) -> list[int]:
-    plan_of, kind = _plan_of(student, join), kind_of(choice.unit)
+    plan_of, kind = partial(student.plan.keeping, join=join), kind_of(choice.unit)
     if budget.word in choice.named:
         return choice.named[budget.word]
     if budget.context is None:
@@ -194,11 +193,5 @@ def pareto(student: Student, budget: Budget, choice: Choice, join: Join = "split
     context = budget.context or FRONT_CONTEXT
     dtype = str(student.dtype).removeprefix("torch.")
     cost = methodcaller("cache_bytes", context, dtype=dtype)
-    points = front(choice.units, choice.worth, student.plan.shapes, _plan_of(student, join), cost)
+    points = front(choice.units, choice.worth, student.plan.shapes, partial(student.plan.keeping, join=join), cost)
     return {"front": points, "front_context": context, "front_dtype": dtype}
-
-
-def _plan_of(student: Student, join: Join) -> Callable[[Unit], Plan]:
-    """The plan that keeps some heads, over the mixer of an all-linear student."""
-    mixer = next(name for name in student.plan.mixers if name != ATTENTION)
-    return lambda heads: Plan.by_head(student.plan.shapes, heads, mixer, student.plan.mixers[mixer], join)

@@ -7,7 +7,7 @@ their real cost. What is left to interact (states shared by heads) is small, and
 whole plan, which is a sum over its layers.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any, TypeAlias
 
@@ -16,7 +16,7 @@ import numpy as np
 from subquad.plan import AttentionShape, Plan
 from subquad.select.budget import Cost
 from subquad.select.knapsack import Option, solve
-from subquad.select.units import Unit
+from subquad.select.units import Unit, heads_of
 
 PlanOf: TypeAlias = Callable[[Unit], Plan]
 Total: TypeAlias = Callable[[Unit], float]
@@ -57,11 +57,11 @@ def front(
     worth = [max(value, 0.0) for value in values]
     whole = sum(worth) or 1.0
     groups, total = groups_of(units, shapes), by_layers(plan_of, cost)
-    least, most = total([]), total(_heads(units, range(len(units))))
+    least, most = total([]), total(heads_of(units, range(len(units))))
     limits = np.linspace(least, most, points)
     found = [kept for limit in limits.tolist() if (kept := _best(units, worth, groups, total, limit)) is not None]
     every: list[dict[str, Any]] = [
-        {"cost": total(_heads(units, kept)), "value": sum(worth[unit] for unit in kept) / whole, "units": kept}
+        {"cost": total(heads_of(units, kept)), "value": sum(worth[unit] for unit in kept) / whole, "units": kept}
         for kept in found
     ]
     rising: list[dict[str, Any]] = []
@@ -88,7 +88,7 @@ def items_of(
     nothing = total([])
     return [
         [
-            (sum(values[unit] for unit in group[:kept]), total(_heads(units, group[:kept])) - nothing)
+            (sum(values[unit] for unit in group[:kept]), total(heads_of(units, group[:kept])) - nothing)
             for kept in range(len(group) + 1)
         ]
         for group in groups
@@ -128,7 +128,7 @@ def _best(
         return sum(worth[unit] for unit in kept(counts))
 
     def cost(counts: list[int]) -> float:
-        return total(_heads(units, kept(counts)))
+        return total(heads_of(units, kept(counts)))
 
     # Items may cost more together than one by one: what is worth the least of its cost goes.
     while (now := cost(counts)) > limit:
@@ -160,7 +160,3 @@ def _worth(values: Sequence[float]) -> list[float]:
     little = _NEXT_TO_NOTHING * min((value for value in values if value > 0), default=1.0)
     depth = -min(values, default=0.0) or 1.0
     return [value if value > 0 else little * (2 + value / depth) for value in values]
-
-
-def _heads(units: Sequence[Unit], kept: Iterable[int]) -> Unit:
-    return [head for unit in kept for head in units[unit]]

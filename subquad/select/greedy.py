@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from subquad.plan import Plan
 from subquad.select.board import Board, without
 from subquad.select.task import TaskScore
-from subquad.select.units import Unit
+from subquad.select.units import Unit, heads_of
 from subquad.select.work import Bill, Work
 
 
@@ -70,10 +70,7 @@ def greedy_path(
     """
 
     def plan_of(gone: Sequence[int]) -> Plan:
-        left = board.everything
-        for unit in gone:
-            left = without(left, units[unit])
-        return board.keeping(left)
+        return board.keeping(without(board.everything, heads_of(units, gone)))
 
     def scored(name: str, plans: Sequence[Plan], part: str = "validation") -> list[float]:
         def piece(index: int) -> list[float]:

@@ -19,7 +19,7 @@ Legend: B rows, T tokens, M model width, N rows of text, U units.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -33,8 +33,8 @@ from subquad.select.units import Unit
 from subquad.select.work import Bill, Work
 from subquad.student import Student
 
-Base = Literal["restore", "remove"]
-Train = Callable[[Student, int, str], None]  # (student, tokens, name): a stage on logits
+Base: TypeAlias = Literal["restore", "remove"]
+Train: TypeAlias = Callable[[Student, int, str], None]  # (student, tokens, name): as the recipe would, on logits
 
 KEPT = 4  # of the candidates, one in so many goes to the next round, with so many times the tokens
 

@@ -1,6 +1,6 @@
 """Units: sets of heads that keep attention together or not at all. A layer, a head, or a group of layers."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
 
 from subquad.errors import UserError
@@ -34,6 +34,11 @@ def units_of(shapes: Sequence[AttentionShape], wish: Wish) -> list[Unit]:
 def kind_of(wish: Wish) -> str:
     """What such a unit is called: layer, head or group."""
     return wish if isinstance(wish, str) else "group"
+
+
+def heads_of(units: Sequence[Unit], chosen: Iterable[int]) -> Unit:
+    """The heads of these units, by index."""
+    return [head for index in chosen for head in units[index]]
 
 
 def layers_in(unit: Unit) -> list[int]:

@@ -47,7 +47,6 @@ class Work:
     progress: Callable[[int, int], None] | None = None  # called with (pieces done, in all)
     accelerator: Accelerator | None = None
     file: Path | None = None
-    folder: Path | None = None  # for what a piece leaves while it is under way
     speed: Callable[[], float] | None = None
     dry_run: bool = False
     announced: Bill = field(default_factory=Bill)
