@@ -16,8 +16,7 @@ from subquad.distill.teacher_cache import TeacherCache
 from subquad.errors import UserError
 from subquad.files import write_json
 from subquad.measure import measured_rows
-from subquad.opening import open_corpus, open_teacher, settled, shapes_of
-from subquad.plan import Plan
+from subquad.opening import open_corpus, open_teacher, plan_of, settled
 from subquad.recipe import Recipe, load_recipe
 from subquad.report.format import nats, percent, size
 from subquad.run import Run, facts
@@ -57,9 +56,8 @@ def evaluate_model(
         max_tokens=recipe.data.max_tokens,
         heldout_fraction=recipe.data.heldout_fraction,
     )
-    plan = lm.plan if isinstance(lm, Student) else Plan.all_attention(shapes_of(lm))
     name = "student" if isinstance(lm, Student) else "model"
-    plans = {"teacher": Plan.all_attention(shapes_of(source.model)), name: plan}
+    plans = {"teacher": plan_of(source.model), name: plan_of(lm)}
     metrics = measured_rows({name: lm}, source, corpus, plans, recipe.evaluate, recipe.dtype)
     metrics["teacher_name"] = source.name
     if json_path is not None:

@@ -67,6 +67,11 @@ def shapes_of(model: Any) -> list[AttentionShape]:
     return [site.shape for site in find_attention(model)]
 
 
+def plan_of(model: Any) -> Plan:
+    """A student's own plan; any other model's is all attention."""
+    return model.plan if isinstance(model, Student) else Plan.all_attention(shapes_of(model))
+
+
 def new_student(run: Run, source: Teacher, plan: Plan, corpus: Corpus, mixers_from: Iterable[Student] = ()) -> Student:
     """A student with this plan: its mixers are another one's where that has the same, and calibrated elsewhere."""
     torch.manual_seed(0)  # the few new weights that start at random: gates' inner projections

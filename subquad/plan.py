@@ -40,6 +40,11 @@ ATTENTION = "attention"
 ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
+def dtype_name(model: Any) -> str:
+    """The floating point type of a model as `cache_bytes` knows it."""
+    return str(model.dtype).removeprefix("torch.")
+
+
 def _block(key: str, value: Any) -> str:
     """One entry of a plan's file; a mapping of mappings (and that of the layers) gets a line for each entry."""
     if isinstance(value, dict) and (key == "layers" or all(isinstance(inner, dict) for inner in value.values())):

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from subquad.mixers import mixer_class, mixer_options
-from subquad.plan import Plan
+from subquad.plan import Plan, dtype_name
 
 _ROUNDS = 7
 _SAMPLES = 64  # contexts at which the mixing of a prefill is counted
@@ -91,7 +91,7 @@ class Costs:
         read = [weight for weight in model.parameters() if id(weight) not in tables]
         return cls(
             plan,
-            dtype=str(model.dtype).removeprefix("torch."),
+            dtype=dtype_name(model),
             weight_bytes=sum(weight.nbytes for weight in read),
             token_flops=sum(2 * weight.numel() for weight in read if weight.dim() > 1) - 2 * head.weight.numel(),
             head_flops=2 * head.weight.numel(),

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from subquad.errors import UserError
-from subquad.opening import shapes_of
+from subquad.opening import plan_of
 from subquad.plan import ATTENTION, Plan
 from subquad.recipe import load_recipe
 from subquad.roofline import Costs
@@ -109,9 +109,8 @@ def open_subjects(model: str, against: str | None, dtype: str | None, device: st
     for name, source in sources.items():
         loaded = load_teacher(source, dtype=dtype, device=device)
         lm = loaded.model
-        plan = lm.plan if isinstance(lm, Student) else Plan.all_attention(shapes_of(lm))
         role = "student" if name == "model" and isinstance(lm, Student) else name
-        subjects.append(Subject(role, loaded.name, lm, plan))
+        subjects.append(Subject(role, loaded.name, lm, plan_of(lm)))
     sizes = [subject.vocabulary for subject in subjects]
     if len({*sizes}) > 1:
         raise UserError(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from subquad.plan import dtype_name
 from subquad.student import Student
 
 TOLERANCE = 1e-4  # of the largest logit's size, in float32; wider dtypes do better, narrower ones get more
@@ -50,7 +51,7 @@ def check_student(student: Student, *, length: int = 80, batch: int = 2, seed: i
 
     cache = student.new_cache()
     student(tokens_BT, past_key_values=cache, use_cache=True)
-    planned = student.plan.cache_bytes(length, batch, str(student.dtype).removeprefix("torch."))
+    planned = student.plan.cache_bytes(length, batch, dtype_name(student))
     found["cache bytes"] = float(abs(cache.nbytes() - planned))
     if cache.nbytes() != planned:
         raise ConformanceError(f"cache bytes: {cache.nbytes()} held, {planned} by the plan's arithmetic")

@@ -1,7 +1,8 @@
 """Training as a recipe says it: the stages of a scope, and short stages for a selector's candidates."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,27 +40,31 @@ def train_stages(
     results = []
     for index, stage in enumerate(run.recipe.stages):
         if stage.scope == scope:
-            target, text = logits_from(run, stage, source, corpus)
+            train = _runner(run, stage, index, source, corpus)
             with run.timed(stage.name):
-                result = run_stage(
-                    stage,
-                    index=index,
-                    student=student,
-                    teacher_model=source.model,
-                    corpus=text,
-                    logits_from=target,
-                    seed=run.recipe.seed,
-                    out=out or run.out,
-                    accelerator=run.accelerator,
-                    progress=run.console if run.main else None,
-                    resume=run.resume,
-                )
+                progress = run.console if run.main else None
+                result = train(stage, student=student, out=out or run.out, progress=progress)
             run.say(
                 f"{stage.name}: {result.tokens:,} tokens at {result.tokens_per_second:.0f} tokens/s, "
                 f"{result.share_of_bare_forward:.0%} of the teacher's bare forward pass"
             )
             results.append(result)
     return results
+
+
+def _runner(run: Run, stage: Stage, index: int, source: Teacher, corpus: Corpus) -> Callable[..., StageResult]:
+    """`run_stage` with what the recipe says of a stage: its place, its teacher, its text."""
+    target, text = logits_from(run, stage, source, corpus)
+    return partial(
+        run_stage,
+        index=index,
+        teacher_model=source.model,
+        corpus=text,
+        logits_from=target,
+        seed=run.recipe.seed,
+        accelerator=run.accelerator,
+        resume=run.resume,
+    )
 
 
 def logits_from(run: Run, stage: Stage, source: Teacher, corpus: Corpus) -> tuple[Any, Corpus]:
@@ -93,25 +98,15 @@ def candidate_training(run: Run, source: Teacher, corpus: Corpus) -> Train | Non
     if found is None:
         return None
     index, stage = found
-    target, text = logits_from(run, stage, source, corpus)
+    run_short = _runner(run, stage, index, source, corpus)
 
     def train(student: Student, tokens: int, name: str) -> None:
         folder = run.out / "candidates" / name
         if run.main:
             folder.mkdir(parents=True, exist_ok=True)
         run.accelerator.wait_for_everyone()
-        run_stage(
-            stage.model_copy(update={"tokens": tokens, "replaced": 1.0}),
-            index=index,
-            student=student,
-            teacher_model=source.model,
-            corpus=text,
-            logits_from=target,
-            seed=run.recipe.seed,
-            out=folder,
-            accelerator=run.accelerator,
-            resume=run.resume,
-        )
+        short = stage.model_copy(update={"tokens": tokens, "replaced": 1.0})
+        run_short(short, student=student, out=folder)
         run.accelerator.wait_for_everyone()
         if run.main:
             shutil.rmtree(folder)

@@ -7,9 +7,8 @@ import sys
 
 import pytest
 import torch
-from conftest import tiny
+from conftest import make_teacher, tiny
 from rich.console import Console
-from test_pipeline import make_teacher
 from typer.testing import CliRunner
 
 from subquad import Plan, Student, UserError, bench, memory, roofline, subjects

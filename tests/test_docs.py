@@ -7,7 +7,8 @@ from typing import get_args
 from unittest.mock import patch
 
 import pytest
-from test_pipeline import RECIPE, make_teacher, make_text
+from conftest import make_teacher, make_text
+from test_pipeline import RECIPE
 
 from subquad import pipeline
 from subquad.data.retrieval import TASKS

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny
-from test_pipeline import RECIPE, make_teacher, make_text
+from conftest import make_teacher, make_text, tiny
+from test_pipeline import RECIPE
 from test_retrieval import byte_tokenizer
 
 from subquad import jobs, pipeline

@@ -10,10 +10,10 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import tiny
+from conftest import make_text, tiny
 from rich.console import Console
 from safetensors.torch import load_file
-from test_pipeline import RECIPE, make_teacher, make_text
+from test_pipeline import RECIPE
 from typer.testing import CliRunner
 
 from subquad import jobs
@@ -59,11 +59,6 @@ def bytes_of(folder):
     for timed in (meta, *meta["shards"]):
         timed.pop("seconds", None), timed.pop("tokens_per_second", None)
     return meta, {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "meta.json"}
-
-
-@pytest.fixture(scope="module")
-def teacher_folder(tmp_path_factory):
-    return make_teacher(tmp_path_factory.mktemp("teacher"))
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from subquad import jobs, opening, pipeline, selection, training
 from subquad.errors import UserError
@@ -42,37 +40,6 @@ RECIPE = {
     },
 }
 FILES = {"config.json", "model.safetensors", "tokenizer.json", "plan.yaml", "scores.json", "metrics.json", "log.jsonl"}
-
-
-def make_teacher(folder):
-    """A tiny Llama with a tokenizer of words w0 ... w92."""
-    tiny("llama").save_pretrained(folder)
-    words = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(93))]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    ).save_pretrained(folder)
-    return str(folder)
-
-
-def make_text(folder):
-    """Sixty documents of random words."""
-    torch.manual_seed(0)
-    for document in range(60):
-        words = " ".join(f"w{int(i)}" for i in torch.randint(0, 93, (120,)))
-        (folder / f"{document}.txt").write_text(words, encoding="utf-8")
-    return [str(folder)]
-
-
-@pytest.fixture(scope="module")
-def teacher_folder(tmp_path_factory):
-    return make_teacher(tmp_path_factory.mktemp("teacher"))
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return make_text(tmp_path_factory.mktemp("text"))
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import tiny
-from test_pipeline import RECIPE, make_teacher, make_text
+from test_pipeline import RECIPE
 from test_recipes import shortened
 
 from subquad import pipeline, preview
@@ -21,16 +21,6 @@ from subquad.preview import StagePreview
 from subquad.recipe import Recipe
 from subquad.stage import Stage
 from subquad.student import Student
-
-
-@pytest.fixture(scope="module")
-def teacher_folder(tmp_path_factory):
-    return make_teacher(tmp_path_factory.mktemp("teacher"))
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return make_text(tmp_path_factory.mktemp("text"))
 
 
 def recipe(**stages: dict) -> Recipe:

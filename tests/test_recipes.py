@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import FAMILIES, tiny
 from test_distill import ALIGN, LOGITS, RandomText, T, assert_same_bits, lines, make_student, train, weights
-from test_pipeline import RECIPE, make_teacher, make_text
+from test_pipeline import RECIPE
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from subquad import jobs, pipeline
@@ -20,16 +20,6 @@ from subquad.student import Student, tied
 from subquad.testing import check_student
 
 LORA = {**LOGITS, "objective": "labels", "trainable": "lora", "lora": {"rank": 2, "alpha": 4}, "lr": 1e-2}
-
-
-@pytest.fixture(scope="module")
-def teacher_folder(tmp_path_factory):
-    return make_teacher(tmp_path_factory.mktemp("teacher"))
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return make_text(tmp_path_factory.mktemp("text"))
 
 
 def shortened(name):

@@ -84,10 +84,14 @@ class Coverage:
     """
 
     def __init__(self, teacher: PreTrainedModel, probes: Mapping[str, Probe], by: Kind | None = None) -> None:
-        answered = any(usable(teacher, probe).usable for probe in probes.values())
-        self.by: Kind = by or ("accuracy" if answered else "logprob")
-        self.probes = {task: probe for task, probe in probes.items() if usable(teacher, probe, self.by).usable}
-        self.theirs = {task: answers(teacher, probe).score()[self.by] for task, probe in self.probes.items()}
+        theirs = {task: answers(teacher, probe) for task, probe in probes.items()}
+
+        def used(by: Kind) -> dict[str, Probe]:
+            return {t: probe for t, probe in probes.items() if usable(teacher, probe, by, answered=theirs[t]).usable}
+
+        self.by: Kind = by or ("accuracy" if used("accuracy") else "logprob")
+        self.probes = used(self.by)
+        self.theirs = {task: theirs[task].score()[self.by] for task in self.probes}
 
     def of(self, model: PreTrainedModel, **how: Any) -> dict[str, float]:
         """`how`: keyword arguments of `answers`."""

@@ -32,6 +32,7 @@ from subquad.distill.tokens import CHUNK_ELEMENTS
 from subquad.errors import UserError
 from subquad.files import claim_folder, is_disk_full, sync
 from subquad.ops.common import wide
+from subquad.plan import dtype_name
 from subquad.teacher import Teacher
 
 FLOOR = -1e4  # least log-probability; float16 and float32 hold it exactly
@@ -97,7 +98,7 @@ def write_cache(
         "format": FORMAT,
         "teacher": teacher.name,
         "teacher_fingerprint": teacher.fingerprint,
-        "dtype": str(teacher.model.dtype).removeprefix("torch."),
+        "dtype": dtype_name(teacher.model),
         "tokenizer_hash": tokenizer_hash(teacher.tokenizer),
         "sources": [{key: source[key] for key in ("name", "sha256")} for source in corpus.meta["sources"]],
         "vocabulary": vocabulary,

@@ -108,16 +108,17 @@ def usable(
     probe: Probe,
     by: Literal["accuracy", "logprob"] = "accuracy",
     floor: float | None = None,
+    answered: Answers | None = None,
 ) -> Verdict:
     """Whether `teacher` answers `probe` well enough for a student's loss to show, by the measure that will be used.
 
     "accuracy": it gives at least `floor` (0.5) of the answers. "logprob": its log-probability of an answer token is at
     least `floor` (1.0) nats above that of the same answer after the facts of another row, so that a mere liking for
-    numbers does not count; a guess among the numbers it has read still does. Raises `UserError` for "logprob" and a
-    probe of one row.
+    numbers does not count; a guess among the numbers it has read still does. `answered`: its answers, where they are
+    known already. Raises `UserError` for "logprob" and a probe of one row.
     """
     floor = FLOORS[by] if floor is None else floor
-    value = answers(teacher, probe).score()[by]
+    value = (answered or answers(teacher, probe)).score()[by]
     if by == "accuracy":
         found = f"the teacher gives {value:.1%} of the answers, and should give {floor:.1%}"
     else:

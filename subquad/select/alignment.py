@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from subquad.attention import find_attention
 from subquad.distill.heads import final_hidden
@@ -29,10 +30,11 @@ def alignment_losses(board: Board, units: Sequence[Unit], text_NT: Tensor, work:
     packs = packed(units)
     plans = [board.keeping(heads_of(units, pack)) for pack in packs]
     students = [Student.from_teacher(board.teacher, plan, mixers_from=board.student) for plan in plans]
+    sites = [board.teacher.get_submodule(site.path) for site in find_attention(board.teacher)]
 
     @torch.no_grad()
     def piece(row: int) -> list[float]:
-        (linear_L, *kept) = _distances([board.student, *students], board, text_NT[row])
+        (linear_L, *kept) = _distances([board.student, *students], board.teacher, sites, text_NT[row])
         worth = [0.0] * len(units)
         for pack, with_attention_L in zip(packs, kept, strict=True):
             for unit in pack:
@@ -57,9 +59,10 @@ def packed(units: Sequence[Unit]) -> list[list[int]]:
     return [pack for pack, _ in packs]
 
 
-def _distances(students: Sequence[Student], board: Board, row_T: Tensor) -> list[list[float]]:
+def _distances(
+    students: Sequence[Student], teacher: PreTrainedModel, sites: Sequence[nn.Module], row_T: Tensor
+) -> list[list[float]]:
     """The distance of every layer of each student from the teacher's, given the teacher's input."""
-    sites = [board.teacher.get_submodule(site.path) for site in find_attention(board.teacher)]
     inside = [student.attention_modules() for student in students]
     found = [[0.0] * len(sites) for _ in students]
 
@@ -70,7 +73,7 @@ def _distances(students: Sequence[Student], board: Board, row_T: Tensor) -> list
 
     hooks = [site.register_forward_hook(partial(compare, layer), with_kwargs=True) for layer, site in enumerate(sites)]
     try:
-        final_hidden(board.teacher, row_T[None].to(board.teacher.device))
+        final_hidden(teacher, row_T[None].to(teacher.device))
     finally:
         for hook in hooks:
             hook.remove()

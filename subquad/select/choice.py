@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from subquad.data.text import Corpus
-from subquad.plan import ATTENTION, AttentionShape, Join, Plan
+from subquad.plan import ATTENTION, AttentionShape, Join, Plan, dtype_name
 from subquad.select.board import Board
 from subquad.select.budget import Budget, Cost
 from subquad.select.cost import best_units, front
@@ -146,7 +146,7 @@ def _with_alternatives(
         best = {unit: max(others, key=lambda name: worth[name][unit]) for unit in range(len(units))}
         chosen = {unit: name for unit, name in best.items() if worth[name][unit] > 0} | dict.fromkeys(kept, ATTENTION)
         return plan_with(chosen), kept
-    cost, limit = budget.priced(student.plan.shapes, str(student.dtype).removeprefix("torch."))
+    cost, limit = budget.priced(student.plan.shapes, dtype_name(student))
     least = cost(plan_with({}))
     items = [
         [(0.0, 0.0), *((worth[name][unit], cost(plan_with({unit: name})) - least) for name in names)]
@@ -171,7 +171,7 @@ def _kept(
         return choice.named[budget.word]
     if budget.context is None:
         return choice.kept(budget.of(len(choice.units), kind))
-    dtype = str(student.dtype).removeprefix("torch.")
+    dtype = dtype_name(student)
     seconds = decode_cost(budget.context) if budget.speedup is not None and decode_cost is not None else None
     if choice.worth is None:
 
@@ -191,7 +191,7 @@ def pareto(student: Student, budget: Budget, choice: Choice, join: Join = "split
     if choice.worth is None:
         return {}
     context = budget.context or FRONT_CONTEXT
-    dtype = str(student.dtype).removeprefix("torch.")
+    dtype = dtype_name(student)
     cost = methodcaller("cache_bytes", context, dtype=dtype)
     points = front(choice.units, choice.worth, student.plan.shapes, partial(student.plan.keeping, join=join), cost)
     return {"front": points, "front_context": context, "front_dtype": dtype}

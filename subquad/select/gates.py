@@ -26,8 +26,8 @@ from torch import Tensor
 
 from subquad.attention import Pass
 from subquad.distill.heads import Head, final_hidden
-from subquad.distill.tokens import FromHidden, chunked_loss
 from subquad.select.board import Board
+from subquad.select.kl import kl
 from subquad.select.units import Unit
 from subquad.select.work import Bill, Work
 
@@ -144,10 +144,8 @@ def _kl(board: Board, ids_BT: Tensor, gates: dict[int, Tensor]) -> Tensor:
     """Nats per token of the student with these gates; it can be differentiated by them."""
     with torch.no_grad():
         theirs_BTM = final_hidden(board.teacher, ids_BT)
-    student = board.student
-    mine_BTM = student.final_hidden(ids_BT, student_pass=Pass(gates=gates))
-    head = FromHidden(theirs_BTM, Head.of(board.teacher))
-    return chunked_loss(mine_BTM, Head.of(student), weights={"logits": 1.0}, teacher=head).total
+    mine_BTM = board.student.final_hidden(ids_BT, student_pass=Pass(gates=gates))
+    return kl(board.student, mine_BTM, board.teacher, theirs_BTM)
 
 
 def _score_function(head: Head, hidden_1TM: Tensor, generator: torch.Generator) -> Tensor:

@@ -54,7 +54,7 @@ def kl_without_training(board: Board, plans: Sequence[Plan], text_NT: Tensor, st
         ids_1T = text_NT[row : row + 1].to(board.student.device)
         theirs_BTM = final_hidden(board.teacher, ids_1T)
         return board.shared(
-            plans, lambda student: kl(student, student.final_hidden(ids_1T), board.teacher, theirs_BTM, stride)
+            plans, lambda student: float(kl(student, student.final_hidden(ids_1T), board.teacher, theirs_BTM, stride))
         )
 
     board.prepare(plans)
@@ -62,15 +62,14 @@ def kl_without_training(board: Board, plans: Sequence[Plan], text_NT: Tensor, st
     return work.pieces(f"kl {stride}", len(text_NT), piece, each=each)
 
 
-def kl(student: Student, student_BTM: Tensor, teacher: PreTrainedModel, teacher_BTM: Tensor, stride: int) -> float:
-    """Nats per token, at every `stride`-th position, from the last hidden states."""
-    loss = chunked_loss(
+def kl(student: Student, student_BTM: Tensor, teacher: PreTrainedModel, teacher_BTM: Tensor, stride: int = 1) -> Tensor:
+    """Nats per token, (), at every `stride`-th position, from the last hidden states."""
+    return chunked_loss(
         student_BTM[:, ::stride],
         Head.of(student),
         weights={"logits": 1.0},
         teacher=FromHidden(teacher_BTM[:, ::stride], Head.of(teacher)),
-    )
-    return float(loss.total)
+    ).total
 
 
 def round_tokens(tokens: int, rounds: int) -> list[int]:
@@ -122,12 +121,12 @@ def gains_with_training(
             ordered = worth_U.sort(descending=True).values
             place = min(max(cut, 1), units - 1)
             distance_U = (worth_U - (ordered[place - 1] + ordered[place]) / 2).abs()
-            wanted = sorted(wanted, key=distance_U.tolist().__getitem__)[: _open(units, turn)]
+            wanted = sorted(sorted(wanted, key=distance_U.tolist().__getitem__)[: _open(units, turn)])
         kl_N = [
             _trained(board, plans[index], text_NT, stride, work, train, amount, f"{index}-{turn}")
-            for index in (0, *(unit + 1 for unit in sorted(wanted)))
+            for index in (0, *(unit + 1 for unit in wanted))
         ]
-        gains_NU[:, sorted(wanted)] = gains_of(torch.stack(kl_N, 1), base)
+        gains_NU[:, wanted] = gains_of(torch.stack(kl_N, 1), base)
         for unit in wanted:
             last[unit] = turn
     return gains_NU, last
@@ -145,6 +144,6 @@ def _trained(
         with torch.no_grad():
             rows = [row[None].to(student.device) for row in text_NT]
             pairs = [(student.final_hidden(row), final_hidden(board.teacher, row)) for row in rows]
-            return [kl(student, mine, board.teacher, theirs, stride) for mine, theirs in pairs]
+            return [float(kl(student, mine, board.teacher, theirs, stride)) for mine, theirs in pairs]
 
     return work.pieces(f"kl {stride} after {tokens} tokens, {name}", 1, piece, each=each, together=True)[0]

@@ -99,7 +99,7 @@ def retrieval_scores(
     teacher = Student.from_teacher(model, Plan.all_attention(shapes))
     with evaluating(model):
         whole = {task: answers(model, probe) for task, probe in probes.items()}
-        kind, unusable = measure_of(model, probes, measure)
+        kind, unusable = measure_of(model, probes, whole, measure)
         for task, reason in unusable.items():
             work.say(f"the retrieval task '{task}' is left out: {reason}")
             del probes[task]

@@ -39,10 +39,15 @@ KINDS: tuple[Kind, ...] = ("accuracy", "logprob")
 ROUND = 8  # rows of each task that are measured before settled units are left out
 
 
-def measure_of(model: PreTrainedModel, probes: Mapping[str, Probe], wish: Measure) -> tuple[Kind, dict[str, str]]:
-    """What is compared, accuracy or logprob, and why tasks are left out. Raises UserError if none is left."""
+def measure_of(
+    model: PreTrainedModel, probes: Mapping[str, Probe], whole: Mapping[str, Answers], wish: Measure
+) -> tuple[Kind, dict[str, str]]:
+    """What is compared, accuracy or logprob, and why tasks are left out, from the model's answers (`whole`).
+
+    Raises UserError if none is left.
+    """
     for kind in KINDS if wish == "auto" else (wish,):
-        verdicts = {task: usable(model, probe, kind) for task, probe in probes.items()}
+        verdicts = {task: usable(model, probe, kind, answered=whole[task]) for task, probe in probes.items()}
         if all(verdict.usable for verdict in verdicts.values()):
             break
     unusable = {task: verdict.reason for task, verdict in verdicts.items() if not verdict.usable}
