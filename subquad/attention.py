@@ -8,7 +8,7 @@ changes:
   the interface, in what order and with what shapes. A model that never calls it is refused by its name.
 - `attach` gives each of those modules a `LayerMixer` and a hook that hands the function what it is not given (the
   hidden states, for gates) as one more keyword argument; the modules pass keyword arguments on. For a mixer without
-  rotary embedding the hook gives the module cosines of 1 and sines of 0.
+  rotary embedding the hook gives the module cosines of 1 and sines of 0 (rotary.py).
 - `mixed_attention` splits the heads by mixer and joins their outputs. What a forward pass needs beyond its inputs (the
   2D padding mask, the cache) comes in one `Pass`, as a keyword argument of the model. No module holds a mode.
 
@@ -36,7 +36,9 @@ from subquad.cache import StudentCache
 from subquad.errors import UserError
 from subquad.join import Branch, JoinStart, RecolouringAdapter, output_projection, projected
 from subquad.mixers import MIXERS, HeadGroup, Mixer, MixerInputs, mixer_options
+from subquad.mixers.base import picked
 from subquad.plan import ATTENTION, AttentionShape, Plan
+from subquad.rotary import Tables, rotation_of
 
 PROBE = "subquad_probe"
 WATCH = "subquad_watch"
@@ -109,6 +111,9 @@ class LayerMixer(nn.ModuleDict):
             parts["join"] = RecolouringAdapter(plan.shapes[layer].hidden_size, join_start)
         super().__init__(parts)
         self.layer = layer
+        together = [name for name in self.by_name if self.adapter is None or name != ATTENTION]
+        order = [head for name in together for head in self.by_name[name].group.heads]
+        self.places = tuple(sorted(range(len(order)), key=order.__getitem__))  # of each head, in the mixers' outputs
 
     @property
     def by_name(self) -> dict[str, Mixer]:
@@ -139,7 +144,7 @@ def mixed_attention(
     scaling: float | None = None,
     student_pass: Pass | None = None,
     hidden_states_BTM: Tensor | None = None,
-    plain: tuple[Tensor, Tensor] | None = None,
+    rotary: Callable[[Tensor], Tensor] | None = None,
     look: list[tuple[Tensor, Tensor]] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Branch | None]:
@@ -148,8 +153,8 @@ def mixed_attention(
     Under the parallel join attention is a branch of its own, returned where other functions return their weights; the
     module hands it on, and `_join` finds it there.
     The cache has counted the new tokens already (the module called `update`) and holds one state for each mixer.
-    `plain`: query and key without rotary embedding, where a mixer wants them so. With `look` nothing is computed: the
-    query and the key are put there.
+    `rotary`: turns queries and keys that come without rotary embedding, for who wants it. With `look` nothing is
+    computed: the query and the key are put there.
     """
     if look is not None:
         look.append((query, key))
@@ -172,22 +177,32 @@ def mixed_attention(
     cached = None if student_pass.cache is None else student_pass.cache.layers[layer.layer]
     if cached is not None:
         whole = replace(whole, past=cached.tokens - query.shape[2])
-    unrotated = whole if plain is None else replace(whole, q_BHTD=plain[0], k_BGTD=plain[1])
+
+    def turned(inputs: MixerInputs) -> MixerInputs:
+        if rotary is None:
+            return inputs
+        return replace(inputs, q_BHTD=rotary(inputs.q_BHTD), k_BGTD=rotary(inputs.k_BGTD))
 
     def inputs_of(mixer: Mixer) -> MixerInputs:
-        return _of_group(whole if mixer.rotary else unrotated, mixer.group)
+        mine = _of_group(whole, mixer.group)
+        return turned(mine) if mixer.rotary else mine
+
+    def attended() -> Tensor:
+        """What the teacher's attention computes."""
+        inputs = turned(whole)
+        return attend(inputs.q_BHTD, inputs.k_BGTD, value)
 
     if student_pass.inspector is not None:
         for name, mixer in mixers.items():
             student_pass.inspector(layer, name, inputs_of(mixer))
         return torch.zeros_like(query).transpose(1, 2), None
     if student_pass.observer is not None:
-        y_BHTD = attend(query, key, value)
+        y_BHTD = attended()
         for name, mixer in mixers.items():
-            student_pass.observer(layer, name, inputs_of(mixer), y_BHTD[:, list(mixer.group.heads)])
+            student_pass.observer(layer, name, inputs_of(mixer), picked(y_BHTD, mixer.group.heads))
         return y_BHTD.transpose(1, 2), None
     if layer.layer in student_pass.restored:
-        return attend(query, key, value).transpose(1, 2), None
+        return attended().transpose(1, 2), None
 
     outputs = {}
     for name, mixer in mixers.items():
@@ -201,17 +216,15 @@ def mixed_attention(
     if len(outputs) == 1:
         (y_BHTD,) = outputs.values()
     else:
-        joined = torch.cat(list(outputs.values()), 1)
-        order = torch.tensor([head for name in outputs for head in mixers[name].group.heads])
-        y_BHTD = joined[:, order.argsort().to(joined.device)]
+        y_BHTD = picked(torch.cat([*outputs.values()], 1), layer.places)
     if layer.layer in student_pass.gates:
         gate_H11 = student_pass.gates[layer.layer].to(y_BHTD.dtype)[:, None, None]
-        y_BHTD = y_BHTD + gate_H11 * (attend(query, key, value) - y_BHTD)
+        y_BHTD = y_BHTD + gate_H11 * (attended() - y_BHTD)
     if layer.layer in student_pass.gains:
         gain_BH11 = student_pass.gains[layer.layer].to(y_BHTD.dtype)[:, :, None, None]
         y_BHTD = y_BHTD * gain_BH11
         if branch is not None:
-            gain_BTHD = gain_BH11[:, list(branch.group.heads)].transpose(1, 2)
+            gain_BTHD = picked(gain_BH11, branch.group.heads).transpose(1, 2)
             branch = replace(branch, y_BTHD=branch.y_BTHD * gain_BTHD)
     return y_BHTD.transpose(1, 2), branch
 
@@ -220,8 +233,12 @@ def _of_group(inputs: MixerInputs, group: HeadGroup) -> MixerInputs:
     """The inputs of one head group; a whole layer's are passed on untouched."""
     if len(group.heads) == inputs.q_BHTD.shape[1]:
         return inputs
-    heads, kv = list(group.heads), list(group.kv_heads)
-    return replace(inputs, q_BHTD=inputs.q_BHTD[:, heads], k_BGTD=inputs.k_BGTD[:, kv], v_BGTD=inputs.v_BGTD[:, kv])
+    return replace(
+        inputs,
+        q_BHTD=picked(inputs.q_BHTD, group.heads),
+        k_BGTD=picked(inputs.k_BGTD, group.kv_heads),
+        v_BGTD=picked(inputs.v_BGTD, group.kv_heads),
+    )
 
 
 def _base_attention(
@@ -283,25 +300,30 @@ def keep_initialised(module: nn.Module) -> Any:
 
 
 def _provide(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Hands the attention function the hidden states, and queries and keys without rotary embedding where wanted."""
+    """Hands the attention function the hidden states; where a mixer wants no rotary embedding, that is left to it."""
     given = {**kwargs, "hidden_states_BTM": args[0] if args else kwargs["hidden_states"]}
     layer = layer_mixer(module)
     wishes = {mixer.rotary for mixer in layer.by_name.values()}
     if False not in wishes or kwargs.get("position_embeddings") is None:
         return args, given
     cos, sin = kwargs["position_embeddings"]
-    unrotated = {**given, "position_embeddings": (torch.ones_like(cos), torch.zeros_like(sin))}
+    given["position_embeddings"] = torch.ones_like(cos), torch.zeros_like(sin)
     student_pass = kwargs.get("student_pass") or Pass()
     restored = layer.layer in student_pass.restored or layer.layer in student_pass.gates
     attends = restored or student_pass.observer is not None
     if wishes == {False} and not attends:
-        return args, unrotated
+        return args, given
 
-    # Both are needed: the module goes through its projections once more, as far as the attention function.
-    look: list[tuple[Tensor, Tensor]] = []
-    no_cache = {name: None if isinstance(value, StudentCache) else value for name, value in unrotated.items()}
-    module.forward(*args, **no_cache, look=look)
-    return args, {**given, "plain": look[0]}
+    def look(module: nn.Module, hidden_BTM: Tensor, tables: Tables) -> tuple[Tensor, Tensor]:
+        seen: list[tuple[Tensor, Tensor]] = []
+        changed = {"hidden_states": hidden_BTM, "position_embeddings": tables, "attention_mask": None, "look": seen}
+        no_cache = {name: None if isinstance(value, StudentCache) else value for name, value in given.items()}
+        module.forward(**no_cache | changed)
+        return seen[0]
+
+    rotation = rotation_of(module, given["hidden_states_BTM"], cos, look)
+    cos_BTR, sin_BTR = rotation.tables(cos, sin)
+    return args, {**given, "rotary": partial(rotation.turned, cos_BTR=cos_BTR, sin_BTR=sin_BTR)}
 
 
 def _join(projection: nn.Module, module: nn.Module, args: Any, output: tuple[Any, ...]) -> Any:

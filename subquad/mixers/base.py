@@ -12,7 +12,7 @@ M hidden width of the model.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -47,6 +47,11 @@ class HeadGroup:
         return tuple(sorted({head // self.queries_per_kv for head in self.heads}))
 
     @cached_property
+    def served_by(self) -> tuple[int, ...]:
+        """Of each head, the place of its key/value head among those in use."""
+        return tuple(self.kv_heads.index(head // self.queries_per_kv) for head in self.heads)
+
+    @cached_property
     def even(self) -> bool:
         """Whether each key/value head serves equally many of these heads, so that grouped computation works."""
         counts = {sum(h // self.queries_per_kv == kv for h in self.heads) for kv in self.kv_heads}
@@ -59,6 +64,19 @@ class HeadGroup:
     def states(self, share: bool) -> int:
         """Recurrent states in use: one a key/value head when they are shared, else one a query head."""
         return len(self.kv_heads) if share and self.even else len(self.heads)
+
+
+def picked(x_BH_: Tensor, heads: tuple[int, ...]) -> Tensor:
+    """These heads: a view where they stand side by side, else by an index that waits on the device."""
+    if heads == tuple(range(heads[0], heads[0] + len(heads))):
+        return x_BH_[:, heads[0] : heads[0] + len(heads)]
+    return x_BH_.index_select(1, _index(heads, x_BH_.device))
+
+
+@cache
+def _index(heads: tuple[int, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # or training could not use it
+        return torch.tensor(heads, device=device)
 
 
 class Held(NamedTuple):
@@ -199,8 +217,7 @@ class Mixer(nn.Module):
         """Key/value heads repeated (or picked) so that each query head has its own."""
         if x_BGTD.shape[1] == len(self.group.heads):
             return x_BGTD
-        index = [self.group.kv_heads.index(head // self.group.queries_per_kv) for head in self.group.heads]
-        return x_BGTD[:, index]
+        return picked(x_BGTD, self.group.served_by)
 
 
 def _rows_of(weight: Tensor, shape: tuple[int, ...], whole: HeadGroup, part: HeadGroup) -> Tensor:

@@ -57,6 +57,9 @@ class ShortConv(nn.Module):
             extended = nn.functional.pad(x_BHTD, (0, 0, width - 1, 0))
         else:
             extended = torch.cat([before_BHWD, x_BHTD], 2)
+        if T == 1:  # decoding: as many inputs as taps
+            y_BHTD = (extended * self.weight_HWD).sum(2, keepdim=True) + self.bias_HD[:, None]
+            return nn.functional.silu(y_BHTD) if self.activation else y_BHTD, extended[:, :, 1:]
         taps = [extended[:, :, tap : tap + T] * self.weight_HWD[:, tap, None] for tap in range(width)]
         y_BHTD = sum(taps[1:], taps[0]) + self.bias_HD[:, None]
         return nn.functional.silu(y_BHTD) if self.activation else y_BHTD, extended[:, :, T:]
