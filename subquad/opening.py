@@ -11,11 +11,12 @@ from subquad.data.text import Corpus, load_corpus
 from subquad.distill.heads import check_head
 from subquad.errors import UserError
 from subquad.evaluate.harness import load_tasks
+from subquad.fresh import fresh_model
 from subquad.mixers import mixer_options
 from subquad.plan import ATTENTION, AttentionShape, Plan
 from subquad.recipe import NamedMixer, Recipe, load_recipe
 from subquad.run import Run
-from subquad.select import check_alternatives, check_selector
+from subquad.select import SELECTORS, check_alternatives, check_selector
 from subquad.student import Student, tied
 from subquad.teacher import Teacher, load_teacher
 
@@ -37,6 +38,11 @@ def settled(recipe: Recipe | str | Path, teacher: str, data: list[str] | None) -
     if recipe.mixer.name == ATTENTION:
         raise UserError("the recipe's mixer is attention itself, so there is nothing to convert: choose another mixer")
     check_selector(recipe.selector)
+    if recipe.student is not None and SELECTORS[recipe.selector.by].text:
+        raise UserError(
+            f"selector '{recipe.selector.by}' asks what the teacher's attention does in the student, which has a model "
+            "of its own in this recipe (student): choose uniform or fixed"
+        )
     check_alternatives(recipe)
     load_tasks(recipe.evaluate.tasks)
     return recipe
@@ -52,6 +58,8 @@ def open_teacher(run: Run, **how: Any) -> Teacher:
             f"the teacher '{source.name}' ties its output head to its input embedding, and the recipe refuses that "
             "(tied_embeddings): choose untie, retie or keep, or another teacher"
         )
+    own = run.recipe.student
+    run.base = source.model if own is None else fresh_model(source, own, run.recipe.seed)
     return source
 
 
@@ -72,11 +80,11 @@ def plan_of(model: Any) -> Plan:
     return model.plan if isinstance(model, Student) else Plan.all_attention(shapes_of(model))
 
 
-def new_student(run: Run, source: Teacher, plan: Plan, corpus: Corpus, mixers_from: Iterable[Student] = ()) -> Student:
+def new_student(run: Run, plan: Plan, corpus: Corpus, mixers_from: Iterable[Student] = ()) -> Student:
     """A student with this plan: its mixers are another one's where that has the same, and calibrated elsewhere."""
     torch.manual_seed(0)  # the few new weights that start at random: gates' inner projections
     start = run.recipe.mixer.join_start
-    student = Student.from_teacher(source.model, plan, mixers_from=mixers_from, join_start=start)
+    student = Student.from_teacher(run.base, plan, mixers_from=mixers_from, join_start=start)
     if student.new_mixers:
         length = min(CALIBRATION_TOKENS, len(corpus.train))
         student.calibrate(
@@ -91,11 +99,11 @@ def mixers_of(recipe: Recipe) -> dict[str, dict[str, Any]]:
     return {mixer.name: mixer.options for mixer in mixers}
 
 
-def all_linear(run: Run, source: Teacher, corpus: Corpus) -> dict[str, Student]:
+def all_linear(run: Run, corpus: Corpus) -> dict[str, Student]:
     """A student without attention for each of the recipe's mixers, the recipe's own first."""
-    shapes = shapes_of(source.model)
+    shapes = shapes_of(run.base)
     with run.timed("calibrate"):
         return {
-            name: new_student(run, source, Plan.by_layer(shapes, [], name, of_mixer), corpus)
+            name: new_student(run, Plan.by_layer(shapes, [], name, of_mixer), corpus)
             for name, of_mixer in mixers_of(run.recipe).items()
         }

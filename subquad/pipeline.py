@@ -15,9 +15,10 @@ from subquad.data.text import Corpus
 from subquad.distill.ledger import StageResult
 from subquad.evaluate import samples
 from subquad.measure import even_plan, measured_rows, verdicts, window_plan
-from subquad.opening import all_linear, new_student, open_corpus, open_teacher, settled
+from subquad.opening import all_linear, new_student, open_corpus, open_teacher, plan_of, settled
 from subquad.plan import Plan
 from subquad.recipe import Recipe
+from subquad.report import format as fmt
 from subquad.report import print_table, write_model_card, write_report
 from subquad.run import Run, facts, start_run
 from subquad.selection import named_plans, select_plan
@@ -58,7 +59,7 @@ def convert(
         corpus = open_corpus(run, source)
     run.say(f"teacher: {source.name}; text: {len(corpus.train):,} tokens to train on")
 
-    linear = all_linear(run, source, corpus)
+    linear = all_linear(run, corpus)
     results = align(run, linear, source, corpus)
     if given_plan is None:
         chosen, scores = select_plan(run, linear, source, corpus)
@@ -67,11 +68,11 @@ def convert(
         run.write("plan.yaml", chosen.to_yaml())
     run.say(f"plan: {chosen.pattern()}")
 
-    student = new_student(run, source, chosen, corpus, mixers_from=linear.values())
+    student = new_student(run, chosen, corpus, mixers_from=linear.values())
     if recipe.tied_embeddings in ("untie", "retie"):
         student.untie()
     results += train_stages(run, student, source, corpus, scope="plan")
-    if recipe.tied_embeddings == "retie" and tied(source.model):
+    if recipe.tied_embeddings == "retie" and tied(run.base):
         student.retie()
 
     if run.main:
@@ -82,7 +83,7 @@ def convert(
             for name, file in named_plans(run.out).items():
                 if (named := Plan.load(file)).layers != chosen.layers:
                     with run.writing(name) as folder:
-                        _save(new_student(run, source, named, corpus, mixers_from=linear.values()), source, folder)
+                        _save(new_student(run, named, corpus, mixers_from=linear.values()), source, folder)
                     run.say(f"the plan '{name}' of the selector is a model too, in {run.out / name}")
         run.seconds["total"] = time.perf_counter() - started
         metrics |= _bill(run, source, results, scores) | facts(run, command)
@@ -105,17 +106,11 @@ def _measure(
 ) -> dict[str, Any]:
     """metrics.json's rows, samples and verdicts: the student beside the rivals of the same budget or cache bytes."""
     recipe, plan = run.recipe, student.plan
-    even = even_plan(plan, recipe.mixer.name, recipe.mixer.options, recipe.dtype)
     with run.timed("evaluate"):
-        models = {"student": student}
-        if any(stage.scope == "all-linear" for stage in recipe.stages):
-            models["aligned"] = new_student(run, source, plan, corpus, mixers_from=linear.values())
-        if even.layers != plan.layers:
-            models["uniform"] = new_student(run, source, even, corpus, mixers_from=linear.values())
-        models["untrained"] = new_student(run, source, plan, corpus)
-        models["window"] = new_student(run, source, window_plan(plan, recipe.dtype), corpus)
-        run.say(f"measuring the teacher and {len(models)} models on held-out text and retrieval ...")
-        plans = {"teacher": Plan.all_attention(plan.shapes)} | {name: model.plan for name, model in models.items()}
+        # A student with a model of its own has no rivals: they are made of the teacher's weights.
+        models = {"student": student} | ({} if recipe.student else _rivals(run, plan, corpus, linear))
+        run.say(f"measuring the teacher and {fmt.count(len(models), 'model')} on held-out text and retrieval ...")
+        plans = {"teacher": plan_of(source.model)} | {name: model.plan for name, model in models.items()}
         metrics = measured_rows(models, source, corpus, plans, recipe.evaluate, recipe.dtype)
         prompts, length = recipe.evaluate.prompts, recipe.evaluate.max_new_tokens
         theirs = samples(source.model, source.tokenizer, prompts, length)
@@ -126,6 +121,20 @@ def _measure(
     ]
     metrics["verdicts"] = verdicts(metrics, recipe.evaluate.contexts)
     return metrics
+
+
+def _rivals(run: Run, plan: Plan, corpus: Corpus, linear: Mapping[str, Student]) -> dict[str, Student]:
+    """Students of the same budget or cache bytes that were trained less, or not."""
+    recipe = run.recipe
+    even = even_plan(plan, recipe.mixer.name, recipe.mixer.options, recipe.dtype)
+    rivals = {}
+    if any(stage.scope == "all-linear" for stage in recipe.stages):
+        rivals["aligned"] = new_student(run, plan, corpus, mixers_from=linear.values())
+    if even.layers != plan.layers:
+        rivals["uniform"] = new_student(run, even, corpus, mixers_from=linear.values())
+    rivals["untrained"] = new_student(run, plan, corpus)
+    rivals["window"] = new_student(run, window_plan(plan, recipe.dtype), corpus)
+    return rivals
 
 
 def _bill(run: Run, source: Teacher, results: list[StageResult], scores: dict[str, Any]) -> dict[str, Any]:

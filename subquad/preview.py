@@ -129,7 +129,7 @@ def preview(
             corpus = open_corpus(run, source)
         run.say(f"teacher: {source.name}; text: {len(corpus.train):,} tokens to train on")
         questions(recipe.evaluate, source, corpus)  # for `convert` would ask them in the end
-        linear = all_linear(run, source, corpus)
+        linear = all_linear(run, corpus)
         found = _previewed(run, source, corpus, linear, given_plan)
         _say(run, found, Path(out))
         run.end()
@@ -147,7 +147,7 @@ def _previewed(
         run.say("what follows is for a plan of the budget's size, evenly spaced:\n")
         seconds["select"] = bill.seconds(speed)
     plan = given_plan or _stand_in(linear[recipe.mixer.name], recipe)
-    student = new_student(run, source, plan, corpus, mixers_from=linear.values())
+    student = new_student(run, plan, corpus, mixers_from=linear.values())
     if recipe.tied_embeddings in ("untie", "retie"):
         student.untie()
     found = Preview(
@@ -161,9 +161,10 @@ def _previewed(
     for index, stage in enumerate(recipe.stages):
         found.stages.append(_try(run, index, source, corpus, linear, student, speed))
         seconds[stage.name] = found.stages[-1].seconds
-    rivals = 2 + any(stage.scope == "all-linear" for stage in recipe.stages)  # untrained and window; aligned
     even = even_plan(plan, recipe.mixer.name, recipe.mixer.options, recipe.dtype)
-    models = 2 + rivals + (even.layers != plan.layers)
+    aligned = any(stage.scope == "all-linear" for stage in recipe.stages)
+    rivals = 0 if recipe.student else 2 + aligned + (even.layers != plan.layers)  # untrained and window, and these
+    models = 2 + rivals
     calibrated = 2 * seconds["calibrate"] / len(linear)
     seconds["evaluate"] = evaluation_bill(recipe.evaluate, models).seconds(speed) + calibrated
     return found

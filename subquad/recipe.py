@@ -52,6 +52,17 @@ class NamedMixer(Section):
     """Keyword arguments of the mixer, such as `window: 64`."""
 
 
+class StudentModelConfig(Section):
+    """The model whose attention is replaced, where that is not the teacher."""
+
+    model: str | None = None
+    """A Hub id or folder whose configuration it has; none: the teacher's."""
+    changes: dict[str, Any] = {}
+    """What is different in that configuration: `num_hidden_layers: 3`."""
+    start: Literal["random", "teacher"] = "random"
+    """`teacher`: weights of the same name and shape are the teacher's, layer l's from its layer floor(l L_t / L_s)."""
+
+
 class MixerConfig(NamedMixer):
     """What takes the place of attention."""
 
@@ -133,6 +144,8 @@ class Recipe(Section):
     """Where the teacher's input embedding is its output head too: `keep` trains the one matrix for both, `untie` gives
     the student two, `retie` trains two and leaves their mean, `refuse` refuses such a teacher."""
     data: DataConfig = DataConfig()
+    student: StudentModelConfig | None = None
+    """A model of its own for the student, smaller than the teacher; none: the teacher itself, with all its weights."""
     mixer: MixerConfig = MixerConfig()
     selector: SelectorConfig = SelectorConfig()
     stages: list[Stage] = []

@@ -15,6 +15,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from rich.console import Console
+from transformers import PreTrainedModel
 
 import subquad
 from subquad.distill.loop import make_accelerator
@@ -34,6 +35,7 @@ class Run:
     console: Console
     resume: bool
     seconds: dict[str, float] = field(default_factory=dict)
+    base: PreTrainedModel = field(init=False)  # whose attention is replaced: the teacher, or the student's own model
 
     @property
     def main(self) -> bool:

@@ -74,7 +74,7 @@ def select(
     run = start_run(recipe, work, resume=resume, overwrite=not resume)
     source = open_teacher(run, **how)
     corpus = open_corpus(run, source)
-    linear = all_linear(run, source, corpus)
+    linear = all_linear(run, corpus)
     if SELECTORS[recipe.selector.by].aligned:
         align(run, linear, source, corpus)
     plan, found = select_plan(run, linear, source, corpus)
@@ -121,7 +121,7 @@ def _bill(run: Run, **how: Any) -> None:
     """Says what aligning and selecting would cost."""
     source = open_teacher(run, **how)
     corpus = open_corpus(run, source)
-    linear = all_linear(run, source, corpus)
+    linear = all_linear(run, corpus)
     if SELECTORS[run.recipe.selector.by].aligned:
         for stage in run.recipe.stages:
             if stage.scope == "all-linear":

@@ -21,7 +21,7 @@ from pydantic import (
 
 from subquad.errors import UserError, nearest
 
-Objective: TypeAlias = Literal["matrix", "mixer_output", "block_output", "logits", "labels"]
+Objective: TypeAlias = Literal["matrix", "mixer_output", "block_output", "bridge", "logits", "labels"]
 Divergence: TypeAlias = Literal["forward_kl", "reverse_kl", "jensen_shannon", "soft_cross_entropy"]
 OF_TOKENS = ("logits", "labels")  # objectives at the output head; the others compare layer by layer
 SETS = ("mixers", "qkvo", "lora", "all", "all but mlp")
@@ -77,15 +77,27 @@ class Lora(Section):
     """The linear maps of the converted layers' attention modules, or all linear maps whose names match these globs."""
 
 
+class BridgeConfig(Section):
+    """The maps from a student's queries and keys to the teacher's."""
+
+    sides: Literal["both", "queries", "keys"] = "both"
+    width: Length | None = None
+    """Channels between the two layers of a map; none: as many as the teacher's queries or keys have."""
+    layers: list[int] | None = None
+    """The teacher's layer for each of the student's; none: floor(l L_t / L_s)."""
+
+
 class Stage(Section):
     """One phase of training."""
 
     name: str
     objective: Objective | dict[str, float] = "logits"
-    """`matrix` (mixing matrices), `mixer_output` and `block_output` (hidden states), `logits` (divergence from the
-    teacher), `labels` (next token), or a weighted sum: `{logits: 1.0, labels: 0.1}`."""
+    """`matrix` (mixing matrices), `mixer_output` and `block_output` (hidden states), `bridge` (queries and keys,
+    through small maps), `logits` (divergence from the teacher), `labels` (next token), or a weighted sum:
+    `{logits: 1.0, labels: 0.1}`."""
     teacher_forced: bool | None = None
-    """Whether every layer gets the teacher's input; none: yes, unless `logits` or `labels` are among the objectives."""
+    """Whether every layer gets the teacher's input; none: yes, unless `logits`, `labels` or `bridge` are among the
+    objectives."""
     scope: Literal["all-linear", "plan"] = "plan"
     """The student that is trained: the all-linear one that the selector starts from, or the selected plan."""
     replaced: float = Field(default=1.0, gt=0, le=1)
@@ -126,6 +138,8 @@ class Stage(Section):
     """Temperature of the logits in the divergence."""
     loss: Literal["norm", "squared"] = "norm"
     """Distance of hidden states, averaged over tokens: the L2 norm over the model width, or the squared error."""
+    bridge: BridgeConfig = BridgeConfig()
+    """Of the objective `bridge`."""
     gap: Length = 1
     """Blocks in a row that run free within `block_output`: each group of them gets the teacher's input once."""
     teacher: str | None = None
@@ -150,7 +164,9 @@ class Stage(Section):
     @property
     def forced(self) -> bool:
         """Whether every layer gets the teacher's input."""
-        return self.weights.keys().isdisjoint(OF_TOKENS) if self.teacher_forced is None else self.teacher_forced
+        if self.teacher_forced is None:
+            return self.weights.keys().isdisjoint((*OF_TOKENS, "bridge"))
+        return self.teacher_forced
 
     @property
     def trained(self) -> list[str]:
@@ -192,8 +208,10 @@ class Stage(Section):
         if "matrix" in weights and not self.forced:
             raise ValueError(
                 "compares matrices of different inputs: 'matrix' needs teacher_forced, so it cannot be summed with "
-                "logits or labels"
+                "logits or labels, nor, unless teacher_forced is set, with bridge"
             )
+        if "bridge" not in weights and self.bridge != BridgeConfig():
+            raise ValueError("has settings under 'bridge', which is not among its objectives")
         if self.gap > 1 and not ("block_output" in weights and self.forced):
             raise ValueError("has a gap, which is for a teacher-forced 'block_output'")
         if ("lora" in self.trained) != (self.lora is not None):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from subquad.cache import StudentCache
 from subquad.errors import UserError
 from subquad.join import JoinStart
 from subquad.mixers import Mixer, MixerInputs
-from subquad.plan import ATTENTION, Plan
+from subquad.plan import ATTENTION, AttentionShape, Plan
 
 # Lets a folder load with trust_remote_code=True where Subquad is installed but not imported.
 REMOTE_CODE = '''"""Loads this model through the installed `subquad` package."""
@@ -132,6 +132,24 @@ class Student(PreTrainedModel, GenerationMixin):
         for other in [mixers_from] if isinstance(mixers_from, Student) else mixers_from:
             student._take_mixers(other)
         return student.eval()
+
+    @classmethod
+    def from_config(
+        cls,
+        config: PreTrainedConfig,
+        plan_of: Callable[[list[AttentionShape]], Plan],
+        dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+    ) -> Student:
+        """A student whose model has this configuration and random weights: smaller than a teacher, or another family.
+
+        `plan_of`: its plan, given the shapes of its layers, as in `lambda shapes: Plan.by_layer(shapes, [], "gla")`.
+        Raises UserError as `from_teacher` does.
+        """
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            return cls.from_teacher(model, plan_of([site.shape for site in find_attention(model)]))
 
     def _take_mixers(self, other: Student) -> None:
         for layer, (mine, theirs) in enumerate(zip(self.blocks(), other.blocks(), strict=True)):

@@ -51,7 +51,7 @@ def test_links_lead_somewhere():
 def test_recipes_of_the_documentation(tmp_path):
     pages = [(ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("recipes.md", "select.md")]
     page, blocks = pages[0], re.findall(r"^```yaml\n(.*?)^```", "\n".join(pages), re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 5
     for number, block in enumerate(blocks):
         (tmp_path / f"{number}.yaml").write_text(block, encoding="utf-8")
         assert load_recipe(tmp_path / f"{number}.yaml").stages

@@ -202,7 +202,7 @@ def test_mistyped_overrides(override, sentence):
 def test_recipes_that_are_not_there(tmp_path):
     with pytest.raises(UserError, match="did you mean 'quick'"):
         load_recipe("quikc")
-    with pytest.raises(UserError, match="nowhere.yaml' does not exist; shipped recipes are distill-then-replace, "):
+    with pytest.raises(UserError, match="nowhere.yaml' does not exist; shipped recipes are cab, "):
         load_recipe(tmp_path / "nowhere.yaml")
 
 

@@ -271,8 +271,10 @@ def prepared(
     teacher_model.eval()
     with ExitStack() as within:
         within.enter_context(adapters(student, stage, seed))
-        training_pass = make_pass(stage, student, teacher_model, logits_from)
+        training_pass = make_pass(stage, student, teacher_model, logits_from, seed)
         parameters = choose_parameters(student, stage, training_pass.reachable)
+        if training_pass.bridge is not None:
+            parameters |= {f"bridge.{name}": weight for name, weight in training_pass.bridge.named_parameters()}
         lowered = within.enter_context(trained_in_float32(parameters))
         within.enter_context(checkpointed_blocks(student, stage.gradient_checkpointing))
         optimizer = make_optimizer(parameters, stage, student)

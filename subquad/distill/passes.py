@@ -14,7 +14,7 @@ Legend: B sequences, T tokens, N = B x T, C tokens of a chunk, M model width.
 """
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, Protocol
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from subquad.attention import AttentionCall, LayerMixer, Pass, find_attention, watched_attention
+from subquad.distill.bridge import Bridge
 from subquad.distill.heads import Head, final_hidden
 from subquad.distill.hidden import matrix_distance, output_distance
 from subquad.distill.tokens import FromHidden, TeacherLogits, chunked_loss, next_token_labels
@@ -44,6 +45,7 @@ class TrainingPass(Protocol):
     """A way to get gradients from a micro-batch."""
 
     weights: dict[str, float]  # of the parts in the loss
+    bridge: Bridge | None  # what it trains beside the student, and drops
     reachable: set[str]  # names of the student's parameters that may get a gradient
     device: torch.device  # where token ids go
 
@@ -70,7 +72,7 @@ class _Done(Exception):
 class TeacherForced:
     """Distances of the student's layers from the teacher's, each given the teacher's input; means over layers."""
 
-    def __init__(self, stage: Stage, student: Student, teacher: PreTrainedModel) -> None:
+    def __init__(self, stage: Stage, student: Student, teacher: PreTrainedModel, seed: int = 0) -> None:
         self.layers, waiting = layers_in_order(student, stage.replaced)
         self.student_pass = Pass(restored=waiting)
         self.student, self.teacher, self.kind = student, teacher, stage.loss
@@ -78,6 +80,13 @@ class TeacherForced:
         sites = find_attention(teacher)
         self.attention = [teacher.get_submodule(site.path) for site in sites]
         self.blocks = [teacher.get_submodule(site.block) for site in sites]
+        shapes = [site.shape for site in sites]
+        if shapes != student.plan.shapes:
+            raise UserError(
+                f"stage '{stage.name}' gives every layer the teacher's input, and the student's layers are not of the "
+                "teacher's number or shape: set teacher_forced: false, or choose logits, labels or bridge"
+            )
+        self.bridge = Bridge(stage, student, self.layers, shapes, seed) if "bridge" in stage.weights else None
         groups = [range(start, min(start + stage.gap, len(sites))) for start in range(0, len(sites), stage.gap)]
         self.groups = {  # by layer, of the block outputs that are compared
             layer: group for group in groups if not set(group).isdisjoint(self.layers) for layer in group
@@ -112,7 +121,12 @@ class TeacherForced:
         def align(layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             with torch.enable_grad():
                 if "matrix" in self.objectives:
-                    _backward(weighted("matrix", layer, self._matrix(layer, args, kwargs, calls[module])))
+                    pairs = self._inputs(layer, args, kwargs)
+                    _backward(weighted("matrix", layer, _matrix_distances(pairs, calls[module])))
+                if self.bridge is not None:
+                    inputs = [given for _, given in self._inputs(layer, args, kwargs)]
+                    call = calls[self.attention[self.bridge.teacher_layers[layer]]]
+                    _backward(weighted("bridge", layer, self.bridge.loss(layer, inputs, call)))
                 if "mixer_output" in self.objectives:
                     student_BTM = self.student.attention_modules()[layer](*args, **kwargs)[0]
                     _backward(weighted("mixer_output", layer, output_distance(student_BTM, _first(output), self.kind)))
@@ -137,8 +151,9 @@ class TeacherForced:
                 raise _Done
 
         with ExitStack() as hooks, torch.no_grad():
-            calls = hooks.enter_context(watched_attention(self.teacher)) if "matrix" in self.objectives else {}
-            if not self.objectives.keys().isdisjoint(("matrix", "mixer_output")):
+            watching = not self.objectives.keys().isdisjoint(("matrix", "bridge"))
+            calls = hooks.enter_context(watched_attention(self.teacher)) if watching else {}
+            if watching or "mixer_output" in self.objectives:
                 for layer in self.layers:
                     hook = self.attention[layer].register_forward_hook(partial(align, layer), with_kwargs=True)
                     hooks.callback(hook.remove)
@@ -152,8 +167,8 @@ class TeacherForced:
                 pass
         return losses
 
-    def _matrix(self, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any], call: AttentionCall) -> Tensor:
-        """The distance of this layer's matrices: the mean over its heads that have mixers."""
+    def _inputs(self, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[Mixer, MixerInputs]]:
+        """The mixers of this layer, and what they are given where the layer gets the teacher's input."""
         seen: list[tuple[Mixer, MixerInputs]] = []
 
         def inspect(mixers: LayerMixer, name: str, inputs: MixerInputs) -> None:
@@ -161,9 +176,14 @@ class TeacherForced:
                 seen.append((mixers.by_name[name], inputs))
 
         self.student.attention_modules()[layer](*args, **{**kwargs, "student_pass": Pass(inspector=inspect)})
-        heads = [len(mixer.group.heads) for mixer, _ in seen]
-        distances = [matrix_distance(mixer, inputs, call) for mixer, inputs in seen]
-        return torch.stack([n * d for n, d in zip(heads, distances, strict=True)]).sum() / sum(heads)
+        return seen
+
+
+def _matrix_distances(pairs: Sequence[tuple[Mixer, MixerInputs]], call: AttentionCall) -> Tensor:
+    """The distance of a layer's matrices: the mean over its heads that have mixers."""
+    heads = [len(mixer.group.heads) for mixer, _ in pairs]
+    distances = [matrix_distance(mixer, inputs, call) for mixer, inputs in pairs]
+    return torch.stack([n * d for n, d in zip(heads, distances, strict=True)]).sum() / sum(heads)
 
 
 def _check_matrices(stage: Stage, student: Student, layers: list[int]) -> None:
@@ -185,7 +205,12 @@ class FreeRunning:
     """Divergence from the teacher, cross-entropy of the next token, and distances of hidden states, as weighted."""
 
     def __init__(
-        self, stage: Stage, student: Student, teacher: PreTrainedModel, logits_from: PreTrainedModel | LogitsStore
+        self,
+        stage: Stage,
+        student: Student,
+        teacher: PreTrainedModel,
+        logits_from: PreTrainedModel | LogitsStore,
+        seed: int = 0,
     ) -> None:
         self.stage, self.student, self.teacher, self.logits_from = stage, student, teacher, logits_from
         self.layers, waiting = layers_in_order(student, stage.replaced)
@@ -197,21 +222,43 @@ class FreeRunning:
         self.reachable = {name for name, _ in student.named_parameters()}
         self.device = _token_device(student.backbone)
         sites = find_attention(teacher)
-        theirs, mine = [teacher.get_submodule(site.path) for site in sites], student.attention_modules()
+        shapes = [site.shape for site in sites]
+        if self.hidden.keys() - {"bridge"} and shapes != student.plan.shapes:
+            raise UserError(
+                f"stage '{stage.name}' compares hidden states, and the student's layers are not of the teacher's "
+                "number or shape: choose logits, labels or bridge"
+            )
+        self.bridge = Bridge(stage, student, self.layers, shapes, seed) if "bridge" in self.hidden else None
+        self.attention = [teacher.get_submodule(site.path) for site in sites]
+        theirs, mine = self.attention, student.attention_modules()
         blocks = [teacher.get_submodule(site.block) for site in sites]
         both = {"mixer_output": (theirs, mine), "block_output": (blocks, student.blocks())}
         self.modules = {
-            name: [[modules[layer] for layer in self.layers] for modules in both[name]] for name in self.hidden
+            name: [[modules[layer] for layer in self.layers] for modules in both[name]]
+            for name in self.hidden.keys() & both.keys()
         }
 
     def __call__(self, input_ids_BT: Tensor, share: float) -> dict[str, Tensor]:
         watched = {name: modules[0] for name, modules in self.modules.items()}
-        with torch.no_grad(), _outputs(watched) as theirs:
+        calls: dict[nn.Module, AttentionCall] = {}
+        heard: dict[int, list[MixerInputs]] = {}
+        with ExitStack() as within:
+            within.enter_context(torch.no_grad())
+            theirs = within.enter_context(_outputs(watched))
+            if self.bridge is not None:
+                calls = within.enter_context(watched_attention(self.teacher))
             head, teacher = self._teacher(input_ids_BT)
-        with _outputs({name: modules[1] for name, modules in self.modules.items()}) as mine:
+        with ExitStack() as within:
+            mine = within.enter_context(_outputs({name: modules[1] for name, modules in self.modules.items()}))
+            if self.bridge is not None:
+                heard = within.enter_context(self.bridge.listening())
             student_BTM = self.student.final_hidden(input_ids_BT, student_pass=self.student_pass)
         parts: dict[str, Tensor] = {}
-        for name in self.hidden:
+        if self.bridge is not None:
+            for layer, inputs in heard.items():
+                call = calls[self.attention[self.bridge.teacher_layers[layer]]]
+                parts[f"bridge of layer {layer}"] = self.bridge.loss(layer, inputs, call)
+        for name in self.modules:
             for layer, student, target in zip(self.layers, mine[name], theirs[name], strict=True):
                 parts[f"{name} of layer {layer}"] = output_distance(student, target, self.stage.loss)
         total = sum((self.weights[part] * loss for part, loss in parts.items()), torch.zeros((), device=self.device))
@@ -277,11 +324,16 @@ def make_pass(
     student: Student,
     teacher: PreTrainedModel,
     logits_from: PreTrainedModel | LogitsStore | None = None,
+    seed: int = 0,
 ) -> TrainingPass:
-    """The pass of a stage. `logits_from`: another teacher, or its stored logits, for the objective `logits`."""
+    """The pass of a stage. `logits_from`: another teacher, or its stored logits, for the objective `logits`.
+
+    `seed`: of the maps of the objective `bridge`. Raises UserError where the student's layers must be the teacher's, in
+    number and shape, and are not.
+    """
     if stage.forced:
-        return TeacherForced(stage, student, teacher)
-    return FreeRunning(stage, student, teacher, teacher if logits_from is None else logits_from)
+        return TeacherForced(stage, student, teacher, seed)
+    return FreeRunning(stage, student, teacher, teacher if logits_from is None else logits_from, seed)
 
 
 @torch.no_grad()

@@ -133,6 +133,11 @@ class Mixer(nn.Module):
         """What comes after mixing: norms and gates."""
         return y_BHTD
 
+    def queries_and_keys(self, inputs: MixerInputs) -> tuple[Tensor, Tensor]:
+        """What it reads with, (B, H, T, N), and writes with, (B, G, T, N), before any gate: C and B of an SSM."""
+        prepared, _ = self.prepare(inputs, {})
+        return prepared.q_BHTD, prepared.k_BGTD
+
     def forward(self, inputs: MixerInputs, state: State | None = None) -> tuple[Tensor, State]:
         """The mixer's output (B, H, T, D) and its new state; `state` is None at the start of a sequence.
 

@@ -3,13 +3,15 @@
 Legend: B batch, H query heads, G state heads, T new tokens, D head width.
 """
 
+from typing import Literal
+
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from subquad.mixers.base import HeadGroup, MixerInputs, State
 from subquad.mixers.conv import Convolved, ConvOptions
-from subquad.mixers.parts import Output, masked, small_linear
+from subquad.mixers.parts import Output, masked, small_linear, spread_decays
 from subquad.ops import decay_chunk, decay_step
 from subquad.ops.common import wide
 
@@ -17,6 +19,7 @@ from subquad.ops.common import wide
 class DiscreteMamba2Options(ConvOptions):
     conv: int = Field(4, ge=1, description="width of the causal convolutions on q, k and v; 1: none")
     gate_rank: int | None = Field(None, ge=1, description="rank of the output gate's projection; null: full")
+    memory: Literal["long", "spread"] = Field("long", description="decays start near 1, or spread as in Mamba-2")
     rotary: bool = Field(False, description="queries and keys with the teacher's rotary embedding")
 
 
@@ -36,6 +39,9 @@ class DiscreteMamba2(Convolved):
         super().__init__(group, options)
         heads = len(group.heads)
         self.decay = small_linear(group.hidden_size, self.states, bias=6.0)
+        if options.memory == "spread":
+            A_G, dt_G = spread_decays(self.states)
+            self.decay.bias.data.copy_((-A_G * dt_G).exp().logit())
         self.D_H = nn.Parameter(torch.zeros(heads))
         self.output = Output(heads, group.head_dim, group.hidden_size, rank=options.gate_rank, norm=None)
 

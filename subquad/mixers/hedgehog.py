@@ -42,6 +42,10 @@ class Hedgehog(Mixer):
         self.key_map = FeatureMap(group.states(share=True), group.head_dim, features)
         self.log_far_H = nn.Parameter(torch.zeros(len(group.heads)))
 
+    def queries_and_keys(self, inputs: MixerInputs) -> tuple[Tensor, Tensor]:
+        inputs = self.shared(inputs, share=True)
+        return self.query_map(inputs.q_BHTD), self.key_map(inputs.k_BGTD)
+
     def mix(self, inputs: MixerInputs, state: State) -> tuple[Tensor, State]:
         inputs = self.shared(inputs, share=True)
         near = window_of(inputs, {name: x for name, x in state.items() if name != "far"}, self.options)

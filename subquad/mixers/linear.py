@@ -48,6 +48,10 @@ class Linear(Recurrent):
         x_BHTN = wide(x_BHTN) * self.group.head_dim**-0.25
         return x_BHTN.softmax(-1) if self.options.feature == "softmax" else nn.functional.elu(x_BHTN) + 1
 
+    def queries_and_keys(self, inputs: MixerInputs) -> tuple[Tensor, Tensor]:
+        q_BHTN, k_BGTN = super().queries_and_keys(inputs)
+        return self.features(q_BHTN, "query_features"), self.features(k_BGTN, "key_features")
+
     def terms(self, inputs: MixerInputs) -> tuple[Tensor | None, ...]:
         q_BHTF, k_BGTF = self.features(inputs.q_BHTD, "query_features"), self.features(inputs.k_BGTD, "key_features")
         ones_BGT1 = torch.ones_like(inputs.v_BGTD[..., :1])

@@ -4,6 +4,7 @@ Legend: B batch, H query heads, G state heads, T new tokens, D head width, M hid
 """
 
 import math
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from subquad.mixers.base import HeadGroup, MixerInputs, State
 from subquad.mixers.conv import Convolved, ConvOptions
-from subquad.mixers.parts import Output, masked, small_linear
+from subquad.mixers.parts import Output, masked, small_linear, spread_decays
 from subquad.ops import decay_chunk, decay_step
 from subquad.ops.common import wide
 
@@ -21,6 +22,7 @@ class Mamba2Options(ConvOptions):
     gate_rank: int | None = Field(
         16, ge=1, description="rank of the output gate's projection; null: full, as in Mamba-2"
     )
+    memory: Literal["long", "spread"] = Field("long", description="decays start near 1, or spread as in Mamba-2")
 
 
 class Mamba2(Convolved):
@@ -42,6 +44,10 @@ class Mamba2(Convolved):
         heads = len(group.heads)
         self.dt = small_linear(group.hidden_size, self.states, bias=math.log(math.expm1(1.0)))  # dt = 1
         self.A_log_G = nn.Parameter(torch.full((self.states,), math.log(1e-3)))
+        if options.memory == "spread":
+            A_G, dt_G = spread_decays(self.states)
+            self.A_log_G.data.copy_(A_G.log())
+            self.dt.bias.data.copy_(dt_G.expm1().log())  # softplus of it is dt
         self.D_H = nn.Parameter(torch.zeros(heads))
         self.output = Output(heads, group.head_dim, group.hidden_size, rank=options.gate_rank, norm="last")
 

@@ -3,6 +3,7 @@
 Legend: B batch, H heads, T new tokens, D head width, F features, M hidden width of the model, W convolution width.
 """
 
+import math
 from typing import Literal
 
 import torch
@@ -27,6 +28,11 @@ def small_linear(hidden_size: int, out: int, bias: float) -> nn.Linear:
     nn.init.normal_(linear.weight, std=0.02 / hidden_size**0.5)
     nn.init.constant_(linear.bias, bias)
     return linear
+
+
+def spread_decays(states: int) -> tuple[Tensor, Tensor]:
+    """A and dt of Mamba-2's own start, one a state: uniform in [1, 16], and log-uniform in [0.001, 0.1]."""
+    return torch.empty(states).uniform_(1, 16), torch.empty(states).uniform_(math.log(1e-3), math.log(1e-1)).exp()
 
 
 class LowRank(nn.Sequential):
