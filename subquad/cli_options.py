@@ -28,7 +28,7 @@ RecipeOption = Annotated[
         help="The recipe: mixer, selector, training stages and evaluation. One that ships with Subquad, or your own "
         ".yaml file. For minutes on two CPU cores: quick, and the -quick form of each of these, which are for GPUs: "
         "kl-guided, kl-guided-full, mohawk, mohawk-hybrid, llamba, radlads, lolcats, liger, "
-        "mamba-in-llama, retrieval-aware, distill-then-replace.",
+        "mamba-in-llama, retrieval-aware, distill-then-replace, cab.",
     ),
 ]
 SetOption = Annotated[

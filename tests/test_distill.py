@@ -45,6 +45,7 @@ LAYERS = {
     **ALIGN, "name": "layers", "trainable": ["mixers", "qkvo"],
     "objective": {"matrix": 0.1, "mixer_output": 1.0, "block_output": 1.0},
 }  # fmt: skip
+BRIDGE = {**LOGITS, "name": "bridge", "objective": {"bridge": 1.0, "logits": 0.5}}
 
 
 class RandomText:
@@ -251,7 +252,7 @@ def test_micro_batches_change_nothing(tmp_path):
             torch.testing.assert_close(tensor, runs[0][0].state_dict()[name], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("settings", [ALIGN, LOGITS, LAYERS], ids=["mixer_output", "logits", "layers"])
+@pytest.mark.parametrize("settings", [ALIGN, LOGITS, LAYERS, BRIDGE], ids=["mixer_output", "logits", "layers", "bridge"])
 def test_bfloat16_weights_are_trained_in_float32(tmp_path, settings):
     teacher = tiny("llama", torch.bfloat16)
     student = make_student(teacher, mixer="hedgehog")
@@ -279,7 +280,7 @@ def test_bare_forward_speed_counts_tokens():
 # Going on after a kill ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("settings", [ALIGN, LOGITS], ids=["mixer_output", "logits"])
+@pytest.mark.parametrize("settings", [ALIGN, LOGITS, BRIDGE], ids=["mixer_output", "logits", "bridge"])
 def test_interrupted_at_any_write_it_ends_with_the_same_bits(tmp_path, settings, monkeypatch):
     """Each run dies at another write to the disk, and is resumed until it is through."""
 
