@@ -14,6 +14,7 @@ from subquad import autoclasses
 from subquad.errors import UserError
 
 if TYPE_CHECKING:
+    from subquad.images import ImageStudent
     from subquad.pipeline import convert
     from subquad.plan import Plan
     from subquad.recipe import Recipe, load_recipe
@@ -21,9 +22,10 @@ if TYPE_CHECKING:
     from subquad.testing import check_student
 
 __version__ = "0.1.0"
-__all__ = ["Plan", "Recipe", "Student", "UserError", "check_student", "convert", "load_recipe"]
+__all__ = ["ImageStudent", "Plan", "Recipe", "Student", "UserError", "check_student", "convert", "load_recipe"]
 
 _HOME = {
+    "ImageStudent": "subquad.images",
     "Plan": "subquad.plan",
     "Recipe": "subquad.recipe",
     "Student": "subquad.student",

@@ -1,16 +1,15 @@
 """Where mixers meet a Hugging Face model: its attention function.
 
-Recent transformers models call one function, `attention_interface(module, query, key, value, mask, ...)`, after their
-own projections, norms and rotary embedding. A student's model is told to call ours instead, and nothing of its code
-changes:
+A student's model is told to call our function instead of its own (interface.py), and nothing of its code changes:
 
-- `find_attention` runs the model once on two tokens with a function that only looks, and so learns which modules call
-  the interface, in what order and with what shapes. A model that never calls it is refused by its name.
-- `attach` gives each of those modules a `LayerMixer` and a hook that hands the function what it is not given (the
-  hidden states, for gates) as one more keyword argument; the modules pass keyword arguments on. For a mixer without
-  rotary embedding the hook gives the module cosines of 1 and sines of 0 (rotary.py).
+- `attach` gives each of those modules a `LayerMixer` and a hook that leaves there, for the length of the call, what the
+  function is not given (`Given`: the hidden states, for gates). For a mixer without rotary embedding the hook gives the
+  module cosines of 1 and sines of 0 (rotary.py).
 - `mixed_attention` splits the heads by mixer and joins their outputs. What a forward pass needs beyond its inputs (the
-  2D padding mask, the cache) comes in one `Pass`, as a keyword argument of the model. No module holds a mode.
+  2D padding mask, the cache) comes in one `Pass`, as a keyword argument of the model, which the models pass on as far
+  as their attention modules. No module holds a mode.
+- The tokens at the front of an image encoder (class, registers) stand in the middle for the mixers, where two scans
+  see them from both sides (Vision Mamba, arXiv 2401.09417).
 
 The heads that keep attention go through the function that the model used before (sdpa, eager, ...), so that a student
 whose plan is all attention computes exactly what its teacher does.
@@ -18,9 +17,7 @@ whose plan is all attention computes exactly what its teacher does.
 Legend: B batch, H query heads, G key/value heads, T new tokens, L past and new tokens, D head width, M hidden width.
 """
 
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import SimpleNamespace
@@ -30,48 +27,16 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from subquad.cache import StudentCache
-from subquad.errors import UserError
+from subquad.interface import attention_function, set_attention
 from subquad.join import Branch, JoinStart, RecolouringAdapter, output_projection, projected
 from subquad.mixers import MIXERS, HeadGroup, Mixer, MixerInputs, mixer_options
 from subquad.mixers.base import picked
-from subquad.plan import ATTENTION, AttentionShape, Plan
+from subquad.plan import ATTENTION, Plan
 from subquad.rotary import Tables, rotation_of
 
-PROBE = "subquad_probe"
-WATCH = "subquad_watch"
 PREFIX = "subquad_"  # "subquad_sdpa": mixers, with sdpa for the heads that keep attention
-
-
-@dataclass(frozen=True)
-class AttentionSite:
-    """A module that calls the attention interface: its path in the model and the shape of its heads."""
-
-    path: str
-    shape: AttentionShape
-
-    @property
-    def block(self) -> str:
-        """The path of the decoder block that it is in."""
-        return block_path(self.path)
-
-
-def block_path(attention_path: str) -> str:
-    """The path of the decoder block around an attention module."""
-    return attention_path.rpartition(".")[0]
-
-
-@dataclass(frozen=True)
-class AttentionCall:
-    """What an attention function computes its probabilities from: softmax(cap(scale q k^T)) over what may be seen."""
-
-    q_BHTD: Tensor
-    k_BGTD: Tensor
-    scale: float
-    softcap: float | None
-    causal: bool
 
 
 Observer = Callable[["LayerMixer", str, MixerInputs, Tensor], None]
@@ -96,13 +61,29 @@ class Pass:
     gates: Mapping[int, Tensor] = field(default_factory=dict)  # (H,) by layer: shares of attention in its place, 0 to 1
 
 
+@dataclass
+class Given:
+    """What one call of an attention module is about, beyond what it gives its attention function.
+
+    `rotary`: turns queries and keys that come without rotary embedding, for who wants it. With `look` nothing is
+    computed: the query and the key are put there.
+    """
+
+    hidden_BTM: Tensor | None = None
+    student_pass: Pass = field(default_factory=Pass)
+    rotary: Callable[[Tensor], Tensor] | None = None
+    look: list[tuple[Tensor, Tensor]] | None = None
+
+
 class LayerMixer(nn.ModuleDict):
     """The mixers of one layer by name, each over its own heads, and the adapter of the parallel join (`join`).
 
-    State dict: `<attention module>.mixer.<name>.*`.
+    State dict: `<attention module>.mixer.<name>.*`. `middle`: so many tokens at the front are moved to the middle.
     """
 
-    def __init__(self, plan: Plan, layer: int, join_start: JoinStart = "identity") -> None:
+    given: Given  # of the call under way
+
+    def __init__(self, plan: Plan, layer: int, join_start: JoinStart = "identity", middle: int = 0) -> None:
         parts: dict[str, nn.Module] = {
             name: MIXERS[name](group, mixer_options(name, plan.mixers[name]))
             for name, group in plan.groups(layer).items()
@@ -110,7 +91,7 @@ class LayerMixer(nn.ModuleDict):
         if plan.joined(layer):
             parts["join"] = RecolouringAdapter(plan.shapes[layer].hidden_size, join_start)
         super().__init__(parts)
-        self.layer = layer
+        self.layer, self.middle, self.given = layer, middle, Given()
         together = [name for name in self.by_name if self.adapter is None or name != ATTENTION]
         order = [head for name in together for head in self.by_name[name].group.heads]
         self.places = tuple(sorted(range(len(order)), key=order.__getitem__))  # of each head, in the mixers' outputs
@@ -142,10 +123,6 @@ def mixed_attention(
     *,
     base: str,
     scaling: float | None = None,
-    student_pass: Pass | None = None,
-    hidden_states_BTM: Tensor | None = None,
-    rotary: Callable[[Tensor], Tensor] | None = None,
-    look: list[tuple[Tensor, Tensor]] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Branch | None]:
     """The attention function of a student: query (B, H, T, D), key and value (B, G, T, D) -> (B, T, H, D).
@@ -153,22 +130,27 @@ def mixed_attention(
     Under the parallel join attention is a branch of its own, returned where other functions return their weights; the
     module hands it on, and `_join` finds it there.
     The cache has counted the new tokens already (the module called `update`) and holds one state for each mixer.
-    `rotary`: turns queries and keys that come without rotary embedding, for who wants it. With `look` nothing is
-    computed: the query and the key are put there.
     """
-    if look is not None:
-        look.append((query, key))
-        return torch.zeros_like(query).transpose(1, 2), None
     layer = layer_mixer(module)
-    mixers = layer.by_name
-    student_pass = student_pass or Pass()
-    assert hidden_states_BTM is not None
+    given, mixers = layer.given, layer.by_name
+    if given.look is not None:
+        given.look.append((query, key))
+        return torch.zeros_like(query).transpose(1, 2), None
+    student_pass, rotary, hidden_BTM = given.student_pass, given.rotary, given.hidden_BTM
+    assert hidden_BTM is not None
+    if layer.middle:
+        query, key, value = (to_middle(x, 2, layer.middle) for x in (query, key, value))
+        hidden_BTM = to_middle(hidden_BTM, 1, layer.middle)
+
+    def out(y_BHTD: Tensor) -> Tensor:
+        return to_front(y_BHTD.transpose(1, 2), 1, layer.middle)
+
     attend = _base_attention(module, base, attention_mask, scaling, kwargs)
     whole = MixerInputs(
         query,
         key,
         value,
-        hidden_states_BTM,
+        hidden_BTM,
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         softcap=kwargs.get("softcap"),
         padding_BL=student_pass.padding_BL,
@@ -200,9 +182,9 @@ def mixed_attention(
         y_BHTD = attended()
         for name, mixer in mixers.items():
             student_pass.observer(layer, name, inputs_of(mixer), picked(y_BHTD, mixer.group.heads))
-        return y_BHTD.transpose(1, 2), None
+        return out(y_BHTD), None
     if layer.layer in student_pass.restored:
-        return attended().transpose(1, 2), None
+        return out(attended()), None
 
     outputs = {}
     for name, mixer in mixers.items():
@@ -212,7 +194,7 @@ def mixed_attention(
             cached.store(name, new_state)
     branch = None
     if layer.adapter is not None:
-        branch = Branch(mixers[ATTENTION].group, outputs.pop(ATTENTION).transpose(1, 2))
+        branch = Branch(mixers[ATTENTION].group, out(outputs.pop(ATTENTION)))
     if len(outputs) == 1:
         (y_BHTD,) = outputs.values()
     else:
@@ -226,7 +208,23 @@ def mixed_attention(
         if branch is not None:
             gain_BTHD = picked(gain_BH11, branch.group.heads).transpose(1, 2)
             branch = replace(branch, y_BTHD=branch.y_BTHD * gain_BTHD)
-    return y_BHTD.transpose(1, 2), branch
+    return out(y_BHTD), branch
+
+
+def to_middle(x: Tensor, time: int, count: int) -> Tensor:
+    """Moves the first `count` tokens to the middle of the others; `time` is the dimension of tokens."""
+    half = (x.shape[time] - count) // 2
+    front, before, after = x.split([count, half, x.shape[time] - count - half], time)
+    return torch.cat([before, front, after], time)
+
+
+def to_front(x: Tensor, time: int, count: int) -> Tensor:
+    """Undoes `to_middle`."""
+    if count == 0:
+        return x
+    half = (x.shape[time] - count) // 2
+    before, front, after = x.split([half, count, x.shape[time] - count - half], time)
+    return torch.cat([front, before, after], time)
 
 
 def _of_group(inputs: MixerInputs, group: HeadGroup) -> MixerInputs:
@@ -245,26 +243,20 @@ def _base_attention(
     module: nn.Module, base: str, mask: Tensor | None, scaling: float | None, kwargs: dict[str, Any]
 ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """The model's own attention function, bound to this call: (q, k, v) -> y, all (B, heads, time, D)."""
-    function = _attention_function(module, base)
+    function = attention_function(module, base)
 
     def attend(q_BHTD: Tensor, k_BGLD: Tensor, v_BGLD: Tensor) -> Tensor:
         # Attention functions read these four of the module, and the group size must be that of the heads at hand.
         view = SimpleNamespace(
             num_key_value_groups=q_BHTD.shape[1] // k_BGLD.shape[1],
-            is_causal=True,
+            is_causal=getattr(module, "is_causal", True),
             training=module.training,
-            layer_idx=module.layer_idx,
+            layer_idx=getattr(module, "layer_idx", None),
         )
         y_BTHD, _ = function(view, q_BHTD, k_BGLD, v_BGLD, mask, scaling=scaling, **kwargs)
         return y_BTHD.transpose(1, 2)
 
     return attend
-
-
-def _attention_function(module: nn.Module, base: str) -> Callable[..., Any]:
-    """The function of the implementation `base`; 'eager' is in the model's own file, as transformers resolves it."""
-    eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    return ALL_ATTENTION_FUNCTIONS.get_interface(base, eager)
 
 
 def register(base: str) -> str:
@@ -279,7 +271,9 @@ def register(base: str) -> str:
     return name
 
 
-def attach(model: PreTrainedModel, paths: Sequence[str], plan: Plan, join_start: JoinStart = "identity") -> None:
+def attach(
+    model: PreTrainedModel, paths: Sequence[str], plan: Plan, join_start: JoinStart = "identity", middle: int = 0
+) -> None:
     """Gives each attention module its mixers and its hooks, and makes the model call our attention function."""
     for layer, path in enumerate(paths):
         module = model.get_submodule(path)
@@ -287,7 +281,7 @@ def attach(model: PreTrainedModel, paths: Sequence[str], plan: Plan, join_start:
             shape = plan.shapes[layer]
             projection = output_projection(module, shape.heads * shape.head_dim, shape.hidden_size)
             module.register_forward_hook(partial(_join, projection))
-        module.mixer = keep_initialised(LayerMixer(plan, layer, join_start))
+        module.mixer = keep_initialised(LayerMixer(plan, layer, join_start, middle))
         module.register_forward_pre_hook(_provide, with_kwargs=True)
     set_attention(model, register(model.config._attn_implementation))
 
@@ -300,30 +294,34 @@ def keep_initialised(module: nn.Module) -> Any:
 
 
 def _provide(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Hands the attention function the hidden states; where a mixer wants no rotary embedding, that is left to it."""
-    given = {**kwargs, "hidden_states_BTM": args[0] if args else kwargs["hidden_states"]}
-    layer = layer_mixer(module)
+    """Leaves what the attention function is not given; where a mixer wants no rotary embedding, that is left to it."""
+    kwargs = {**kwargs}
+    student_pass = kwargs.pop("student_pass", None) or Pass()
+    layer, hidden_BTM = layer_mixer(module), args[0] if args else kwargs["hidden_states"]
+    layer.given = given = Given(hidden_BTM, student_pass)
     wishes = {mixer.rotary for mixer in layer.by_name.values()}
     if False not in wishes or kwargs.get("position_embeddings") is None:
-        return args, given
+        return args, kwargs
     cos, sin = kwargs["position_embeddings"]
-    given["position_embeddings"] = torch.ones_like(cos), torch.zeros_like(sin)
-    student_pass = kwargs.get("student_pass") or Pass()
+    kwargs["position_embeddings"] = torch.ones_like(cos), torch.zeros_like(sin)
     restored = layer.layer in student_pass.restored or layer.layer in student_pass.gates
     attends = restored or student_pass.observer is not None
     if wishes == {False} and not attends:
-        return args, given
+        return args, kwargs
 
     def look(module: nn.Module, hidden_BTM: Tensor, tables: Tables) -> tuple[Tensor, Tensor]:
         seen: list[tuple[Tensor, Tensor]] = []
-        changed = {"hidden_states": hidden_BTM, "position_embeddings": tables, "attention_mask": None, "look": seen}
-        no_cache = {name: None if isinstance(value, StudentCache) else value for name, value in given.items()}
+        layer.given = Given(look=seen)
+        changed = {"hidden_states": hidden_BTM, "position_embeddings": tables, "attention_mask": None}
+        no_cache = {name: None if isinstance(value, StudentCache) else value for name, value in kwargs.items()}
         module.forward(**no_cache | changed)
+        layer.given = given
         return seen[0]
 
-    rotation = rotation_of(module, given["hidden_states_BTM"], cos, look)
+    rotation = rotation_of(module, hidden_BTM, cos, look)
     cos_BTR, sin_BTR = rotation.tables(cos, sin)
-    return args, {**given, "rotary": partial(rotation.turned, cos_BTR=cos_BTR, sin_BTR=sin_BTR)}
+    given.rotary = partial(rotation.turned, cos_BTR=cos_BTR, sin_BTR=sin_BTR)
+    return args, kwargs
 
 
 def _join(projection: nn.Module, module: nn.Module, args: Any, output: tuple[Any, ...]) -> Any:
@@ -334,99 +332,3 @@ def _join(projection: nn.Module, module: nn.Module, args: Any, output: tuple[Any
     adapter = layer_mixer(module).adapter
     assert adapter is not None
     return adapter(u_BTM, projected(projection, branch)), None, *rest
-
-
-def set_attention(model: PreTrainedModel, name: str) -> None:
-    """Sets the attention implementation of a model and all its parts (they may share one config object or not)."""
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        if config is not None:
-            config._attn_implementation = name
-
-
-@contextmanager
-def _attention(model: PreTrainedModel, name: str) -> Iterator[None]:
-    before = model.config._attn_implementation
-    set_attention(model, name)
-    try:
-        yield
-    finally:
-        set_attention(model, before)
-
-
-@contextmanager
-def watched_attention(model: PreTrainedModel) -> Iterator[dict[nn.Module, AttentionCall]]:
-    """Within, `model` attends as before, and what each of its attention modules was last called with is kept."""
-    base = model.config._attn_implementation
-    calls: dict[nn.Module, AttentionCall] = {}
-
-    def watch(
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        scaling: float | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        causal = bool(getattr(module, "is_causal", True))
-        calls[module] = AttentionCall(query, key, scale, kwargs.get("softcap"), causal)
-        return _attention_function(module, base)(module, query, key, value, mask, scaling=scaling, **kwargs)
-
-    AttentionInterface.register(WATCH, watch)
-    AttentionMaskInterface.register(WATCH, ALL_MASK_ATTENTION_FUNCTIONS[base])
-    with _attention(model, WATCH):
-        yield calls
-
-
-@torch.no_grad()
-def find_attention(model: PreTrainedModel) -> list[AttentionSite]:
-    """The modules of a causal language model that call the attention interface, in the order of their calls.
-
-    Raises UserError, naming the model's class, for a model that does not call the interface, does not pass keyword
-    arguments on to it, attends across sequences, or has keys and values of different width (MLA).
-    """
-    family = type(model).__name__
-    if model.config.model_type == "subquad":
-        raise UserError("this model is a student already: convert its teacher, with another plan")
-    if model.config.is_encoder_decoder:
-        raise UserError(f"{family} is an encoder-decoder model; Subquad converts decoder-only models")
-    paths = {module: path for path, module in model.named_modules()}
-    sites: list[AttentionSite] = []
-
-    def look(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
-    ) -> tuple[Tensor, None]:
-        if "student_pass" not in kwargs:
-            raise UserError(f"{family} does not pass keyword arguments on to its attention function: unsupported")
-        if key.shape[-1] != value.shape[-1] or query.shape[-1] != key.shape[-1]:
-            raise UserError(f"{family} has multi-head latent attention (MLA): unsupported")
-        hidden_size = model.config.get_text_config().hidden_size
-        shape = AttentionShape(
-            heads=query.shape[1],
-            kv_heads=key.shape[1],
-            head_dim=query.shape[-1],
-            hidden_size=hidden_size,
-            window=kwargs.get("sliding_window"),
-        )
-        sites.append(AttentionSite(paths[module], shape))
-        return torch.zeros_like(query).transpose(1, 2), None
-
-    AttentionInterface.register(PROBE, look)
-    AttentionMaskInterface.register(PROBE, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
-    device = next(model.get_input_embeddings().parameters()).device
-    token = torch.zeros(1, 2, dtype=torch.long, device=device)
-    with _attention(model, PROBE):
-        try:
-            model(token, use_cache=False, student_pass=Pass())
-        except TypeError as error:
-            raise UserError(f"{family} does not take the attention function's keyword arguments ({error})") from None
-    if not sites:
-        raise UserError(
-            f"{family} does not call transformers' attention interface, through which Subquad replaces attention: "
-            "unsupported"
-        )
-    if len({site.path for site in sites}) != len(sites):
-        raise UserError(f"{family} shares one attention module between layers: unsupported")
-    return sites

@@ -31,7 +31,8 @@ def install() -> None:
 
 
 def _register() -> None:
-    importlib.import_module("subquad.student").register()
+    for module in ("subquad.student", "subquad.images"):
+        importlib.import_module(module).register()
 
 
 class _Watch(importlib.abc.MetaPathFinder):

@@ -7,10 +7,10 @@ teacher's place as what a plan is applied to.
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from subquad.attention import block_path, find_attention
 from subquad.distill.bridge import layer_map
 from subquad.distill.trainable import Parameters
 from subquad.errors import UserError, nearest
+from subquad.interface import block_path, find_attention
 from subquad.recipe import StudentModelConfig
 from subquad.teacher import Teacher
 

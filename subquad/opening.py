@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
-from subquad.attention import find_attention
 from subquad.data.text import Corpus, load_corpus
 from subquad.distill.heads import check_head
 from subquad.errors import UserError
 from subquad.evaluate.harness import load_tasks
 from subquad.fresh import fresh_model
+from subquad.interface import find_attention
 from subquad.mixers import mixer_options
 from subquad.plan import ATTENTION, AttentionShape, Plan
 from subquad.recipe import NamedMixer, Recipe, load_recipe

@@ -21,7 +21,6 @@ import torch
 from huggingface_hub import ModelCardData
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from subquad.attention import find_attention
 from subquad.data.retrieval import Probe, make_probe
 from subquad.data.text import Corpus, load_corpus
 from subquad.distill.ledger import StageResult
@@ -29,6 +28,7 @@ from subquad.distill.loop import run_stage
 from subquad.errors import UserError
 from subquad.evaluate import likelihood, retrieval
 from subquad.evaluate.retrieval import Score
+from subquad.interface import find_attention
 from subquad.lessons import Lessons, shares, train_tokenizer
 from subquad.plan import Plan
 from subquad.recipe import DataConfig, Recipe

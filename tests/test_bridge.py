@@ -12,12 +12,12 @@ from test_pipeline import RECIPE
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from subquad import pipeline
-from subquad.attention import watched_attention
 from subquad.distill import loop
 from subquad.distill.bridge import SIDES, layer_map
 from subquad.distill.passes import bare_forward_speed, make_pass
 from subquad.errors import UserError
 from subquad.fresh import take_weights
+from subquad.interface import watched_attention
 from subquad.mixers import MIXERS, mixer_options
 from subquad.opening import shapes_of
 from subquad.plan import ATTENTION, Plan

@@ -8,8 +8,8 @@ import pytest
 import torch
 from conftest import FAMILIES, tiny
 
-from subquad.attention import find_attention
 from subquad.errors import UserError
+from subquad.interface import find_attention
 from subquad.plan import AttentionShape, Plan
 from subquad.select.budget import Budget, largest_within
 from subquad.select.cost import best_units, by_layers, front, groups_of

@@ -257,7 +257,7 @@ def test_importing_subquad_is_light():
 @pytest.fixture(scope="module")
 def student_folder(tmp_path_factory):
     from subquad import Plan, Student
-    from subquad.attention import find_attention
+    from subquad.interface import find_attention
 
     teacher = tiny("llama")
     shapes = [site.shape for site in find_attention(teacher)]

@@ -18,7 +18,6 @@ from conftest import tiny
 from rich.console import Console
 from safetensors.torch import load_file
 
-from subquad.attention import find_attention
 from subquad.distill import checkpoint as checkpoint_module
 from subquad.distill import loop
 from subquad.distill.hidden import output_distance
@@ -29,6 +28,7 @@ from subquad.distill.passes import TeacherForced, bare_forward_speed
 from subquad.distill.schedule import learning_rate_factor, warmup_steps
 from subquad.distill.trainable import choose_parameters, make_optimizer
 from subquad.errors import UserError
+from subquad.interface import find_attention
 from subquad.plan import Plan
 from subquad.stage import Stage
 from subquad.student import Student
@@ -252,7 +252,7 @@ def test_micro_batches_change_nothing(tmp_path):
             torch.testing.assert_close(tensor, runs[0][0].state_dict()[name], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("settings", [ALIGN, LOGITS, LAYERS, BRIDGE], ids=["mixer_output", "logits", "layers", "bridge"])
+@pytest.mark.parametrize("settings", [ALIGN, LOGITS, LAYERS, BRIDGE], ids=lambda settings: settings["name"])
 def test_bfloat16_weights_are_trained_in_float32(tmp_path, settings):
     teacher = tiny("llama", torch.bfloat16)
     student = make_student(teacher, mixer="hedgehog")

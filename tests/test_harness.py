@@ -16,11 +16,11 @@ from test_pipeline import RECIPE
 from test_retrieval import byte_tokenizer
 
 from subquad import jobs, pipeline
-from subquad.attention import find_attention
 from subquad.data.questions import read_questions
 from subquad.errors import UserError
 from subquad.evaluate import harness
 from subquad.evaluate.harness import load_tasks
+from subquad.interface import find_attention
 from subquad.plan import Plan
 from subquad.recipe import Recipe
 from subquad.select.task import task_score

@@ -5,8 +5,9 @@ import torch
 from conftest import FAMILIES, tiny
 from torch import nn
 
-from subquad.attention import Pass, find_attention
+from subquad.attention import Pass
 from subquad.errors import UserError
+from subquad.interface import find_attention
 from subquad.join import EPS, RecolouringAdapter, output_projection
 from subquad.plan import Plan
 from subquad.student import Student

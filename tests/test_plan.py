@@ -4,9 +4,9 @@ import pytest
 import torch
 from conftest import FAMILIES, tiny
 
-from subquad.attention import find_attention
 from subquad.errors import UserError
 from subquad.evaluate import held_cache_bytes
+from subquad.interface import find_attention
 from subquad.plan import AttentionShape, Plan
 from subquad.student import Student
 

@@ -10,9 +10,9 @@ from test_pipeline import RECIPE
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from subquad import jobs, pipeline
-from subquad.attention import find_attention
 from subquad.errors import UserError
 from subquad.evaluate.retrieval import FLOORS
+from subquad.interface import find_attention
 from subquad.plan import Plan
 from subquad.recipe import Recipe, load_recipe, recipe_names
 from subquad.select import task

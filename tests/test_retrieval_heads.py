@@ -7,10 +7,11 @@ from test_retrieval import byte_tokenizer
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from subquad.attention import Pass, find_attention
+from subquad.attention import Pass
 from subquad.data.retrieval import Probe
 from subquad.errors import UserError
 from subquad.evaluate.retrieval import answers
+from subquad.interface import find_attention
 from subquad.join import output_projection
 from subquad.plan import Plan
 from subquad.select import Budget, Choice, Work, choose_plan, retrieval_scores, units_of

@@ -6,9 +6,10 @@ import pytest
 import torch
 from conftest import FAMILIES, tiny
 
-from subquad.attention import Pass, find_attention
+from subquad.attention import Pass
 from subquad.errors import UserError
 from subquad.evaluate import likelihood
+from subquad.interface import find_attention
 from subquad.plan import Plan
 from subquad.recipe import Recipe, SelectorConfig
 from subquad.select import (

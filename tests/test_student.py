@@ -4,8 +4,9 @@ import pytest
 import torch
 from conftest import FAMILIES, tiny
 
-from subquad.attention import Pass, find_attention
+from subquad.attention import Pass
 from subquad.errors import UserError
+from subquad.interface import find_attention
 from subquad.mixers import MIXERS as ALL_MIXERS
 from subquad.plan import Plan
 from subquad.student import Student

@@ -12,13 +12,13 @@ from typer.testing import CliRunner
 
 from subquad import lessons as lessons_module
 from subquad import train_teacher as module
-from subquad.attention import find_attention
 from subquad.cli import app
 from subquad.data.packing import document_separator
 from subquad.data.retrieval import FILLER, WORDS, make_probe
 from subquad.data.text import load_corpus
 from subquad.errors import UserError
 from subquad.evaluate import retrieval
+from subquad.interface import find_attention
 from subquad.lessons import SHORTEST, TRAINING_SEEDS, VOCABULARY, Lessons, shares, train_tokenizer
 from subquad.plan import Plan
 from subquad.student import Student

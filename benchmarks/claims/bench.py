@@ -14,12 +14,12 @@ from transformers import PreTrainedModel
 
 from benchmarks.claims.runs import Result, Store
 from benchmarks.common import command_of, facts
-from subquad.attention import find_attention
 from subquad.data.retrieval import Probe, make_probe
 from subquad.data.text import load_corpus
 from subquad.distill.loop import make_accelerator, run_stage
 from subquad.evaluate.retrieval import answers, usable
 from subquad.files import write_json
+from subquad.interface import find_attention
 from subquad.join import JoinStart
 from subquad.lessons import Lessons
 from subquad.plan import Plan

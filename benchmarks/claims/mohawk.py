@@ -33,11 +33,11 @@ from benchmarks.claims.bench import SMALL_TEACHER, Bench, parse, run_parts
 from benchmarks.claims.report import draw, print_report
 from benchmarks.claims.runs import Result, Settings, Store
 from benchmarks.common import wide_console
-from subquad.attention import watched_attention
 from subquad.data.retrieval import make_probe
 from subquad.distill.hidden import attention_probabilities
 from subquad.distill.passes import TeacherForced
 from subquad.evaluate import likelihood, retrieval
+from subquad.interface import watched_attention
 from subquad.plan import Plan
 from subquad.stage import Stage
 from subquad.student import Student

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from subquad.attention import AttentionCall
 from subquad.errors import UserError
+from subquad.interface import AttentionCall
 from subquad.mixers import Mixer, MixerInputs
 from subquad.ops.common import wide
 from subquad.plan import ATTENTION, AttentionShape

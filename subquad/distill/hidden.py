@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from subquad.attention import AttentionCall
+from subquad.interface import AttentionCall
 from subquad.mixers import Mixer, MixerInputs
 from subquad.ops.common import wide
 

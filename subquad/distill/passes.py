@@ -23,12 +23,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from subquad.attention import AttentionCall, LayerMixer, Pass, find_attention, watched_attention
+from subquad.attention import LayerMixer, Pass
 from subquad.distill.bridge import Bridge
 from subquad.distill.heads import Head, final_hidden
 from subquad.distill.hidden import matrix_distance, output_distance
 from subquad.distill.tokens import FromHidden, TeacherLogits, chunked_loss, next_token_labels
 from subquad.errors import UserError
+from subquad.interface import AttentionCall, find_attention, watched_attention
 from subquad.mixers import Mixer, MixerInputs
 from subquad.plan import ATTENTION
 from subquad.stage import OF_TOKENS, Stage

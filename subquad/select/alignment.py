@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from subquad.attention import find_attention
 from subquad.distill.heads import final_hidden
 from subquad.distill.hidden import output_distance
+from subquad.interface import find_attention
 from subquad.select.board import Board
 from subquad.select.units import Unit, heads_of, layers_in
 from subquad.select.work import Bill, Work

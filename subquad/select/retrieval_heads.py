@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from subquad.attention import find_attention, watched_attention
 from subquad.data.retrieval import Probe, make_probe
 from subquad.distill.heads import final_hidden
 from subquad.distill.hidden import attention_probabilities
 from subquad.evaluate.likelihood import evaluating
 from subquad.evaluate.retrieval import answers
+from subquad.interface import find_attention, watched_attention
 from subquad.plan import Plan
 from subquad.select.silence import Measure, Silence, measure_of, silence_bill
 from subquad.select.units import Unit, by_layer, units_of

@@ -1,0 +1,120 @@
+"""Students that look at images: encoders (ViT, DeiT, DINOv2, SigLIP) whose attention is replaced by mixers.
+
+An encoder sees all patches at once, so its mixers scan in both directions (`bidirectional: true`), with the tokens that
+are no patches (class, registers) in the middle. There is nothing to generate and no cache: what is saved is work and
+memory where an image has many patches.
+
+Legend: B images, T tokens, M model width.
+"""
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
+from transformers.configuration_utils import SubConfigSpec
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
+
+from subquad.attention import Pass
+from subquad.converted import Converted, auto_map
+from subquad.errors import UserError
+from subquad.interface import least_inputs
+from subquad.plan import ATTENTION, Plan
+
+
+class ImageStudentConfig(PreTrainedConfig):
+    """The teacher's configuration, the plan, and where the attention modules are (see `StudentConfig`).
+
+    `classifies`: whether the teacher has a classifier on top. `prefix_tokens`: tokens before those of the patches.
+    """
+
+    model_type = "subquad_image"
+    sub_configs_defaults = {"vision_config": SubConfigSpec(config_class=AutoConfig, model_type="vit")}
+
+    vision_config: dict | PreTrainedConfig | None = None
+    plan: str = ""
+    attention_paths: Sequence[str] = ()
+    attention: str = "sdpa"
+    classifies: bool = False
+    prefix_tokens: int = 0
+
+
+class ImageStudent(Converted):
+    """An image encoder, with a classifier or without, that has the plan's mixers in place of attention."""
+
+    config_class = ImageStudentConfig
+    main_input_name = "pixel_values"
+    inner = "vision_config"
+
+    @classmethod
+    def make_backbone(cls, config: ImageStudentConfig, attention: str) -> PreTrainedModel:
+        auto = AutoModelForImageClassification if config.classifies else AutoModel
+        backbone: PreTrainedModel = auto.from_config(config.vision_config, attn_implementation=attention)
+        return backbone
+
+    @classmethod
+    def describe(cls, teacher: PreTrainedModel, plan: Plan) -> dict[str, Any]:
+        family = type(teacher).__name__
+        if teacher.main_input_name != "pixel_values":
+            raise UserError(f"{family} does not look at images: make a Student of it, not an ImageStudent")
+        for name, options in plan.mixers.items():
+            if name != ATTENTION and not options.get("bidirectional"):
+                raise UserError(
+                    f"mixer '{name}' looks back only, and {family} looks both ways: set bidirectional: true among its "
+                    "options, or choose a mixer that has this option"
+                )
+        classifies = _classifies(teacher)
+        autos = ["AutoModelForImageClassification"] if classifies else ["AutoModel"]
+        return {
+            "classifies": classifies,
+            "prefix_tokens": _prefix_tokens(teacher),
+            "id2label": teacher.config.id2label,
+            "label2id": teacher.config.label2id,
+            "auto_map": auto_map(ImageStudentConfig, cls, autos),
+        }
+
+    def forward(self, pixel_values: Tensor, interpolate_pos_encoding: bool | None = None, **kwargs: Any) -> Any:
+        """What the teacher returns: class logits, or hidden states. Images (B, channels, height, width) of any size."""
+        return self.backbone(pixel_values, **self._positions(self.backbone, pixel_values), **kwargs)
+
+    def final_hidden(self, inputs: Tensor, *, student_pass: Pass | None = None) -> Tensor:
+        encoder = _encoder(self.backbone)
+        how = self._positions(encoder, inputs)
+        hidden: Tensor = encoder(inputs, student_pass=student_pass, **how).last_hidden_state
+        return hidden
+
+    def _positions(self, model: Any, pixel_values: Tensor) -> dict[str, bool]:
+        """Asks a model that must be asked to fit its positions to images of another size than it was trained on."""
+        asked = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
+        trained = tuple(least_inputs(self.backbone)["pixel_values"].shape[-2:])
+        return {"interpolate_pos_encoding": True} if asked and tuple(pixel_values.shape[-2:]) != trained else {}
+
+
+@torch.no_grad()
+def _prefix_tokens(teacher: PreTrainedModel) -> int:
+    """Tokens that an encoder puts before those of the patches: class, distillation, registers."""
+    pixels = least_inputs(teacher)["pixel_values"]
+    size = teacher.config.patch_size
+    height, width = (size, size) if isinstance(size, int) else size
+    patches = (pixels.shape[-2] // height) * (pixels.shape[-1] // width)
+    return int(_encoder(teacher)(pixels).last_hidden_state.shape[1]) - patches
+
+
+def _classifies(model: Any) -> bool:
+    """Whether a model is one of those that transformers has for image classification, one or several a family."""
+    names = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.values()
+    return any(type(model).__name__ in ([name] if isinstance(name, str) else name) for name in names)
+
+
+def _encoder(model: Any) -> Any:
+    """The model without its classifier."""
+    return model.base_model if _classifies(model) else model
+
+
+def register() -> None:
+    """Makes transformers' auto classes know students of images; `import subquad` sees to it."""
+    AutoConfig.register(ImageStudentConfig.model_type, ImageStudentConfig, exist_ok=True)
+    AutoModel.register(ImageStudentConfig, ImageStudent, exist_ok=True)
+    AutoModelForImageClassification.register(ImageStudentConfig, ImageStudent, exist_ok=True)

@@ -1,0 +1,175 @@
+"""What transformers models call for attention, and which of their modules call it.
+
+Recent models call one function, `attention_interface(module, query, key, value, mask, ...)`, after their own
+projections, norms and rotary embedding. `find_attention` runs a model once on two tokens (or an empty image) with a
+function that only looks, and so learns which modules call the interface, in what order and with what shapes; a model
+that never calls it is refused by its name. `watched_attention` keeps what each of them was called with.
+
+Legend: B batch, H query heads, G key/value heads, T tokens, D head width.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from subquad.errors import UserError
+from subquad.plan import AttentionShape
+
+PROBE = "subquad_probe"
+WATCH = "subquad_watch"
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """A module that calls the attention interface: its path in the model and the shape of its heads."""
+
+    path: str
+    shape: AttentionShape
+
+    @property
+    def block(self) -> str:
+        """The path of the decoder block that it is in."""
+        return block_path(self.path)
+
+
+def block_path(attention_path: str) -> str:
+    """The path of the decoder block around an attention module."""
+    return attention_path.rpartition(".")[0]
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """What an attention function computes its probabilities from: softmax(cap(scale q k^T)) over what may be seen."""
+
+    q_BHTD: Tensor
+    k_BGTD: Tensor
+    scale: float
+    softcap: float | None
+    causal: bool
+
+
+def attention_function(module: nn.Module, base: str) -> Callable[..., Any]:
+    """The function of the implementation `base`; 'eager' is in the model's own file, as transformers resolves it."""
+    eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    return ALL_ATTENTION_FUNCTIONS.get_interface(base, eager)
+
+
+def set_attention(model: PreTrainedModel, name: str) -> None:
+    """Sets the attention implementation of a model and all its parts (they may share one config object or not)."""
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if config is not None:
+            config._attn_implementation = name
+
+
+@contextmanager
+def attention_set(model: PreTrainedModel, name: str) -> Iterator[None]:
+    before = model.config._attn_implementation
+    set_attention(model, name)
+    try:
+        yield
+    finally:
+        set_attention(model, before)
+
+
+@contextmanager
+def watched_attention(model: PreTrainedModel) -> Iterator[dict[nn.Module, AttentionCall]]:
+    """Within, `model` attends as before, and what each of its attention modules was last called with is kept."""
+    base = model.config._attn_implementation
+    calls: dict[nn.Module, AttentionCall] = {}
+
+    def watch(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scaling: float | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        causal = bool(getattr(module, "is_causal", True))
+        calls[module] = AttentionCall(query, key, scale, kwargs.get("softcap"), causal)
+        return attention_function(module, base)(module, query, key, value, mask, scaling=scaling, **kwargs)
+
+    AttentionInterface.register(WATCH, watch)
+    AttentionMaskInterface.register(WATCH, ALL_MASK_ATTENTION_FUNCTIONS[base])
+    with attention_set(model, WATCH):
+        yield calls
+
+
+@torch.no_grad()
+def find_attention(model: PreTrainedModel) -> list[AttentionSite]:
+    """The modules of a causal language model or an image encoder that call the attention interface, as it calls them.
+
+    Raises UserError, naming the model's class, for a model that does not call the interface, does not pass keyword
+    arguments on to its attention modules, attends across sequences, or has keys and values of different width (MLA).
+    """
+    family = type(model).__name__
+    if model.config.model_type.startswith("subquad"):
+        raise UserError("this model is a student already: convert its teacher, with another plan")
+    if model.config.is_encoder_decoder:
+        raise UserError(f"{family} is an encoder-decoder model; Subquad converts decoders and image encoders")
+    paths = {module: path for path, module in model.named_modules()}
+    reached: set[nn.Module] = set()
+    sites: list[AttentionSite] = []
+
+    def reach(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if "student_pass" in kwargs:
+            reached.add(module)
+
+    def look(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        if module not in reached:
+            raise UserError(f"{family} does not pass keyword arguments on to its attention modules: unsupported")
+        if key.shape[-1] != value.shape[-1] or query.shape[-1] != key.shape[-1]:
+            raise UserError(f"{family} has multi-head latent attention (MLA): unsupported")
+        hidden_size = model.config.get_text_config().hidden_size
+        shape = AttentionShape(
+            heads=query.shape[1],
+            kv_heads=key.shape[1],
+            head_dim=query.shape[-1],
+            hidden_size=hidden_size,
+            window=kwargs.get("sliding_window"),
+        )
+        sites.append(AttentionSite(paths[module], shape))
+        return torch.zeros_like(query).transpose(1, 2), None
+
+    AttentionInterface.register(PROBE, look)
+    AttentionMaskInterface.register(PROBE, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    with ExitStack() as within:
+        within.enter_context(attention_set(model, PROBE))
+        for module in model.modules():
+            within.callback(module.register_forward_pre_hook(reach, with_kwargs=True).remove)
+        try:
+            model(**least_inputs(model), student_pass=None)
+        except TypeError as error:
+            raise UserError(f"{family} does not take the attention function's keyword arguments ({error})") from None
+    if not sites:
+        raise UserError(
+            f"{family} does not call transformers' attention interface, through which Subquad replaces attention: "
+            "unsupported"
+        )
+    if len({site.path for site in sites}) != len(sites):
+        raise UserError(f"{family} shares one attention module between layers: unsupported")
+    return sites
+
+
+def least_inputs(model: PreTrainedModel) -> dict[str, Any]:
+    """Keyword arguments of the model for the smallest pass that touches everything: two tokens, or an empty image."""
+    place = next(model.parameters())
+    if model.main_input_name != "pixel_values":
+        device = next(model.get_input_embeddings().parameters()).device
+        return {"input_ids": torch.zeros(1, 2, dtype=torch.long, device=device), "use_cache": False}
+    size = model.config.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return {"pixel_values": torch.zeros(1, model.config.num_channels, height, width).to(place)}
