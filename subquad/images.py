@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
 from transformers.configuration_utils import SubConfigSpec
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
@@ -80,10 +80,8 @@ class ImageStudent(Converted):
         return self.backbone(pixel_values, **self._positions(self.backbone, pixel_values), **kwargs)
 
     def final_hidden(self, inputs: Tensor, *, student_pass: Pass | None = None) -> Tensor:
-        encoder = _encoder(self.backbone)
-        how = self._positions(encoder, inputs)
-        hidden: Tensor = encoder(inputs, student_pass=student_pass, **how).last_hidden_state
-        return hidden
+        """What the classifier reads, (B, 1, M), or, without one, the states of all tokens, (B, T, M)."""
+        return read_by_head(self.backbone, inputs, student_pass=student_pass, **self._positions(self.backbone, inputs))
 
     def _positions(self, model: Any, pixel_values: Tensor) -> dict[str, bool]:
         """Asks a model that must be asked to fit its positions to images of another size than it was trained on."""
@@ -100,6 +98,30 @@ def _prefix_tokens(teacher: PreTrainedModel) -> int:
     height, width = (size, size) if isinstance(size, int) else size
     patches = (pixels.shape[-2] // height) * (pixels.shape[-1] // width)
     return int(_encoder(teacher)(pixels).last_hidden_state.shape[1]) - patches
+
+
+def classifier(model: Any) -> nn.Module | None:
+    """The last linear map of a model for image classification; None of an encoder."""
+    linears = [module for module in model.children() if isinstance(module, nn.Linear)]
+    return linears[-1] if _classifies(model) and linears else None
+
+
+def read_by_head(model: Any, pixels_BCHW: Tensor, **how: Any) -> Tensor:
+    """What the classifier of a model reads, (B, 1, M), or, of an encoder without one, its states, (B, T, M).
+
+    `how`: keyword arguments of the model.
+    """
+    head = classifier(model)
+    if head is None:
+        hidden: Tensor = model(pixels_BCHW, **how).last_hidden_state
+        return hidden
+    read: list[Tensor] = []
+    hook = head.register_forward_pre_hook(lambda module, args: read.append(args[0]))
+    try:
+        model(pixels_BCHW, **how)
+    finally:
+        hook.remove()
+    return read[0][:, None]
 
 
 def _classifies(model: Any) -> bool:

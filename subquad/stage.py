@@ -21,9 +21,10 @@ from pydantic import (
 
 from subquad.errors import UserError, nearest
 
-Objective: TypeAlias = Literal["matrix", "mixer_output", "block_output", "bridge", "logits", "labels"]
+Objective: TypeAlias = Literal["matrix", "mixer_output", "block_output", "bridge", "features", "logits", "labels"]
 Divergence: TypeAlias = Literal["forward_kl", "reverse_kl", "jensen_shannon", "soft_cross_entropy"]
-OF_TOKENS = ("logits", "labels")  # objectives at the output head; the others compare layer by layer
+OF_TOKENS = ("logits", "labels")  # objectives at the output head
+OF_OUTPUTS = (*OF_TOKENS, "features")  # and at what it reads; the others compare layer by layer
 SETS = ("mixers", "qkvo", "lora", "all", "all but mlp")
 
 
@@ -93,11 +94,11 @@ class Stage(Section):
     name: str
     objective: Objective | dict[str, float] = "logits"
     """`matrix` (mixing matrices), `mixer_output` and `block_output` (hidden states), `bridge` (queries and keys,
-    through small maps), `logits` (divergence from the teacher), `labels` (next token), or a weighted sum:
-    `{logits: 1.0, labels: 0.1}`."""
+    through small maps), `features` (the last hidden states), `logits` (divergence from the teacher), `labels` (next
+    token, or class), or a weighted sum: `{logits: 1.0, labels: 0.1}`."""
     teacher_forced: bool | None = None
-    """Whether every layer gets the teacher's input; none: yes, unless `logits`, `labels` or `bridge` are among the
-    objectives."""
+    """Whether every layer gets the teacher's input; none: yes, unless `bridge`, `features`, `logits` or `labels` are
+    among the objectives."""
     scope: Literal["all-linear", "plan"] = "plan"
     """The student that is trained: the all-linear one that the selector starts from, or the selected plan."""
     replaced: float = Field(default=1.0, gt=0, le=1)
@@ -165,7 +166,7 @@ class Stage(Section):
     def forced(self) -> bool:
         """Whether every layer gets the teacher's input."""
         if self.teacher_forced is None:
-            return self.weights.keys().isdisjoint((*OF_TOKENS, "bridge"))
+            return self.weights.keys().isdisjoint((*OF_OUTPUTS, "bridge"))
         return self.teacher_forced
 
     @property
@@ -200,15 +201,15 @@ class Stage(Section):
     @model_validator(mode="after")
     def _consistent(self) -> "Stage":
         weights = self.weights
-        of_tokens = [name for name in OF_TOKENS if name in weights]
+        of_outputs = [name for name in OF_OUTPUTS if name in weights]
         if self.batch % self.accumulate:
             raise ValueError(f"cannot cut a batch of {self.batch} into accumulate = {self.accumulate} equal parts")
-        if self.forced and of_tokens:
-            raise ValueError(f"cannot be teacher_forced with '{of_tokens[0]}', which reads the student's last layer")
+        if self.forced and of_outputs:
+            raise ValueError(f"cannot be teacher_forced with '{of_outputs[0]}', which reads the student's last layer")
         if "matrix" in weights and not self.forced:
             raise ValueError(
                 "compares matrices of different inputs: 'matrix' needs teacher_forced, so it cannot be summed with "
-                "logits or labels, nor, unless teacher_forced is set, with bridge"
+                "features, logits or labels, nor, unless teacher_forced is set, with bridge"
             )
         if "bridge" not in weights and self.bridge != BridgeConfig():
             raise ValueError("has settings under 'bridge', which is not among its objectives")

@@ -180,7 +180,8 @@ class Student(Converted, GenerationMixin):
 
 def tied(model: PreTrainedModel) -> bool:
     """Whether the output head of a causal language model is its input embedding."""
-    return model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is model.get_input_embeddings().weight
 
 
 def register() -> None:

@@ -10,22 +10,30 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from subquad.converted import Converted
 from subquad.errors import UserError
+from subquad.images import ImageStudent, classifier, read_by_head
+from subquad.interface import least_inputs
 from subquad.student import Student
 
 
 def causal_lm(model: PreTrainedModel) -> PreTrainedModel:
-    """The transformers causal LM that holds the output head: the model itself, or a student's backbone."""
-    return model.backbone if isinstance(model, Student) else model
+    """The transformers model that holds the output head: the model itself, or a student's backbone."""
+    return model.backbone if isinstance(model, Converted) else model
 
 
 def final_hidden(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
     """The states the output head reads (after the final norm), with no head applied: no (B, T, V) tensor is made.
 
-    `input_ids` (B, T) token ids, `attention_mask` (B, T) of 1 and 0 or None -> (B, T, M).
+    `input_ids` (B, T) token ids, `attention_mask` (B, T) of 1 and 0 or None -> (B, T, M). Of images (B, channels,
+    height, width): what the classifier reads, (B, 1, M), or, of an encoder without one, its states (B, T, M).
     """
     if isinstance(model, Student):
         return model.final_hidden(input_ids, attention_mask)
+    if isinstance(model, ImageStudent):
+        return model.final_hidden(input_ids)
+    if model.main_input_name == "pixel_values":
+        return read_by_head(model, input_ids)
     return model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
 
 
@@ -40,9 +48,9 @@ class Head:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> "Head":
-        """The head of a causal LM. Raises `UserError` where the model has no plain linear one."""
+        """The head of a causal LM, or a classifier's. Raises `UserError` where the model has no plain linear one."""
         model = causal_lm(model)
-        linear = model.get_output_embeddings()
+        linear = classifier(model) if model.main_input_name == "pixel_values" else model.get_output_embeddings()
         if not isinstance(linear, nn.Linear):
             raise UserError(f"{type(model).__name__} has no plain linear output head (found {type(linear).__name__})")
         config = model.config.get_text_config().to_dict()
@@ -74,6 +82,12 @@ class Head:
         return grad.mul_(self.scale) if self.scale != 1.0 else grad
 
 
+def has_head(model: PreTrainedModel) -> bool:
+    """Whether a model has an output head: an image encoder may end with its states."""
+    model = causal_lm(model)
+    return model.main_input_name != "pixel_values" or classifier(model) is not None
+
+
 def head_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """Next-token logits (..., V) from the `final_hidden` states (..., M) of `model`: a few positions at a time."""
     return Head.of(model)(hidden)
@@ -81,15 +95,21 @@ def head_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
 
 @torch.no_grad()
 def check_head(model: PreTrainedModel) -> None:
-    """Make sure that `head_logits(final_hidden(...))` is what the model itself answers, on four tokens.
+    """Make sure that `head_logits(final_hidden(...))` is what the model itself answers, on four tokens or an image.
 
     Raises `UserError` naming the class of a model that does something else to its logits.
     """
     backbone = causal_lm(model)
-    embedding_VM: Tensor = backbone.get_input_embeddings().weight  # type: ignore[assignment]
-    input_ids_BT = torch.arange(4, device=embedding_VM.device)[None] % embedding_VM.shape[0]
-    own = model(input_ids=input_ids_BT, use_cache=False).logits.float()
-    ours = head_logits(model, final_hidden(model, input_ids_BT)).float()
+    if backbone.main_input_name == "pixel_values":
+        if classifier(backbone) is None:
+            return
+        inputs = least_inputs(backbone)["pixel_values"]
+        own = model(inputs).logits.float()[:, None]
+    else:
+        embedding_VM: Tensor = backbone.get_input_embeddings().weight  # type: ignore[assignment]
+        inputs = torch.arange(4, device=embedding_VM.device)[None] % embedding_VM.shape[0]
+        own = model(input_ids=inputs, use_cache=False).logits.float()
+    ours = head_logits(model, final_hidden(model, inputs)).float()
     tolerance = 1e-4 if backbone.dtype in (torch.float32, torch.float64) else 3e-2
     if own.shape != ours.shape or (own - ours).abs().max() > tolerance * own.abs().max().clamp_min(1e-6):
         raise UserError(

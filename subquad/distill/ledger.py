@@ -3,11 +3,12 @@
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from subquad.data.images import ImageBatch
 from subquad.plan import Plan
 from subquad.stage import Stage
 
@@ -15,10 +16,16 @@ from subquad.stage import Stage
 NO_EFFECT = {"name", "scope", "log_every", "checkpoint_every", "gradient_checkpointing"}
 
 
-class TokenSource(Protocol):
-    """What training needs of a corpus: the token ids (batch, sequence_length) of a step, the same whenever asked."""
+Batch: TypeAlias = Tensor | ImageBatch  # token ids (B, T), or images
 
-    def batch(self, step: int, *, batch: int, sequence_length: int, seed: int) -> Tensor: ...
+
+class TokenSource(Protocol):
+    """What training needs of a corpus: the token ids (batch, sequence_length) of a step, the same whenever asked.
+
+    Or as many images, of `sequence_length` tokens each.
+    """
+
+    def batch(self, step: int, *, batch: int, sequence_length: int, seed: int) -> Batch: ...
 
 
 @dataclass(frozen=True)

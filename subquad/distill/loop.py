@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from subquad.distill.checkpoint import Checkpoints
-from subquad.distill.ledger import Ledger, StageResult, TokenSource, identity, mean
+from subquad.distill.ledger import Batch, Ledger, StageResult, TokenSource, identity, mean
 from subquad.distill.log import RunLog, StageProgress
 from subquad.distill.lora import adapters
 from subquad.distill.passes import LogitsStore, TrainingPass, bare_forward_speed, make_pass
@@ -102,9 +102,9 @@ def run_stage(
         with StageProgress(progress if log else None, stage.name, steps=stage.steps, step=ledger.step) as bar:
             started_at = ledger.step
             while not run.done:
-                input_ids_BT = run.step(corpus)
+                batch = run.step(corpus)
                 if ledger.step == started_at + 1 or run.done:  # warm; and twice, for other work on the machine varies
-                    speeds.append(run.bare_speed(teacher_model, input_ids_BT))
+                    speeds.append(run.bare_speed(teacher_model, batch))
                 speed = run.tokens(ledger.step) / ledger.seconds
                 bar.update(ledger.step, f"loss {run.total(ledger.recent[-1]):.4f}  {speed:,.0f} tokens/s")
                 if ledger.step % stage.log_every == 0 or run.done:
@@ -139,28 +139,28 @@ class StageRun:
     def done(self) -> bool:
         return self.ledger.step >= self.stage.steps or self.ledger.settled
 
-    def my_slice(self, corpus: TokenSource) -> Tensor:
+    def my_slice(self, corpus: TokenSource) -> Batch:
         """This process's part of the batch of the next step, on the device where the model reads it."""
         stage, here = self.stage, self.accelerator
         seed = self.seed + 1_000_003 * self.index  # each stage sees the text in an order of its own
-        batch_BT = corpus.batch(self.ledger.step, batch=stage.batch, sequence_length=stage.sequence_length, seed=seed)
-        return batch_BT.chunk(here.num_processes)[here.process_index].to(self.training_pass.device)
+        whole = corpus.batch(self.ledger.step, batch=stage.batch, sequence_length=stage.sequence_length, seed=seed)
+        return whole.chunk(here.num_processes)[here.process_index].to(self.training_pass.device)
 
-    def step(self, corpus: TokenSource) -> Tensor:
+    def step(self, corpus: TokenSource) -> Batch:
         """One optimiser step; returns what this process trained on.
 
         Raises UserError, before it changes a weight, if a loss or a gradient is not finite.
         """
         start = time.perf_counter()
-        input_ids_BT = self.my_slice(corpus)
+        batch = self.my_slice(corpus)
         factor = self.factor(self.ledger.step)
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
         self.optimizer.zero_grad(set_to_none=True)
         parts: Tensor | float = 0.0
-        for micro_BT in input_ids_BT.chunk(self.stage.accumulate):
+        for micro in batch.chunk(self.stage.accumulate):
             with self.autocast():
-                losses = self.training_pass(micro_BT, 1 / self.stage.accumulate)
+                losses = self.training_pass(micro, 1 / self.stage.accumulate)
             named = [losses[name].to(self.accelerator.device) for name in self.training_pass.weights]
             parts = parts + torch.stack(named) / self.stage.accumulate
         average_gradients(self.parameters.values(), self.accelerator)
@@ -176,7 +176,7 @@ class StageRun:
         if plateau := self.stage.plateau:
             window = max(1, round(plateau.tokens / self.tokens(1)))
             self.ledger.watch(self.total(loss), window, plateau.improvement)
-        return input_ids_BT
+        return batch
 
     def check_finite(self, values: dict[str, float], what: str) -> None:
         bad = [name for name, value in values.items() if not math.isfinite(value)]
@@ -209,13 +209,13 @@ class StageRun:
     def tokens(self, steps: int) -> int:
         return steps * self.stage.batch * self.stage.sequence_length
 
-    def bare_speed(self, teacher: PreTrainedModel, input_ids_BT: Tensor) -> float:
+    def bare_speed(self, teacher: PreTrainedModel, batch: Batch) -> float:
         """Tokens per second of the bare teacher, summed over processes, on a micro-batch (on a CPU a small one)."""
-        rows = len(input_ids_BT) // self.stage.accumulate
-        if input_ids_BT.device.type == "cpu":
-            rows = min(rows, max(1, BARE_TOKENS // input_ids_BT.shape[1]))
+        rows = len(batch) // self.stage.accumulate
+        if batch.device.type == "cpu":
+            rows = min(rows, max(1, BARE_TOKENS // self.stage.sequence_length))
         with self.autocast():
-            speed = bare_forward_speed(teacher, input_ids_BT[:rows])
+            speed = bare_forward_speed(teacher, batch[:rows], sequence_length=self.stage.sequence_length)
         return float(self.accelerator.reduce(torch.tensor(speed, device=self.accelerator.device), reduction="sum"))
 
     def write_log(self, log: RunLog | None) -> None:

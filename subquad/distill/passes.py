@@ -7,8 +7,8 @@ ever in memory (with a gap, those of a group of blocks), and the teacher stops a
 `FreeRunning` trains the student as it will be used, from its own hidden states: on the divergence from the teacher, on
 cross-entropy, and on the distance of hidden states.
 
-Both are called with a micro-batch of token ids (B, T) and the share of the whole batch that it is; they leave gradients
-in the student's parameters and return the parts of the loss, and `weights` says how these make up the loss.
+Both are called with a micro-batch (token ids (B, T), or images) and the share of the whole batch that it is; they leave
+gradients in the student's parameters and return the parts of the loss; `weights` says how these make up the loss.
 Block outputs are taken from the blocks themselves: the last one's is the state before the final norm.
 Legend: B sequences, T tokens, N = B x T, C tokens of a chunk, M model width.
 """
@@ -16,6 +16,7 @@ Legend: B sequences, T tokens, N = B x T, C tokens of a chunk, M model width.
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -23,16 +24,19 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from subquad.attention import LayerMixer, Pass
+from subquad.attention import LayerMixer, Pass, to_middle
+from subquad.converted import Converted
+from subquad.data.images import ImageBatch
 from subquad.distill.bridge import Bridge
-from subquad.distill.heads import Head, final_hidden
+from subquad.distill.heads import Head, causal_lm, final_hidden, has_head
 from subquad.distill.hidden import matrix_distance, output_distance
+from subquad.distill.ledger import Batch
 from subquad.distill.tokens import FromHidden, TeacherLogits, chunked_loss, next_token_labels
 from subquad.errors import UserError
 from subquad.interface import AttentionCall, find_attention, watched_attention
 from subquad.mixers import Mixer, MixerInputs
 from subquad.plan import ATTENTION
-from subquad.stage import OF_TOKENS, Stage
+from subquad.stage import OF_OUTPUTS, OF_TOKENS, Stage
 from subquad.student import Student
 
 
@@ -50,7 +54,7 @@ class TrainingPass(Protocol):
     reachable: set[str]  # names of the student's parameters that may get a gradient
     device: torch.device  # where token ids go
 
-    def __call__(self, input_ids_BT: Tensor, share: float) -> dict[str, Tensor]: ...
+    def __call__(self, batch: Batch, share: float) -> dict[str, Tensor]: ...
 
 
 def layers_in_order(student: Student, share: float) -> tuple[list[int], frozenset[int]]:
@@ -109,7 +113,7 @@ class TeacherForced:
     def _part(self, objective: str, layer: int) -> str:
         return f"layer {layer}" if len(self.objectives) == 1 else f"{objective} of layer {layer}"
 
-    def __call__(self, input_ids_BT: Tensor, share: float) -> dict[str, Tensor]:
+    def __call__(self, batch: Batch, share: float) -> dict[str, Tensor]:
         losses: dict[str, Tensor] = {}
         free: list[Tensor] = []  # the last output within a group of blocks, and the group's losses
         of_group: list[Tensor] = []
@@ -123,10 +127,11 @@ class TeacherForced:
             with torch.enable_grad():
                 if "matrix" in self.objectives:
                     pairs = self._inputs(layer, args, kwargs)
-                    _backward(weighted("matrix", layer, _matrix_distances(pairs, calls[module])))
+                    call = moved(calls[module], self.student)
+                    _backward(weighted("matrix", layer, _matrix_distances(pairs, call)))
                 if self.bridge is not None:
                     inputs = [given for _, given in self._inputs(layer, args, kwargs)]
-                    call = calls[self.attention[self.bridge.teacher_layers[layer]]]
+                    call = moved(calls[self.attention[self.bridge.teacher_layers[layer]]], self.student)
                     _backward(weighted("bridge", layer, self.bridge.loss(layer, inputs, call)))
                 if "mixer_output" in self.objectives:
                     student_BTM = self.student.attention_modules()[layer](*args, **kwargs)[0]
@@ -163,7 +168,7 @@ class TeacherForced:
                     hook = self.blocks[layer].register_forward_hook(partial(align_block, layer), with_kwargs=True)
                     hooks.callback(hook.remove)
             try:
-                self.teacher.base_model(input_ids=input_ids_BT, use_cache=False)
+                final_hidden(self.teacher, inputs_of(batch))
             except _Done:
                 pass
         return losses
@@ -203,7 +208,7 @@ def _backward(loss: Tensor) -> None:
 
 
 class FreeRunning:
-    """Divergence from the teacher, cross-entropy of the next token, and distances of hidden states, as weighted."""
+    """Divergence from the teacher, cross-entropy of token or class, and distances of hidden states, as weighted."""
 
     def __init__(
         self,
@@ -216,8 +221,8 @@ class FreeRunning:
         self.stage, self.student, self.teacher, self.logits_from = stage, student, teacher, logits_from
         self.layers, waiting = layers_in_order(student, stage.replaced)
         self.student_pass = Pass(restored=waiting)
-        self.weights = {name: weight for name, weight in stage.weights.items() if name in OF_TOKENS}
-        self.hidden = {name: weight for name, weight in stage.weights.items() if name not in OF_TOKENS}
+        self.weights = {name: weight for name, weight in stage.weights.items() if name in OF_OUTPUTS}
+        self.hidden = {name: weight for name, weight in stage.weights.items() if name not in OF_OUTPUTS}
         for name, weight in self.hidden.items():
             self.weights |= {f"{name} of layer {layer}": weight / len(self.layers) for layer in self.layers}
         self.reachable = {name for name, _ in student.named_parameters()}
@@ -229,6 +234,7 @@ class FreeRunning:
                 f"stage '{stage.name}' compares hidden states, and the student's layers are not of the teacher's "
                 "number or shape: choose logits, labels or bridge"
             )
+        _check_outputs(stage, student, teacher)
         self.bridge = Bridge(stage, student, self.layers, shapes, seed) if "bridge" in self.hidden else None
         self.attention = [teacher.get_submodule(site.path) for site in sites]
         theirs, mine = self.attention, student.attention_modules()
@@ -239,7 +245,8 @@ class FreeRunning:
             for name in self.hidden.keys() & both.keys()
         }
 
-    def __call__(self, input_ids_BT: Tensor, share: float) -> dict[str, Tensor]:
+    def __call__(self, batch: Batch, share: float) -> dict[str, Tensor]:
+        inputs = inputs_of(batch)
         watched = {name: modules[0] for name, modules in self.modules.items()}
         calls: dict[nn.Module, AttentionCall] = {}
         heard: dict[int, list[MixerInputs]] = {}
@@ -248,28 +255,31 @@ class FreeRunning:
             theirs = within.enter_context(_outputs(watched))
             if self.bridge is not None:
                 calls = within.enter_context(watched_attention(self.teacher))
-            head, teacher = self._teacher(input_ids_BT)
+            head, teacher, theirs_BTM = self._teacher(inputs)
         with ExitStack() as within:
             mine = within.enter_context(_outputs({name: modules[1] for name, modules in self.modules.items()}))
             if self.bridge is not None:
                 heard = within.enter_context(self.bridge.listening())
-            student_BTM = self.student.final_hidden(input_ids_BT, student_pass=self.student_pass)
+            student_BTM = self.student.final_hidden(inputs, student_pass=self.student_pass)
         parts: dict[str, Tensor] = {}
         if self.bridge is not None:
-            for layer, inputs in heard.items():
-                call = calls[self.attention[self.bridge.teacher_layers[layer]]]
-                parts[f"bridge of layer {layer}"] = self.bridge.loss(layer, inputs, call)
+            for layer, given in heard.items():
+                call = moved(calls[self.attention[self.bridge.teacher_layers[layer]]], self.student)
+                parts[f"bridge of layer {layer}"] = self.bridge.loss(layer, given, call)
         for name in self.modules:
             for layer, student, target in zip(self.layers, mine[name], theirs[name], strict=True):
                 parts[f"{name} of layer {layer}"] = output_distance(student, target, self.stage.loss)
+        if "features" in self.weights:
+            assert theirs_BTM is not None
+            parts["features"] = output_distance(student_BTM, theirs_BTM.to(student_BTM.device), self.stage.loss)
         total = sum((self.weights[part] * loss for part, loss in parts.items()), torch.zeros((), device=self.device))
-        if not self.weights.keys().isdisjoint(OF_TOKENS):
+        if head is not None and not self.weights.keys().isdisjoint(OF_TOKENS):
             loss = chunked_loss(
                 student_BTM,
                 head,
                 weights=self.weights,
                 teacher=teacher,
-                labels_BT=next_token_labels(input_ids_BT),
+                labels_BT=labels_of(batch),
                 kind=self.stage.divergence,
                 temperature=self.stage.temperature,
             )
@@ -278,17 +288,35 @@ class FreeRunning:
         (total * share).backward()
         return {name: part.detach() for name, part in parts.items()}
 
-    def _teacher(self, input_ids_BT: Tensor) -> tuple[Head, TeacherLogits | None]:
-        """The student's head, for the tokens that both have logits for, and the teacher's distribution."""
-        head = Head.of(self.student)
+    def _teacher(self, inputs: Tensor) -> tuple[Head | None, TeacherLogits | None, Tensor | None]:
+        """The student's head, for the classes that both have, the teacher's distribution, and its last states."""
+        head = Head.of(self.student) if has_head(self.student) else None
         if self.weights.keys() == {"labels"}:
-            return head, None
+            return head, None, None
         if not isinstance(self.logits_from, PreTrainedModel):
-            return head, self.logits_from.lookup(input_ids_BT)
+            return head, self.logits_from.lookup(inputs), None
+        hidden_BTM = final_hidden(self.logits_from, inputs.to(self.logits_from.device))
+        if head is None:
+            return None, None, hidden_BTM
         teacher_head = Head.of(self.logits_from)
-        tokens = min(len(head.weight_VM), len(teacher_head.weight_VM))  # heads are padded to various sizes
-        hidden_BTM = final_hidden(self.logits_from, input_ids_BT.to(self.logits_from.device))
-        return head.first(tokens), FromHidden(hidden_BTM, teacher_head.first(tokens))
+        classes = min(len(head.weight_VM), len(teacher_head.weight_VM))  # heads are padded to various sizes
+        return head.first(classes), FromHidden(hidden_BTM, teacher_head.first(classes)), hidden_BTM
+
+
+def _check_outputs(stage: Stage, student: Converted, teacher: PreTrainedModel) -> None:
+    """Raises UserError where an objective needs a head, or states of one width, that are not there."""
+    missing = [name for name in OF_TOKENS if name in stage.weights and not has_head(student)]
+    if missing:
+        raise UserError(
+            f"stage '{stage.name}' has the objective '{missing[0]}', and {type(student.backbone).__name__} ends with "
+            "its hidden states: choose features"
+        )
+    widths = [model.config.get_text_config().hidden_size for model in (causal_lm(student), teacher)]
+    if "features" in stage.weights and widths[0] != widths[1]:
+        raise UserError(
+            f"stage '{stage.name}' compares last hidden states ('features'), and the student's are {widths[0]} wide, "
+            f"the teacher's {widths[1]}: choose logits, labels or bridge"
+        )
 
 
 @contextmanager
@@ -316,7 +344,27 @@ def _with_hidden(args: tuple[Any, ...], kwargs: dict[str, Any], hidden_BTM: Tens
     return ((hidden_BTM, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden_BTM})
 
 
+def moved(call: AttentionCall, student: Converted) -> AttentionCall:
+    """The teacher's call with its tokens in the order in which the student's mixers see them."""
+    count = getattr(student.config, "prefix_tokens", 0)
+    if count == 0:
+        return call
+    return replace(call, q_BHTD=to_middle(call.q_BHTD, 2, count), k_BGTD=to_middle(call.k_BGTD, 2, count))
+
+
+def inputs_of(batch: Batch) -> Tensor:
+    """What a model reads of a batch: token ids (B, T), or pixels."""
+    return batch.pixels_BCHW if isinstance(batch, ImageBatch) else batch
+
+
+def labels_of(batch: Batch) -> Tensor:
+    """The next token of every position (B, T), or the class of every image (B, 1)."""
+    return batch.labels_B[:, None] if isinstance(batch, ImageBatch) else next_token_labels(batch)
+
+
 def _token_device(model: PreTrainedModel) -> torch.device:
+    if model.main_input_name == "pixel_values":
+        return next(model.parameters()).device
     return next(model.get_input_embeddings().parameters()).device
 
 
@@ -338,18 +386,22 @@ def make_pass(
 
 
 @torch.no_grad()
-def bare_forward_speed(teacher: PreTrainedModel, input_ids_BT: Tensor, *, seconds: float = 0.2) -> float:
-    """Tokens per second of the teacher's forward pass from token ids to all logits, on this process's device.
+def bare_forward_speed(
+    teacher: PreTrainedModel, batch: Batch, *, seconds: float = 0.2, sequence_length: int | None = None
+) -> float:
+    """Tokens per second of the teacher's forward pass from its inputs to all logits, on this process's device.
 
-    Passes over `input_ids_BT` are repeated until `seconds` are over; the logits are made, and dropped, in chunks.
+    Passes over the batch are repeated until `seconds` are over; the logits are made, and dropped, in chunks.
+    `sequence_length`: tokens that an image comes to.
     """
-    head = Head.of(teacher)
+    inputs = inputs_of(batch)
+    head = Head.of(teacher) if has_head(teacher) else (lambda hidden: hidden)
     tokens, start = 0, time.perf_counter()
     while True:
-        hidden_NM = final_hidden(teacher, input_ids_BT).flatten(0, 1)
+        hidden_NM = final_hidden(teacher, inputs).flatten(0, 1)
         largest = torch.stack([head(hidden_CM).max() for hidden_CM in hidden_NM.split(512)])
         largest.max().item()  # waits for the device
-        tokens += input_ids_BT.numel()
+        tokens += len(inputs) * (sequence_length or inputs.shape[1])
         elapsed = time.perf_counter() - start
         if elapsed >= seconds:
             return tokens / elapsed

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from subquad.mixers.base import HeadGroup, MixerInputs
 from subquad.mixers.conv import Convolved, ConvOptions
-from subquad.mixers.parts import LowRank, Output, masked, small_linear
+from subquad.mixers.parts import LowRank, Output, masked, small_linear, unit
 from subquad.ops import delta_chunk, delta_step
 from subquad.ops.common import wide
 
@@ -44,8 +44,8 @@ class KDA(Convolved):
         b_BGT = wide(self.write(inputs.hidden_BTM)).sigmoid().transpose(1, 2)
         rate_BTGN = nn.functional.softplus(wide(self.decay(inputs.hidden_BTM))).unflatten(-1, (self.states, -1))
         return (
-            nn.functional.normalize(inputs.q_BHTD, dim=-1),
-            nn.functional.normalize(inputs.k_BGTD, dim=-1),
+            unit(inputs.q_BHTD),
+            unit(inputs.k_BGTD),
             inputs.v_BGTD,
             masked(-wide(self.A_log_G).exp()[:, None, None] * rate_BTGN.transpose(1, 2), inputs.real_BT),
             masked(b_BGT, inputs.real_BT),

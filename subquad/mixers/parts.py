@@ -22,6 +22,12 @@ def masked(x_BGT_: Tensor, real_BT: Tensor | None) -> Tensor:
     return x_BGT_ * real_BT.view(shape).to(x_BGT_.dtype)
 
 
+def unit(x_BHTD: Tensor) -> Tensor:
+    """Vectors of length 1. As in flash-linear-attention's kernels, 1e-6 in the root bounds the gradient near zero."""
+    wide_BHTD = wide(x_BHTD)
+    return (wide_BHTD * (wide_BHTD.square().sum(-1, keepdim=True) + 1e-6).rsqrt()).to(x_BHTD.dtype)
+
+
 def small_linear(hidden_size: int, out: int, bias: float) -> nn.Linear:
     """A gate's projection that hardly depends on its input at first: weights of size 0.02 / sqrt(M), this bias."""
     linear = nn.Linear(hidden_size, out)

@@ -6,10 +6,10 @@ Legend: B batch, H query heads, G state heads, T new tokens, D head width, N key
 import math
 
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from subquad.mixers.base import HeadGroup, MixerInputs
-from subquad.mixers.parts import LowRank, Output, masked
+from subquad.mixers.parts import LowRank, Output, masked, unit
 from subquad.mixers.recurrent import Recurrent, RecurrentOptions
 from subquad.ops import dplr_chunk, dplr_step
 from subquad.ops.common import wide
@@ -47,7 +47,7 @@ class RWKV7(Recurrent):
         real = inputs.real_BT
         log_w_BGTN = -math.exp(-0.5) * decay_BGTN
         k_BGTN = wide(inputs.k_BGTD)
-        unit_BGTN = nn.functional.normalize(k_BGTN, dim=-1)
+        unit_BGTN = unit(k_BGTN)
         written_BGTN = k_BGTN * (rate_BGTN - log_w_BGTN.expm1())
         return (
             inputs.q_BHTD * inputs.scale,

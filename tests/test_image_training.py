@@ -1,0 +1,203 @@
+"""Images as training data, and the stages that train students on them."""
+
+import gzip
+from functools import partial
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from test_distill import assert_same_bits, weights
+from test_images import encoder, hidden, mixed_plan
+from transformers import AutoModelForImageClassification
+
+from subquad.data.images import ImageBatch, ImageSet, Pictures, load_images, read_idx
+from subquad.distill import loop
+from subquad.distill.heads import Head, check_head, final_hidden
+from subquad.distill.loop import run_stage
+from subquad.distill.passes import bare_forward_speed, make_pass
+from subquad.errors import UserError
+from subquad.images import ImageStudent
+from subquad.opening import shapes_of
+from subquad.plan import Plan
+from subquad.stage import Stage
+
+T = 17  # a class token and 4 x 4 patches
+STAGE = dict(name="images", tokens=6 * 4 * T, sequence_length=T, batch=4, lr=1e-3, trainable="all", checkpoint_every=2)
+MODEL = SimpleNamespace(image_size=32, num_channels=3)
+
+
+@pytest.fixture(autouse=True)
+def _one_pass_of_the_bare_teacher(monkeypatch):
+    monkeypatch.setattr(loop, "bare_forward_speed", partial(bare_forward_speed, seconds=0.0))
+
+
+def picture_set(count=24):
+    """Images of noise around the colour of their class."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(count) % 4
+    noise = torch.randint(0, 60, (count, 3, 32, 32), generator=generator)
+    pixels = (noise + 50 * labels[:, None, None, None]).to(torch.uint8)
+    parts = {part: Pictures(pixels, labels) for part in ("train", "selection", "test")}
+    return ImageSet(parts, list("abcd"), (32, 32))
+
+
+def classifier(family="vit"):
+    return encoder(family, AutoModelForImageClassification, num_labels=4)
+
+
+def train(out, objective, teacher, *, corpus=None, student=None, resume=False, **changes):
+    plan = Plan.by_layer(shapes_of(teacher), [1], "gated_deltanet", {"bidirectional": True})
+    torch.manual_seed(1)
+    student = student or ImageStudent.from_teacher(teacher, plan)
+    student.calibrate(picture_set().heldout(8).pixels_BCHW)
+    result = run_stage(
+        Stage(**{**STAGE, "objective": objective, **changes}), index=0, student=student, teacher_model=teacher,
+        corpus=corpus or picture_set(), seed=0, out=out, accelerator=Accelerator(cpu=True), resume=resume,
+    )  # fmt: skip
+    return student, result
+
+
+OBJECTIVES = {
+    "matrix": "matrix",
+    "mixer_output": "mixer_output",
+    "block_output": "block_output",
+    "bridge": "bridge",
+    "features": "features",
+    "sum": {"features": 1.0, "mixer_output": 0.1, "bridge": 0.1},
+}
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_encoders_learn(objective, tmp_path):
+    teacher = encoder("dinov2_with_registers")
+    _, result = train(tmp_path, OBJECTIVES[objective], teacher, tokens=40 * 4 * T, lr=3e-4)
+    assert result.final_loss < result.first_loss and result.tokens == 40 * 4 * T
+
+
+@pytest.mark.parametrize("objective", ["logits", "labels", {"labels": 1.0, "logits": 0.5}], ids=str)
+def test_classifiers_learn(objective, tmp_path):
+    _, result = train(tmp_path, objective, classifier(), tokens=40 * 4 * T)
+    assert result.final_loss < 0.9 * result.first_loss
+
+
+@pytest.mark.parametrize("family", ["vit", "deit", "dinov2"])
+def test_losses_are_those_of_the_models_answers(family):
+    teacher = classifier(family)
+    check_head(teacher)
+    student = ImageStudent.from_teacher(teacher, mixed_plan(teacher))
+    batch = picture_set().heldout(6)
+    stage = Stage(**{**STAGE, "objective": {"labels": 1.0, "logits": 1.0}})
+    parts = make_pass(stage, student, teacher)(batch, 1.0)
+    with torch.no_grad():
+        mine, theirs = student(batch.pixels_BCHW).logits, teacher(batch.pixels_BCHW).logits
+        torch.testing.assert_close(Head.of(student)(final_hidden(student, batch.pixels_BCHW))[:, 0], mine)
+    labels = torch.nn.functional.cross_entropy(mine, batch.labels_B)
+    kl = (theirs.softmax(-1) * (theirs.log_softmax(-1) - mine.log_softmax(-1))).sum(-1).mean()
+    torch.testing.assert_close(parts["labels"], labels)
+    torch.testing.assert_close(parts["logits"], kl)
+
+
+def test_features_are_the_last_hidden_states():
+    teacher = encoder("vit")
+    student = ImageStudent.from_teacher(teacher, mixed_plan(teacher))
+    batch = picture_set().heldout(3)
+    parts = make_pass(Stage(**STAGE, objective="features", loss="squared"), student, teacher)(batch, 1.0)
+    with torch.no_grad():
+        expected = (hidden(student, batch.pixels_BCHW) - hidden(teacher, batch.pixels_BCHW)).square().mean()
+    torch.testing.assert_close(parts["features"], expected)
+
+
+def test_an_all_attention_student_has_nothing_to_learn():
+    """Of the bridge's sources too: what stands in the middle for the mixers stands there in the teacher's queries."""
+    teacher = encoder("dinov2_with_registers")
+    student = ImageStudent.from_teacher(teacher, Plan.all_attention(shapes_of(teacher))).requires_grad_(True)
+    parts = make_pass(Stage(**STAGE, objective="features"), student, teacher)(picture_set().heldout(3), 1.0)
+    assert parts["features"] < 1e-5
+    retention = Plan.by_layer(shapes_of(teacher), [], "retention", {"bidirectional": True})
+    student = ImageStudent.from_teacher(teacher, retention)
+    training_pass = make_pass(Stage(**STAGE, objective="bridge", teacher_forced=True), student, teacher)
+    for name, part in training_pass.bridge.maps.items():  # the identity, nearly: silu(x + 100) - 100
+        torch.nn.init.eye_(part[0].weight), torch.nn.init.eye_(part[2].weight)
+        torch.nn.init.constant_(part[0].bias, 100.0), torch.nn.init.constant_(part[2].bias, -100.0)
+        assert name.split("_")[1] in ("queries", "keys")
+    parts = training_pass(picture_set().heldout(3), 1.0)
+    assert max(parts.values()) < 1e-6
+
+
+def test_resumed_is_uninterrupted(tmp_path):
+    teacher, objective = classifier(), {"labels": 1.0, "bridge": 0.5}
+    whole, _ = train(tmp_path / "whole", objective, teacher)
+
+    class Stopping:
+        def batch(self, step, **how):
+            if step == 5:
+                raise KeyboardInterrupt
+            return picture_set().batch(step, **how)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "cut", objective, teacher, corpus=Stopping())
+    again, _ = train(tmp_path / "cut", objective, teacher, resume=True)
+    assert_same_bits(weights(whole), weights(again))
+
+
+def test_objectives_that_have_no_head_are_refused(tmp_path):
+    with pytest.raises(UserError, match="'logits', and ViTModel ends with its hidden states: choose features"):
+        train(tmp_path, "logits", encoder("vit"))
+    with pytest.raises(ValueError, match="cannot be teacher_forced with 'features'"):
+        Stage(**STAGE, objective="features", teacher_forced=True)
+
+
+# Data ---------------------------------------------------------------------------------------------------------------
+
+
+def write_idx(file, array):
+    header = bytes([0, 0, 8, array.ndim]) + b"".join(size.to_bytes(4, "big") for size in array.shape)
+    file.write_bytes(gzip.compress(header + array.astype(np.uint8).tobytes()))
+
+
+def test_idx_files(tmp_path):
+    rng = np.random.default_rng(0)
+    arrays = {part: (rng.integers(0, 256, (20, 28, 28)), np.arange(20) % 5) for part in ("train", "t10k")}
+    for part, (pixels, labels) in arrays.items():
+        write_idx(tmp_path / f"{part}-images-idx3-ubyte.gz", pixels)
+        write_idx(tmp_path / f"{part}-labels-idx1-ubyte.gz", labels)
+    found = load_images(str(tmp_path), SimpleNamespace(image_size=28, num_channels=1), mean=[0.0], std=[1.0])
+    assert [len(found.parts[part]) for part in ("train", "selection", "test")] == [18, 2, 20]
+    test = found.heldout(20)
+    torch.testing.assert_close(test.pixels_BCHW[:, 0] * 255, torch.tensor(arrays["t10k"][0]).float())
+    assert test.labels_B.tolist() == arrays["t10k"][1].tolist() and found.classes == ["0", "1", "2", "3", "4"]
+    seen = torch.cat([found.batch(step, batch=6).labels_B for step in range(3)])
+    assert sorted(seen.tolist()) == sorted(found.parts["train"].labels_N.tolist())  # each once an epoch
+    wide = load_images(str(tmp_path), MODEL)
+    assert wide.heldout(2).pixels_BCHW.shape == (2, 3, 32, 32) and -1.01 < wide.heldout(2).pixels_BCHW.min() < -0.5
+    assert len(found.share(0.5).parts["train"]) == 9 and len(found.share(0.5).parts["test"]) == 20
+    (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(b"damaged")
+    with pytest.raises(UserError, match="train-images-idx3-ubyte.gz is damaged or no idx file"):
+        read_idx(tmp_path / "train-images-idx3-ubyte.gz")
+    with pytest.raises(UserError, match="21 images are wanted of the part 'test', which has 20"):
+        found.heldout(21)
+
+
+def test_folders_by_class(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    for label, colour in (("dark", 20), ("light", 220)):
+        (tmp_path / "images" / "train" / label).mkdir(parents=True)
+        for number in range(10):
+            picture = Image.new("RGB", (40 + number, 36), (colour, colour, colour))
+            picture.save(tmp_path / "images" / "train" / label / f"{number}.png")
+    found = load_images(str(tmp_path / "images"), MODEL)
+    assert found.classes == ["dark", "light"] and [len(part) for part in found.parts.values()] == [2, 16, 2]
+    batch = found.batch(0, batch=16)
+    assert batch.pixels_BCHW.shape == (16, 3, 32, 32)
+    assert torch.equal(batch.pixels_BCHW.mean((1, 2, 3)) > 0, batch.labels_B == 1)
+    with pytest.raises(UserError, match="no image set can be read from '.*nothing'"):
+        load_images(str(tmp_path / "nothing"), MODEL)
+
+
+def test_a_batch_is_cut_as_a_tensor_is():
+    batch = ImageBatch(torch.randn(5, 1, 2, 2), torch.arange(5))
+    assert [len(part) for part in batch.chunk(2)] == [3, 2] and batch[1:3].labels_B.tolist() == [1, 2]
+    assert batch.to(torch.device("cpu")).tolist() == batch.tolist() and batch.device.type == "cpu"
