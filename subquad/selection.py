@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
@@ -12,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import Progress
 
 from subquad.data.text import Corpus
+from subquad.distill.log import StageProgress
 from subquad.distill.passes import bare_forward_speed
 from subquad.errors import UserError
 from subquad.opening import all_linear, mixers_of, open_corpus, open_teacher, settled, shapes_of
@@ -147,10 +148,14 @@ def select_plan(
     plan_file, scores_file = run.out / "plan.yaml", run.out / "scores.json"
     if run.resume and plan_file.is_file() and scores_file.is_file():
         return Plan.load(plan_file), json.loads(scores_file.read_text(encoding="utf-8"))
-    with run.timed("select"), Progress(console=run.console, transient=True) as bar:
-        task = bar.add_task(f"select by {run.recipe.selector.by}", total=None)
-        work = _work(run, source, corpus)
-        work.progress = lambda done, total: bar.update(task, completed=done, total=total)
+    work = _work(run, source, corpus)
+    with run.timed("select"), StageProgress(run.console, f"select by {run.recipe.selector.by}", unit="piece") as bar:
+
+        def show(done: int, total: int) -> None:
+            tokens = work.spent.forward_tokens + work.spent.training_tokens
+            bar.update(done, f"{tokens / (time.perf_counter() - work.started):,.0f} tokens/s", total)
+
+        work.progress = show
         plan, scores = _choose(run, linear, source, corpus, work)
     run.write("scores.json", json.dumps(scores, indent=1))
     run.write("plan.yaml", plan.to_yaml())

@@ -226,9 +226,17 @@ def test_interrupted_says_how_to_go_on(already, run, called):
     assert "\n  subquad convert --out 'my runs/a' --resume\n" in result.stderr
 
 
-def test_interrupted_elsewhere(run, called):
-    called("generate", "subquad.jobs").side_effect = KeyboardInterrupt
-    result = run("generate", "folder", "Once")
+@pytest.mark.parametrize(
+    "command, name, module",
+    [
+        (["generate", "folder", "Once"], "generate", "subquad.jobs"),
+        (["eval", "folder"], "evaluate_model", "subquad.jobs"),
+        (["bench", "folder"], "bench", "subquad.bench"),
+    ],
+)
+def test_interrupted_where_there_is_nothing_to_go_on_from(command, name, module, run, called):
+    called(name, module).side_effect = KeyboardInterrupt
+    result = run(*command)
     assert (result.exit_code, result.stderr) == (130, "\nsubquad: stopped\n")
 
 

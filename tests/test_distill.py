@@ -22,7 +22,7 @@ from subquad.distill import checkpoint as checkpoint_module
 from subquad.distill import loop
 from subquad.distill.hidden import output_distance
 from subquad.distill.ledger import StageResult
-from subquad.distill.log import RunLog
+from subquad.distill.log import RunLog, StageProgress
 from subquad.distill.loop import make_accelerator, run_stage
 from subquad.distill.passes import TeacherForced, bare_forward_speed
 from subquad.distill.schedule import learning_rate_factor, warmup_steps
@@ -277,6 +277,18 @@ def test_bare_forward_speed_counts_tokens():
     assert speed == pytest.approx(len(passes) * 2 * T / (time.perf_counter() - start), rel=0.2)
 
 
+def test_progress_of_work_in_several_parts():
+    """Each part has a number of steps of its own, and the time left is that of the part."""
+    out = StringIO()
+    with StageProgress(Console(file=out, width=100), "select by kl", unit="piece") as bar:
+        for steps in (3, 3, 2):
+            for step in range(1, steps + 1):
+                bar.update(step, "7 tokens/s", steps)
+    assert out.getvalue().splitlines() == [
+        f"select by kl: piece {steps}/{steps}  7 tokens/s  0 s left" for steps in (3, 3, 2)
+    ]
+
+
 # Going on after a kill ----------------------------------------------------------------------------------------------
 
 
@@ -317,6 +329,39 @@ def test_interrupted_at_any_write_it_ends_with_the_same_bits(tmp_path, settings,
         assert_same_bits(weights(again), expected)
         assert loaded == result
     assert deaths == 16
+
+
+class Interrupting(RandomText):
+    """Somebody presses Ctrl-C in the middle of a step."""
+
+    def __init__(self, press, at, times=1):
+        self.press, self.at, self.times = press, at, times
+
+    def batch(self, step, **how):
+        for _ in range(self.times if step == self.at else 0):
+            self.press()
+        return super().batch(step, **how)
+
+
+@pytest.mark.parametrize("at", [2, STEPS - 1])
+def test_ctrl_c_ends_at_a_checkpoint_of_that_step(at, tmp_path, ctrl_c, capfd):
+    """The step is finished and kept, whatever `checkpoint_every` says, and no step is done again."""
+    settings, text = {**ALIGN, "checkpoint_every": 1000}, Interrupting(ctrl_c, at)
+    plain, _ = train(tmp_path / "plain", settings)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "stopped", settings, corpus=text)
+    assert "Ctrl-C again" in capfd.readouterr().err
+    kept = {path.name for path in (tmp_path / "stopped" / "checkpoints").iterdir()}
+    assert kept == ({"stage-0.safetensors"} if at == STEPS - 1 else {"latest.json", f"stage-0-step-{at + 1:06d}"})
+    student, _ = train(tmp_path / "stopped", settings, corpus=text, resume=True)  # that step again would stop again
+    assert_same_bits(weights(student), weights(plain))
+    assert [line["step"] for line in lines(tmp_path / "stopped")] == list(range(1, STEPS + 1))
+
+
+def test_the_second_ctrl_c_waits_for_nothing(tmp_path, ctrl_c):
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, corpus=Interrupting(ctrl_c, 2, times=2))
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir() if path.is_dir()] == ["stage-0-step-000002"]
 
 
 def test_killed_by_the_system_it_goes_on(tmp_path):

@@ -255,6 +255,28 @@ def test_interrupted_and_resumed_is_as_if_it_had_not_been(batches, teacher, corp
     assert bytes_of(tmp_path) == bytes_of(whole)
 
 
+@pytest.mark.parametrize("batches", [1, 2, 3, 4])
+def test_ctrl_c_loses_no_row(batches, teacher, corpus, whole, tmp_path, monkeypatch, ctrl_c):
+    """The rows that are done become a shard, however few; going on asks for the others alone."""
+    answers, asked = cache_writer._answers, []
+
+    def counted(*arguments, first_row):
+        asked.append(first_row)
+        if len(asked) == batches:
+            ctrl_c()
+        return answers(*arguments, first_row=first_row)
+
+    monkeypatch.setattr(cache_writer, "_answers", counted)
+    with pytest.raises(KeyboardInterrupt):
+        write_cache(tmp_path, teacher, corpus, **SETTINGS)
+    assert len(asked) == batches
+    write_cache(tmp_path, teacher, corpus, **SETTINGS, resume=True)
+    assert len(set(asked)) == len(asked), "no row twice"
+    ids_BT = rows_of(corpus)
+    found, wanted = (opened(folder, teacher).lookup(ids_BT) for folder in (tmp_path, whole))
+    assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
+
+
 @pytest.mark.parametrize("file", ["shard-00001.safetensors", "meta.json"])
 @pytest.mark.parametrize("after", [False, True])
 def test_stopped_while_a_file_is_replaced(file, after, teacher, corpus, whole, tmp_path, monkeypatch):

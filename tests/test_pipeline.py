@@ -1,9 +1,12 @@
 """The whole path: from a teacher to a folder that transformers loads, by the same code as `make convert`."""
 
 import json
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -122,6 +125,35 @@ def test_an_interrupted_run_ends_the_same(finished, teacher_folder, text, tmp_pa
         resumed = pipeline.convert(teacher_folder, Recipe(**RECIPE), again, data=text, resume=True)
     mine, theirs = dict(student.mixer_parameters()), dict(resumed.mixer_parameters())
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+PROGRAM = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests that run in the background are started to ignore it
+from subquad.cli import main
+main()
+"""
+
+
+def test_ctrl_c_says_how_to_go_on_and_that_does(teacher_folder, text, tmp_path):
+    recipe, out = Recipe(**RECIPE).model_copy(deep=True), tmp_path / "run"
+    recipe.stages[0].tokens, recipe.stages[0].log_every = 64 * 300, 1
+    (tmp_path / "tiny.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    command = f"convert {teacher_folder} --recipe {tmp_path}/tiny.yaml --data {text[0]} --out {out}".split()
+    job = subprocess.Popen([sys.executable, "-c", PROGRAM, *command], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (out / "log.jsonl").exists():
+        assert job.poll() is None and time.monotonic() < deadline, job.communicate()
+        time.sleep(0.01)
+    job.send_signal(signal.SIGINT)
+    said = job.communicate(timeout=60)[1]
+    assert job.returncode == 130 and "Traceback" not in said
+    assert said.endswith(f"go on from the last checkpoint with:\n  {shlex.join(['subquad', *command, '--resume'])}\n")
+    done = len((out / "log.jsonl").read_text().splitlines())
+    assert (out / "checkpoints" / f"stage-0-step-{done:06d}").is_dir() and not list(out.rglob("*.tmp"))
+    pipeline.convert(teacher_folder, load_recipe(tmp_path / "tiny.yaml"), out, data=text, resume=True)
+    steps = [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()]
+    assert steps[:300] == list(range(1, 301))
 
 
 def test_a_model_that_cannot_be_written_whole_is_not_left_in_halves(finished, tmp_path):

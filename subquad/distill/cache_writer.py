@@ -3,6 +3,7 @@
 Notable:
 - A shard is written aside, synced and renamed, and only then is `meta.json` replaced, in the same way. Whatever is
   interrupted, `meta.json` names whole shards, and to resume is to go on after the last of them.
+- Ctrl-C ends with a shard of the rows that are done.
 - `kl_lost` is the KL of the teacher from what `lookup` will return, its rest spread evenly over the other tokens: what
   truncation and rounding lose together, in nats per token, without regard to any student.
 
@@ -31,6 +32,7 @@ from subquad.distill.teacher_cache import FORMAT, KIND, Meta, normalised, read_m
 from subquad.distill.tokens import CHUNK_ELEMENTS
 from subquad.errors import UserError
 from subquad.files import claim_folder, is_disk_full, sync
+from subquad.interrupt import interrupt_waits
 from subquad.ops.common import wide
 from subquad.plan import dtype_name
 from subquad.teacher import Teacher
@@ -117,8 +119,9 @@ def write_cache(
         return written
 
     written = write_meta()  # at once: a folder with half a shard in it is then known as ours
-    with StageProgress(console, "cache-teacher", steps=rows, step=done, unit="row") as bar:
-        while done < rows:
+    bar = StageProgress(console, "cache-teacher", steps=rows, step=done, unit="row")
+    with bar, interrupt_waits() as interrupted:
+        while done < rows and not interrupted():
             start, stop = done, min(rows, done + shard_rows)
             began = time.perf_counter()
             parts = []
@@ -128,14 +131,16 @@ def write_cache(
                 done = at + len(ids_BT)
                 speed = (done - start) * sequence_length / (time.perf_counter() - began)
                 bar.update(done, f"{speed:,.0f} tokens/s")
+                if interrupted():
+                    break
             file = folder / f"shard-{len(shards):05d}.safetensors"
             data = save({name: torch.cat([stored[name] for stored, _ in parts]) for name in parts[0][0]})
             _replace(file, data)
-            lost, kept = np.sum([sums for _, sums in parts], axis=0) / ((stop - start) * sequence_length)
+            lost, kept = np.sum([sums for _, sums in parts], axis=0) / ((done - start) * sequence_length)
             shards.append(
                 {
                     "file": file.name,
-                    "rows": stop - start,
+                    "rows": done - start,
                     "bytes": len(data),
                     "sha256": hashlib.sha256(data).hexdigest(),
                     "kl_lost": float(lost),

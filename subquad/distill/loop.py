@@ -3,6 +3,7 @@
 Notable:
 - A step depends on nothing but its number and the state it starts from: the batch is a function of (seed, step), the
   learning rate of the step. So a run that was killed and resumed ends with the same bits as one that was not.
+- Ctrl-C ends at a checkpoint of the step that it interrupts: nothing that was trained is lost.
 - The batch of a step is the whole run's. Each process takes its slice, gradients are averaged in one place
   (`average_gradients`) after the last backward pass, and the logged loss is the mean: two processes do what one does.
 - The models stay where their maker put them, and in evaluation mode: nothing here is random.
@@ -38,6 +39,7 @@ from subquad.distill.trainable import (
     trained_in_float32,
 )
 from subquad.errors import UserError
+from subquad.interrupt import interrupt_waits
 from subquad.memory import peak_memory_bytes, reset_peak_memory
 from subquad.stage import Stage
 from subquad.student import Student
@@ -78,14 +80,16 @@ def run_stage(
     is loaded and not run again, and an interrupted one goes on from its last checkpoint; without, what an earlier run
     left of this and later stages is removed.
     Raises UserError for a batch that does not divide by the processes, a loss that is not finite (naming stage, layer
-    and step), a full disk, or a checkpoint that was made with other settings.
+    and step), a full disk, or a checkpoint that was made with other settings; KeyboardInterrupt, with a checkpoint
+    behind it, after Ctrl-C.
     """
     micro_rows(stage, accelerator.num_processes)
     if accelerator.mixed_precision not in ("no", "bf16"):
         raise UserError(f"training in {accelerator.mixed_precision} is not supported: use bf16 or no mixed precision.")
     known = identity(stage, index, seed, student.plan, teacher_model, corpus, accelerator.mixed_precision)
     checkpoints = Checkpoints(out / "checkpoints", index, known)
-    with prepared(stage, index, student, teacher_model, logits_from, seed, accelerator) as run:
+    preparation = prepared(stage, index, student, teacher_model, logits_from, seed, accelerator)
+    with interrupt_waits() as interrupted, preparation as run:
         parameters, optimizer = run.parameters, run.optimizer
         if resume and (state := checkpoints.load_finished(parameters)):
             return StageResult(**state["result"])
@@ -109,10 +113,13 @@ def run_stage(
                 bar.update(ledger.step, f"loss {run.total(ledger.recent[-1]):.4f}  {speed:,.0f} tokens/s")
                 if ledger.step % stage.log_every == 0 or run.done:
                     run.write_log(log)
-                if ledger.step % stage.checkpoint_every == 0 and not run.done:
+                stop = any_process(interrupted(), accelerator)
+                if (stop or ledger.step % stage.checkpoint_every == 0) and not run.done:
                     if accelerator.is_main_process:
                         checkpoints.save(parameters, optimizer, {"step": ledger.step, "ledger": asdict(ledger)})
                     accelerator.wait_for_everyone()
+                    if stop:
+                        raise KeyboardInterrupt
         result = run.result(sum(speeds) / len(speeds))
         if accelerator.is_main_process:
             checkpoints.finish(parameters, {"step": ledger.step, "result": result.as_dict()})
@@ -289,6 +296,13 @@ def micro_rows(stage: Stage, processes: int) -> int:
             f"{processes} processes times accumulate = {stage.accumulate}: change 'batch'."
         )
     return stage.batch // (processes * stage.accumulate)
+
+
+def any_process(flag: bool, accelerator: Accelerator) -> bool:
+    """Whether the flag is up in any process: all of them then do the same."""
+    if accelerator.num_processes == 1:
+        return flag
+    return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), reduction="sum") > 0)
 
 
 def average_gradients(parameters: Iterable[nn.Parameter], accelerator: Accelerator) -> None:
