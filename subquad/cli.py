@@ -12,7 +12,7 @@ Notable:
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -41,9 +41,6 @@ from subquad.cli_plans import compare, plans
 from subquad.cli_teachers import cache_teacher, train_teacher
 from subquad.errors import UserError
 from subquad.files import is_disk_full
-
-if TYPE_CHECKING:
-    pass
 
 
 class _Commands(TyperGroup):
@@ -323,14 +320,16 @@ def evaluate(
             "--limit", min=1, help="Documents of each task to measure, its first ones.", show_default="recipe's"
         ),
     ] = None,
+    changes: SetOption = None,
     json_path: Annotated[
         Path | None,
         typer.Option("--json", metavar="FILE", help="Also write the numbers to this file."),
     ] = None,
 ) -> None:
-    """Measure a model beside its teacher: KL, perplexity, top-1 agreement, retrieval, cache bytes, by context length.
+    """Measure a model beside its teacher: KL, perplexity, agreement, retrieval, cache bytes; and let both write.
 
-    The text is held out: training never saw it. With --tasks also benchmarks, and your own questions.
+    KL, perplexity and agreement by position in the text, retrieval by context length and depth of the fact. The text is
+    held out: training never saw it. With --tasks also benchmarks, and your own questions.
 
     Examples:
 
@@ -339,14 +338,29 @@ def evaluate(
         subquad eval runs/quick --teacher default --data book.txt --json numbers.json
 
         subquad eval runs/quick --tasks arc_easy,swde,my.jsonl --limit 100
+
+        subquad eval runs/quick --set evaluate.retrieval.count=40 --json runs/quick/eval.json
     """
     from rich.console import Console
 
+    from subquad.files import make_room
     from subquad.jobs import evaluate_model
     from subquad.report import print_table
 
+    if json_path is not None:
+        make_room(json_path)  # now, for what follows takes a while
     names = None if tasks is None else [name.strip() for name in tasks.split(",") if name.strip()]
-    metrics = evaluate_model(model, teacher=teacher, data=data, tasks=names, limit=limit, json_path=json_path)
+    metrics = evaluate_model(
+        model,
+        teacher=teacher,
+        data=data,
+        tasks=names,
+        limit=limit,
+        changes=changes,
+        json_path=json_path,
+        console=Console(stderr=True),
+        command=command_line(),
+    )
     print_table(metrics, Console())
 
 

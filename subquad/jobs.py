@@ -14,13 +14,13 @@ from subquad.distill.heads import check_head
 from subquad.distill.loop import make_accelerator
 from subquad.distill.teacher_cache import TeacherCache
 from subquad.errors import UserError
+from subquad.evaluate import paired_samples
 from subquad.files import write_json
 from subquad.measure import measured_rows
 from subquad.opening import open_corpus, open_teacher, plan_of, settled
 from subquad.recipe import Recipe, load_recipe
 from subquad.report.format import nats, percent, size
-from subquad.run import Run, facts
-from subquad.student import Student
+from subquad.run import Run, facts, machine, source_commit, versions
 from subquad.teacher import load_teacher
 
 
@@ -31,20 +31,23 @@ def evaluate_model(
     data: list[str] | None = None,
     tasks: list[str] | None = None,
     limit: int | None = None,
+    changes: list[str] | None = None,
     json_path: str | Path | None = None,
+    console: Console | None = None,
+    command: str | None = None,
 ) -> dict[str, Any]:
     """Measures a student's folder (or any causal language model) beside its teacher; returns metrics.json's rows.
 
-    `teacher`, `data`, `tasks` and `limit` (documents a task) default to those of the recipe that made the student.
-    Raises UserError where these are unknown.
+    `teacher`, `data`, `tasks` and `limit` (documents a task) default to those of the recipe that made the student, of
+    which `changes` (`evaluate.retrieval.count=20`) changes the rest. The model, whatever it is, is the row `student`.
+    Progress is shown on `console`, if there is one. Raises UserError where anything of this is unknown.
     """
     recipe_file = Path(model) / "recipe.yaml"
     if teacher is None and not recipe_file.is_file():
         raise UserError(f"{model} does not say what its teacher is: give --teacher")
-    recipe = load_recipe(recipe_file if recipe_file.is_file() else "quick")
-    given = {"tasks": tasks, "task_limit": limit}
-    changes = {key: value for key, value in given.items() if value is not None}
-    recipe.evaluate = recipe.evaluate.model_copy(update=changes)
+    recipe = load_recipe(recipe_file if recipe_file.is_file() else "quick", changes or [])
+    given = {key: value for key, value in {"tasks": tasks, "task_limit": limit}.items() if value is not None}
+    recipe.evaluate = recipe.evaluate.model_copy(update=given)
     recipe = settled(recipe, teacher or recipe.teacher, data)
     source = load_teacher(recipe.teacher, dtype=recipe.dtype)
     lm = load_teacher(str(model), dtype=recipe.dtype).model
@@ -56,10 +59,11 @@ def evaluate_model(
         max_tokens=recipe.data.max_tokens,
         heldout_fraction=recipe.data.heldout_fraction,
     )
-    name = "student" if isinstance(lm, Student) else "model"
-    plans = {"teacher": plan_of(source.model), name: plan_of(lm)}
-    metrics = measured_rows({name: lm}, source, corpus, plans, recipe.evaluate, recipe.dtype)
-    metrics["teacher_name"] = source.name
+    plans, settings = {"teacher": plan_of(source.model), "student": plan_of(lm)}, recipe.evaluate
+    metrics = measured_rows({"student": lm}, source, corpus, plans, settings, recipe.dtype, console)
+    metrics["samples"] = paired_samples(source.model, lm, source.tokenizer, settings.prompts, settings.max_new_tokens)
+    metrics |= {"teacher_name": source.name, "teacher_fingerprint": source.fingerprint, "versions": versions()}
+    metrics |= {"machine": machine(lm.device), "command": command, "commit": source_commit()}
     if json_path is not None:
         write_json(Path(json_path), metrics)
     return dict(json.loads(json.dumps(metrics)))

@@ -3,15 +3,18 @@
 Every number of metrics.json's rows is made here, and in the same pass for all models.
 """
 
+import time
 from collections.abc import Mapping
 from operator import methodcaller
 from statistics import fmean
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from subquad.data.retrieval import Probe, make_probe
 from subquad.data.text import Corpus
+from subquad.distill.log import StageProgress
 from subquad.evaluate import cache_table, harness, likelihood, paired_gain, retrieval
 from subquad.evaluate.harness import load_tasks
 from subquad.mixers.sliding_window import WindowOptions
@@ -29,21 +32,35 @@ def measured_rows(
     plans: Mapping[str, Plan],
     config: EvaluateConfig,
     dtype: str,
+    console: Console | None = None,
 ) -> dict[str, Any]:
-    """Rows of metrics.json for the teacher and for `models`; `plans` gives the plan of each, the teacher's included."""
+    """Rows of metrics.json for the teacher and for `models`; `plans` gives the plan of each, the teacher's included.
+
+    Progress is shown on `console`, if there is one.
+    """
     rows, probes = questions(config, source, corpus)
-    measured = likelihood(models, source.model, rows, config.contexts)
+    everyone = {"teacher": source.model, **models}
+    total, done, start = round(evaluation_bill(config, len(everyone)).forward_tokens), 0, time.perf_counter()
+    with StageProgress(console, "measure", steps=total, unit="token") as bar:
+
+        def tick(tokens: int) -> None:
+            nonlocal done
+            done += tokens
+            bar.update(done, f"{done / (time.perf_counter() - start):,.0f} tokens/s")
+
+        measured = likelihood(models, source.model, rows, config.contexts, tick=tick)
+        found = {name: retrieval(model, probes, tick) for name, model in everyone.items()}
     tasks = load_tasks(config.tasks)
     return {
         name: {
             **measured[name],
-            "retrieval": retrieval(model, probes),
+            "retrieval": found[name],
             "tasks": harness(model, source.tokenizer, tasks, limit=config.task_limit),
             "cache_bytes": cache_table(plans[name], config.cache_contexts, dtype),
             "attention_layers": plans[name].attention_layers,
             "plan_pattern": plans[name].pattern(),
         }
-        for name, model in {"teacher": source.model, **models}.items()
+        for name, model in everyone.items()
     }
 
 

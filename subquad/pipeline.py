@@ -13,7 +13,7 @@ from typing import Any
 
 from subquad.data.text import Corpus
 from subquad.distill.ledger import StageResult
-from subquad.evaluate import samples
+from subquad.evaluate import paired_samples
 from subquad.measure import even_plan, measured_rows, verdicts, window_plan
 from subquad.opening import all_linear, new_student, open_corpus, open_teacher, plan_of, settled
 from subquad.plan import Plan
@@ -111,14 +111,9 @@ def _measure(
         models = {"student": student} | ({} if recipe.student else _rivals(run, plan, corpus, linear))
         run.say(f"measuring the teacher and {fmt.count(len(models), 'model')} on held-out text and retrieval ...")
         plans = {"teacher": plan_of(source.model)} | {name: model.plan for name, model in models.items()}
-        metrics = measured_rows(models, source, corpus, plans, recipe.evaluate, recipe.dtype)
+        metrics = measured_rows(models, source, corpus, plans, recipe.evaluate, recipe.dtype, run.console)
         prompts, length = recipe.evaluate.prompts, recipe.evaluate.max_new_tokens
-        theirs = samples(source.model, source.tokenizer, prompts, length)
-        mine = samples(student, source.tokenizer, prompts, length)
-    metrics["samples"] = [
-        {"prompt": one["prompt"], "teacher": other["text"], "student": one["text"]}
-        for one, other in zip(mine, theirs, strict=True)
-    ]
+        metrics["samples"] = paired_samples(source.model, student, source.tokenizer, prompts, length)
     metrics["verdicts"] = verdicts(metrics, recipe.evaluate.contexts)
     return metrics
 

@@ -5,7 +5,7 @@ import importlib
 import subprocess
 import sys
 from pathlib import Path
-from unittest.mock import create_autospec
+from unittest.mock import ANY, create_autospec
 
 import pytest
 import torch
@@ -169,11 +169,10 @@ def test_select_passes_on_what_was_asked(run, called):
     assert select.call_args.kwargs["out"] == Path("here.yaml")
 
 
-def test_eval_prints_a_table(run, called):
+def test_eval_prints_a_table(run, called, tmp_path):
     evaluate, print_table = called("evaluate_model", "subquad.jobs"), called("print_table", "subquad.report")
-    result = run(
-        *"eval folder --teacher default --data a.txt --tasks arc_easy,my.jsonl --limit 9 --json numbers.json".split()
-    )
+    command = "eval folder --teacher default --data a.txt --tasks arc_easy,my.jsonl --limit 9 --set evaluate.rows=3"
+    result = run(*f"{command} --json {tmp_path}/made/numbers.json".split())
     assert result.exit_code == 0, result.output
     evaluate.assert_called_once_with(
         "folder",
@@ -181,8 +180,12 @@ def test_eval_prints_a_table(run, called):
         data=["a.txt"],
         tasks=["arc_easy", "my.jsonl"],
         limit=9,
-        json_path=Path("numbers.json"),
+        changes=["evaluate.rows=3"],
+        json_path=tmp_path / "made/numbers.json",
+        console=ANY,
+        command=f"subquad {command} --json {tmp_path}/made/numbers.json",
     )
+    assert run("eval", "folder", "--json", str(tmp_path)).exit_code == 2, "found out before anything is measured"
     assert print_table.call_args.args[0] is evaluate.return_value
 
 

@@ -4,6 +4,7 @@ import copy
 import math
 import re
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -69,6 +70,18 @@ def test_likelihood_equals_its_definition(family, chunk):
             nll = F.cross_entropy(logits[name][:, : c - 1].flatten(0, 1), heldout[:, 1:c].flatten()).item()
             assert scores[name]["cross_entropy"][c] == pytest.approx(nll, rel=1e-5)
             assert scores[name]["perplexity"][c] == pytest.approx(math.exp(nll), rel=1e-4)
+        start = {2: 0, 17: 2, 50: 17}[c]
+        stretch = slice(max(start, 1), c)
+        nll = F.cross_entropy(
+            logits["student"][:, stretch.start - 1 : c - 1].flatten(0, 1), heldout[:, stretch].flatten()
+        )
+        assert got["buckets"] == {
+            "start": start,
+            "kl": pytest.approx(kl[:, start:c].mean().item(), rel=1e-4),
+            "top1": pytest.approx(same[:, start:c].mean().item()),
+            "cross_entropy": pytest.approx(nll.item(), rel=1e-5),
+            "perplexity": pytest.approx(math.exp(nll.item()), rel=1e-4),
+        }
         assert 0 < got["kl"]
         assert scores["teacher"]["kl"][c] == scores["teacher"]["kl_stderr"][c] == 0.0
         assert scores["teacher"]["top1"][c] == 1.0
@@ -203,6 +216,27 @@ def test_retrieval_tells_a_model_that_copies_from_one_that_does_not():
     after = retrieval(model, probes)["copy"][32]
     assert before["accuracy"] < 0.2 and after["accuracy"] > 0.9
     assert before["logprob"] < -3 and after["logprob"] > -1
+
+
+def test_retrieval_by_depth_is_that_of_the_rows_that_lie_there():
+    """A window sees the facts that lie near the question, and the map says so."""
+    tokenizer = byte_tokenizer()
+    probe, ticks = make_probe("passkey", tokenizer, 400, 24), []
+    blind = probe.input_ids.clone()
+    for row, depth in enumerate(probe.depth):
+        if depth < 0.4:  # what stands early is forgotten
+            blind[row, : probe.question_start[row]] = tokenizer.convert_tokens_to_ids("x")
+    score = retrieval(Copier(), {"passkey": {400: replace(probe, input_ids=blind)}}, ticks.append)["passkey"][400]
+    bands = score["by_depth"]
+    assert ticks == [24 * 400] and [band["accuracy"] for band in bands] == [0, 0, 1, 1, 1]
+    assert sum(band["rows"] for band in bands) == 24 and min(band["rows"] for band in bands) >= 3
+    rows = torch.tensor([band["rows"] for band in bands])
+    assert score["accuracy"] == pytest.approx((rows[2:].sum() / 24).item())
+    means = torch.tensor([band["logprob"] for band in bands])
+    assert score["logprob"] == pytest.approx(((means * rows).sum() / 24).item(), rel=1e-4)
+    assert "by_depth" not in retrieval(Copier(), {"copy": {64: make_probe("copy", tokenizer, 64, 2)}})["copy"][64]
+    alone = retrieval(Copier(), {"passkey": {400: probe.rows(slice(1))}})["passkey"][400]["by_depth"]
+    assert sorted(band["rows"] for band in alone) == [0, 0, 0, 0, 1] and {"rows": 0} in alone
 
 
 class Copier(torch.nn.Module):

@@ -1,5 +1,6 @@
 """The whole path: from a teacher to a folder that transformers loads, by the same code as `make convert`."""
 
+import io
 import json
 import shlex
 import shutil
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny
+from rich.console import Console
 
 from subquad import jobs, opening, pipeline, selection, training
 from subquad.errors import UserError
@@ -42,6 +44,11 @@ RECIPE = {
         "max_new_tokens": 4,
     },
 }
+SMALL = [
+    "evaluate.contexts=[8]",
+    "evaluate.rows=1",
+    *(f"evaluate.retrieval.{key}" for key in ("tasks=[copy]", "contexts=[32]", "count=2")),
+]
 FILES = {"config.json", "model.safetensors", "tokenizer.json", "plan.yaml", "scores.json", "metrics.json", "log.jsonl"}
 
 
@@ -303,12 +310,19 @@ def test_a_choice_of_mixers_for_every_layer(teacher_folder, text, tmp_path):
     assert loaded.plan == student.plan
 
 
-def test_eval_and_generate(finished, tmp_path):
+def test_eval_and_generate(finished, teacher_folder, text, tmp_path):
     out, _ = finished
     metrics = jobs.evaluate_model(out, json_path=tmp_path / "numbers.json")
     told = json.loads((out / "metrics.json").read_text())
     assert metrics["student"]["kl"] == pytest.approx(told["student"]["kl"], rel=1e-4)
+    assert metrics["samples"] == told["samples"] and metrics["samples"][0].keys() == {"prompt", "teacher", "student"}
     assert json.loads((tmp_path / "numbers.json").read_text()) == metrics
+    console = Console(file=io.StringIO(), width=200)
+    fewer = jobs.evaluate_model(out, changes=SMALL, console=console)
+    assert fewer["student"]["kl"].keys() == {"8"}
+    assert f"measure: token {2 * 8 + 2 * 2 * 32}/{2 * 8 + 2 * 2 * 32}" in console.file.getvalue()
+    itself = jobs.evaluate_model(teacher_folder, teacher=teacher_folder, data=text, changes=SMALL)["student"]
+    assert itself["kl"] == {"8": 0.0} and itself["plan_pattern"] == "AAA", "any model, as the student"
     first = jobs.generate(out, "w1 w2 w3", max_new_tokens=5)
     assert first == jobs.generate(out, "w1 w2 w3", max_new_tokens=5) and first
     with pytest.raises(UserError, match="no chat template"):

@@ -43,13 +43,20 @@ def make_variant(name: str) -> dict:
     kl, kept = VARIANT_KL[name], 30 if name == "teacher" else 0 if name == "window" else 15
     by_context = {256: 0.45 * kl, 1024: kl, 2048: 1.6 * kl}
     answers = {str(c): {"accuracy": max(0.0, 0.75 - 4 * k), "logprob": -0.4 - 9 * k} for c, k in by_context.items()}
+    deep = {c: answer | {"by_depth": make_bands(**answer, few=c == "256")} for c, answer in answers.items()}
+    starts = dict(zip(by_context, (0, *by_context), strict=False))
+    stretches = {
+        str(c): {"start": starts[c], "kl": 1.3 * k, "perplexity": 17.0 + k, "top1": math.exp(-2 * k)}
+        for c, k in by_context.items()
+    }
     grows, fixed = kept * 2 * 3 * 64 * 4, (30 - kept) * (9 * 64 * 129 * 4 + 68 * 2 * 3 * 64 * 4)
     return {
         "kl": {str(c): value for c, value in by_context.items()},
         "kl_stderr": {str(c): 0.04 * value for c, value in by_context.items()},
         "perplexity": {str(c): 16.2 * math.exp(value + 80 / c) for c, value in by_context.items()},
         "top1": {str(c): math.exp(-1.9 * value) for c, value in by_context.items()},
-        "retrieval": {task: answers for task in ("copy", "dictionary", "passkey")},
+        "buckets": stretches,
+        "retrieval": {"copy": answers, "dictionary": deep, "passkey": deep},
         "tasks": {
             "arc_easy": {"acc": {"value": 0.5 - kl / 10, "stderr": 0.02}, "other": {"value": -kl, "stderr": None}}
         },
@@ -57,6 +64,12 @@ def make_variant(name: str) -> dict:
         "attention_layers": KEPT if kept == 15 else list(range(kept)),
         "plan_pattern": "".join("A" if layer in KEPT else "H" for layer in range(30)),
     }
+
+
+def make_bands(accuracy: float, logprob: float, few: bool) -> list[dict]:
+    """Five bands, the later ones better; of few rows, one has none."""
+    found = [{"rows": 2, "accuracy": min(1.0, accuracy * i / 2), "logprob": logprob - 1 / (i + 1)} for i in range(5)]
+    return [{"rows": 0}, *found[1:]] if few else found
 
 
 def make_metrics() -> dict:
@@ -465,9 +478,16 @@ def test_table_in_the_terminal():
     print_table(make_metrics(), console)
     text = console.export_text().replace(fmt.NBSP, " ")
     rows = [line.split()[0] for line in text.splitlines() if line.strip()]
-    assert [row for row in rows if row in VARIANT_KL] == list(VARIANT_KL)
+    assert [row for row in rows if row in VARIANT_KL][: len(VARIANT_KL)] == list(VARIANT_KL)
     assert "0.496 ± 0.020" in text and "−0.043" in text  # tasks
     assert "0.043" in text and "44 %" in text and "beats the uniform plan" in text
+    assert [line.split() for line in text.splitlines() if line.startswith("KL  ")][
+        0
+    ] == "KL student 0.025 0.056 0.090".split()
+    passkey = [line for line in text.splitlines() if line.startswith("passkey")]
+    assert passkey[0].split()[:6] == ["passkey", "256", "75", "%", "−0.40", "67"]
+    assert passkey[3].split() == "passkey 0–20 % – (–) 0 % (0 %) 0 % (0 %)".split()
+    assert "force which pulls objects" in text and "Gravity is" in text
     with pytest.raises(UserError, match="stages"):
         print_table({"stages": 3}, console)
 

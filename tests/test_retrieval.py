@@ -276,6 +276,23 @@ def test_rows_start_as_the_tokenizer_starts_a_text():
         assert not (ids[:, 1:] == tokenizer.bos_token_id).any()
 
 
+@pytest.mark.parametrize("name", TASKS)
+def test_the_depth_is_where_the_answer_is_first_written(name, tokenizer):
+    probe = task_probe(name, tokenizer, 700, 12)
+    if name in ("copy", "associative", "variables"):  # there is more than one fact
+        assert probe.depth is None
+        return
+    assert probe.depth.shape == (12,) and 0 <= probe.depth.min() < 0.2 and 0.5 < probe.depth.max() <= 1
+    title = {"dictionary": "dictionary:\n", "passkey": "memorize it.\n", "questions": "Near"}[name]
+    for row, start in enumerate(probe.question_start.tolist()):
+        text = tokenizer.decode(probe.input_ids[row, :start]).partition(title)[2]
+        answer = answer_text(tokenizer, probe, row)
+        place = text.index(f":{answer}\n" if name == "dictionary" else answer) / len(text)
+        assert place == pytest.approx(probe.depth[row].item(), abs=0.2)
+    assert torch.equal(probe.rows(slice(2, 5)).depth, probe.depth[2:5])
+    assert torch.equal(probe.repeated(2).depth, probe.depth.repeat(2)) and probe.exchanged().depth is None
+
+
 @pytest.mark.parametrize("name", ["dictionary", "passkey", "variables"])
 def test_a_given_haystack_fills_the_room_without_its_separators(name):
     tokenizer = TOKENIZERS["bytes"]

@@ -30,7 +30,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from string import ascii_uppercase
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -76,13 +76,16 @@ class Probe:
 
     `input_ids` (N, T) int64. `answer_mask` (N, T) bool marks the tokens that are scored: the one at p is predicted by
     the logits at p - 1. `question_start` (N,) int64: where the question begins, which the answers stand in; the facts
-    lie before it. `per_token`: accuracy is counted token by token (copying) rather than answer by answer.
+    lie before it. `per_token`: accuracy is counted token by token (copying) rather than answer by answer. `depth` (N,):
+    where the fact stands that answers the question, 0 at the beginning of the text that hides it and 1 at its end; None
+    where no single fact does.
     """
 
     input_ids: Tensor
     answer_mask: Tensor
     question_start: Tensor
     per_token: bool = False
+    depth: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.input_ids.ndim != 2 or self.input_ids.shape != self.answer_mask.shape:
@@ -96,21 +99,15 @@ class Probe:
 
     def rows(self, chosen: slice) -> "Probe":
         """Some of the rows."""
-        return replace(
-            self,
-            input_ids=self.input_ids[chosen],
-            answer_mask=self.answer_mask[chosen],
-            question_start=self.question_start[chosen],
-        )
+        return self._with(lambda part: part[chosen])
 
     def repeated(self, times: int) -> "Probe":
         """All rows, `times` over."""
-        return replace(
-            self,
-            input_ids=self.input_ids.repeat(times, 1),
-            answer_mask=self.answer_mask.repeat(times, 1),
-            question_start=self.question_start.repeat(times),
-        )
+        return self._with(lambda part: part.repeat(times, *[1] * (part.ndim - 1)))
+
+    def _with(self, change: Callable[[Tensor], Tensor]) -> "Probe":
+        parts: dict[str, Any] = {name: change(part) for name, part in vars(self).items() if isinstance(part, Tensor)}
+        return replace(self, **parts)
 
     def exchanged(self) -> "Probe":
         """The same questions and answers, each after the facts of the row before (the last row's, for the first).
@@ -121,7 +118,7 @@ class Probe:
         if rows < 2:
             raise UserError("a retrieval probe of one row has no other to exchange facts with: raise the count of rows")
         in_question = torch.arange(length) >= self.question_start[:, None]
-        return replace(self, input_ids=self.input_ids.where(in_question, self.input_ids.roll(1, dims=0)))
+        return replace(self, input_ids=self.input_ids.where(in_question, self.input_ids.roll(1, dims=0)), depth=None)
 
 
 def make_probe(
@@ -145,13 +142,22 @@ def make_probe(
     if count < 1:
         raise UserError(f"a retrieval probe needs at least one row, not {count}: raise the count")
     text = _Text(tokenizer, haystack_ids)
-    rows, answers, starts = [], [], []
+    rows, answers, starts, depths = [], [], [], []
     for row in range(count):
-        facts, question, answer = _ROWS[name](text, context, random.Random(f"{name} {context} {seed} {row}"), row)
+        facts, question, answer, depth = _ROWS[name](
+            text, context, random.Random(f"{name} {context} {seed} {row}"), row
+        )
         rows.append(facts + question)
         answers.append([False] * len(facts) + answer)
         starts.append(len(facts))
-    return Probe(torch.tensor(rows), torch.tensor(answers), torch.tensor(starts), per_token=name in _PER_TOKEN)
+        depths += [] if depth is None else [depth]
+    return Probe(
+        torch.tensor(rows),
+        torch.tensor(answers),
+        torch.tensor(starts),
+        per_token=name in _PER_TOKEN,
+        depth=torch.tensor(depths) if depths else None,
+    )
 
 
 class _Text:
@@ -223,8 +229,9 @@ class _Text:
         return [self.haystack[(start + i) % len(self.haystack)] for i in range(length)]
 
 
-# The facts of a row, then its question with the answers, and which tokens of the question are scored.
-Row: TypeAlias = tuple[list[int], list[int], list[bool]]
+# The facts of a row, its question with the answers, which tokens of the question are scored, and the depth of the fact
+# that answers it, if there is a single one.
+Row: TypeAlias = tuple[list[int], list[int], list[bool], float | None]
 
 
 def _copy_row(text: _Text, context: int, rng: random.Random, row: int) -> Row:
@@ -235,14 +242,14 @@ def _copy_row(text: _Text, context: int, rng: random.Random, row: int) -> Row:
     sequence = rng.sample(text.plain, length) if length <= len(text.plain) else rng.choices(text.plain, k=length)
     odd = rng.choices(text.plain, k=context - len(text.start) - 2 * length)
     # The first token of the second copy is anybody's guess.
-    return text.start + odd + sequence, sequence, [False] + [True] * (length - 1)
+    return text.start + odd + sequence, sequence, [False] + [True] * (length - 1), None
 
 
 def _dictionary_row(text: _Text, context: int, rng: random.Random, row: int) -> Row:
     pairs = list(zip(rng.sample(WORDS, MAX_PAIRS), rng.sample(range(100), MAX_PAIRS), strict=True))
     target = rng.random()
 
-    def build(count: int) -> Row:
+    def build(count: int) -> tuple[list[int], list[int], list[bool]]:
         key, value = pairs[int(target * count)]
         lines = (DICTIONARY_LINE.format(key=key, value=value) for key, value in pairs[:count])
         dictionary = text.encode(DICTIONARY_TITLE + "".join(lines))
@@ -259,7 +266,8 @@ def _dictionary_row(text: _Text, context: int, rng: random.Random, row: int) -> 
         middle = (low + high + 1) // 2
         low, high = (middle, high) if length(middle) <= context else (low, middle - 1)
     dictionary, question, answer = build(low)
-    return dictionary + text.fill(context - len(dictionary) - len(question), rng), question, answer
+    depth = int(target * low) / low * len(dictionary) / (context - len(question))  # its lines are about equally long
+    return dictionary + text.fill(context - len(dictionary) - len(question), rng), question, answer, depth
 
 
 def _passkey_row(text: _Text, context: int, rng: random.Random, row: int) -> Row:
@@ -271,7 +279,8 @@ def _passkey_row(text: _Text, context: int, rng: random.Random, row: int) -> Row
     if room < 0:
         raise UserError(_too_short("passkey", context, context - room))
     before = int(_spread(rng, row) * (room + 1))
-    return intro + text.fill(before, rng) + needle + text.fill(room - before, rng), question, answer
+    facts = intro + text.fill(before, rng) + needle + text.fill(room - before, rng)
+    return facts, question, answer, before / max(room, 1)
 
 
 def _associative_row(text: _Text, context: int, rng: random.Random, row: int) -> Row:
@@ -285,7 +294,7 @@ def _associative_row(text: _Text, context: int, rng: random.Random, row: int) ->
     rounds = [pair for _ in range(0, slots, count) for pair in rng.sample(pairs, count)]
     facts = [token for pair in pairs for token in pair]
     question = [token for pair in rounds[: slots - count] for token in pair]
-    return text.start + [spare] * odd + facts, question, [False, True] * (slots - count)
+    return text.start + [spare] * odd + facts, question, [False, True] * (slots - count), None
 
 
 def _variables_row(text: _Text, context: int, rng: random.Random, row: int) -> Row:
@@ -316,7 +325,7 @@ def _variables_row(text: _Text, context: int, rng: random.Random, row: int) -> R
     for place, chain in zip(sorted(rng.randint(0, room) for _ in order), order, strict=True):
         facts = facts + text.fill(place - filled, rng) + chain.pop(0)
         filled = place
-    return facts + text.fill(room - filled, rng), question, answer
+    return facts + text.fill(room - filled, rng), question, answer, None
 
 
 def _questions_row(text: _Text, context: int, rng: random.Random, row: int) -> Row:
@@ -329,8 +338,9 @@ def _questions_row(text: _Text, context: int, rng: random.Random, row: int) -> R
         for cloze in rng.sample(found, len(found)):
             question, answer = text.question(f"\nComplete this sentence of the text: {cloze.lead}", cloze.answer)
             kept = passage[: max(0, room - len(question))]
-            if str(cloze) in text.decode(kept):
-                return text.start + kept, question, answer
+            before, found_it, _ = text.decode(kept).partition(str(cloze))
+            if found_it:
+                return text.start + kept, question, answer, len(before) / len(text.decode(kept))
     raise UserError(
         f"the retrieval task 'questions' finds nothing to ask in {whole} tokens of text, {context} at a time: give it "
         "more real text or a longer context, or leave it out"

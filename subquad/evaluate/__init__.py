@@ -4,7 +4,7 @@ from subquad.evaluate.harness import harness
 from subquad.evaluate.likelihood import likelihood, paired_gain
 from subquad.evaluate.memory import cache_table, held_cache_bytes
 from subquad.evaluate.retrieval import answers, retrieval, usable
-from subquad.evaluate.samples import samples
+from subquad.evaluate.samples import paired_samples, samples
 
 __all__ = [
     "answers",
@@ -13,6 +13,7 @@ __all__ = [
     "held_cache_bytes",
     "likelihood",
     "paired_gain",
+    "paired_samples",
     "retrieval",
     "samples",
     "usable",

@@ -11,8 +11,9 @@ Shapes: B rows, T tokens, C positions of a chunk, M model width, V vocabulary.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from subquad.distill.heads import final_hidden, head_logits
 from subquad.errors import UserError
 
 Measures = dict[str, dict[int, Any]]
+MEASURES = ("kl", "top1", "cross_entropy", "perplexity")
 
 
 @torch.no_grad()  # not inference_mode: buffers a model makes on the way (rotary tables) must stay usable in training
@@ -34,6 +36,7 @@ def likelihood(
     contexts: Sequence[int],
     *,
     chunk: int = 256,
+    tick: Callable[[int], object] = lambda tokens: None,
 ) -> dict[str, Measures]:
     """Compare every model of `models` with its teacher on the rows of `heldout_BT` (int64 token ids, no padding).
 
@@ -41,7 +44,10 @@ def likelihood(
     `kl_samples` (the means it is the mean of: one of each row, or of each eighth of the only row), `kl_stderr` (its
     standard error over them), `top1` (share of positions where both have the same likeliest token), `cross_entropy`
     (nats per token) and `perplexity`, each {context: value}. At context c these are means over the first c positions of
-    all rows; cross-entropy counts the c - 1 of them whose next token lies within the context.
+    all rows; cross-entropy counts the c - 1 of them whose next token lies within the context. `buckets`: {context:
+    {"start", "kl", "top1", "cross_entropy", "perplexity"}}, the means over the positions from `start`, the next shorter
+    context, up to this one: what a mean over all positions hides of the last ones. `tick` is called with the tokens of
+    each row, summed over the models, when it is done.
     Raises `UserError` if a context is longer than the rows or below 2.
     """
     if "teacher" in models:
@@ -76,20 +82,31 @@ def likelihood(
                     same[name][row, here] = (logp_CV.argmax(-1) == best_C).float().cpu()
                     difference_CV = torch.sub(teacher_CV, logp_CV, out=logp_CV)  # their last use: overwrite them
                     kl[name][row, here] = torch.einsum("cv,cv->c", p_CV, difference_CV).cpu()
+            tick(len(everyone) * longest)
 
+    bounds = [0, *sorted(set(contexts))]
     result: dict[str, Measures] = {}
     for name in everyone:
-        measures = ("kl", "kl_samples", "kl_stderr", "top1", "cross_entropy", "perplexity")
-        result[name] = {measure: {} for measure in measures}
-        for c in contexts:
-            cross_entropy = surprise[name][:, 1:c].double().mean().item()
-            result[name]["kl"][c] = kl[name][:, :c].double().mean().item()
-            result[name]["kl_samples"][c] = _sample_means(kl[name][:, :c])
-            result[name]["kl_stderr"][c] = standard_error(result[name]["kl_samples"][c])
-            result[name]["top1"][c] = same[name][:, :c].double().mean().item()
-            result[name]["cross_entropy"][c] = cross_entropy
-            result[name]["perplexity"][c] = math.exp(cross_entropy) if cross_entropy < 700 else math.inf
+        tables = kl[name], same[name], surprise[name]
+        whole = {c: _means(*tables, 0, c) for c in contexts}
+        samples = {c: _sample_means(kl[name][:, :c]) for c in contexts}
+        result[name] = {measure: {c: whole[c][measure] for c in contexts} for measure in MEASURES} | {
+            "kl_samples": samples,
+            "kl_stderr": {c: standard_error(samples[c]) for c in contexts},
+            "buckets": {c: {"start": start} | _means(*tables, start, c) for start, c in pairwise(bounds)},
+        }
     return result
+
+
+def _means(kl_BT: Tensor, same_BT: Tensor, surprise_BT: Tensor, start: int, stop: int) -> dict[str, float]:
+    """`MEASURES` over the positions from `start` up to `stop`."""
+    cross_entropy = surprise_BT[:, max(start, 1) : stop].double().mean().item()
+    return {
+        "kl": kl_BT[:, start:stop].double().mean().item(),
+        "top1": same_BT[:, start:stop].double().mean().item(),
+        "cross_entropy": cross_entropy,
+        "perplexity": math.exp(cross_entropy) if cross_entropy < 700 else math.inf,
+    }
 
 
 def _log_probabilities(model: PreTrainedModel, hidden_1CM: Tensor) -> Tensor:

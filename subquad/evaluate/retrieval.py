@@ -1,5 +1,8 @@
 """Score retrieval probes: does the model give the answer, and how likely did it find it?
 
+Where one fact answers a question, its depth is known, and scores are also given by it (`by_depth`): with the context
+length, the two axes of the needle-in-a-haystack test.
+
 Accuracy alone says little of a small model (0 % and 0 % look equal, whatever was lost), so the log-probability of the
 answer stands beside it. Decoders run over whole rows; heads only see the positions that predict answer tokens.
 
@@ -10,7 +13,7 @@ Shapes: N rows, T tokens, A answer tokens of all rows together, M model width, V
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -25,7 +28,9 @@ POSITIONS_AT_ONCE = 256  # of logits
 
 FLOORS = {"accuracy": 0.5, "logprob": 1.0}  # of a teacher: share of answers right, nats/token that the facts are worth
 
-Score = dict[str, float]
+DEPTHS = 5  # bands that depth is cut into
+
+Score = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,16 @@ class Answers:
             "logprob": (self.logprob_N.sum() / self.tokens_N.sum()).item(),
         }
 
+    def by_depth(self, depth_N: Tensor) -> list[Score]:
+        """`DEPTHS` bands of depth, from the beginning to the question: their rows, and the score of these, if any."""
+        band_N = (depth_N * DEPTHS).long().clamp(0, DEPTHS - 1)
+        bands = []
+        for band in range(DEPTHS):
+            here = [part[band_N == band] for part in (self.hits_N, self.counted_N, self.logprob_N, self.tokens_N)]
+            rows = len(here[0])
+            bands.append({"rows": rows} | (Answers(*here).score() if rows else {}))
+        return bands
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -58,16 +73,27 @@ class Verdict:
     reason: str
 
 
-def retrieval(model: PreTrainedModel, probes: Mapping[str, Mapping[int, Probe]]) -> dict[str, dict[int, Score]]:
-    """Score `model` on {task: {context: Probe}}; returns {task: {context: {"accuracy", "logprob"}}}.
+def retrieval(
+    model: PreTrainedModel,
+    probes: Mapping[str, Mapping[int, Probe]],
+    tick: Callable[[int], object] = lambda tokens: None,
+) -> dict[str, dict[int, Score]]:
+    """Score `model` on {task: {context: Probe}}; returns {task: {context: {"accuracy", "logprob", "by_depth"}}}.
 
     `accuracy`: the share of rows whose answer tokens are all the model's likeliest (of tokens if `probe.per_token`).
-    `logprob`: mean natural log-probability per answer token, given the true tokens before it.
+    `logprob`: mean natural log-probability per answer token, given the true tokens before it. `by_depth`, where the
+    probe knows the depth of its facts: both of them, and the rows, for each fifth of the text before the question.
+    `tick` is called with the tokens of each probe when it is done.
     """
-    return {
-        task: {context: answers(model, probe).score() for context, probe in by_context.items()}
-        for task, by_context in probes.items()
-    }
+    scores: dict[str, dict[int, Score]] = {}
+    for task, by_context in probes.items():
+        scores[task] = {}
+        for context, probe in by_context.items():
+            found = answers(model, probe)
+            depths = {} if probe.depth is None else {"by_depth": found.by_depth(probe.depth)}
+            scores[task][context] = found.score() | depths
+            tick(probe.input_ids.numel())
+    return scores
 
 
 @torch.no_grad()

@@ -32,3 +32,18 @@ def samples(
             new = ids_BT[0, encoded["input_ids"].shape[1] :]
             result.append({"prompt": prompt, "text": str(tokenizer.decode(new, skip_special_tokens=True))})
     return result
+
+
+def paired_samples(
+    teacher: PreTrainedModel,
+    student: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    max_new_tokens: int = 64,
+) -> list[dict[str, str]]:
+    """What both go on to write, as `samples` does: [{"prompt", "teacher", "student"}]."""
+    theirs, mine = (samples(model, tokenizer, prompts, max_new_tokens) for model in (teacher, student))
+    return [
+        {"prompt": one["prompt"], "teacher": other["text"], "student": one["text"]}
+        for one, other in zip(mine, theirs, strict=True)
+    ]

@@ -91,6 +91,11 @@ def context(tokens: int) -> str:
     return f"{tokens // 1024}k" if tokens >= 2048 and tokens % 1024 == 0 else str(tokens)
 
 
+def band(index: int, bands: int) -> str:
+    """One of equal parts of a whole: `20–40 %`."""
+    return f"{100 * index / bands:.0f}–{100 * (index + 1) / bands:.0f}{NBSP}%"
+
+
 def duration(seconds: float) -> str:
     """Seconds as `3.2 s`, `4 min 05 s` or `2 h 10 min`."""
     if not math.isfinite(seconds):

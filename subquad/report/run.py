@@ -36,11 +36,33 @@ HEADLINE_CONTEXT = 1024
 """Context length of the headline numbers where it was measured (below it a window alone sees nearly everything)."""
 
 
+class Bucket(BaseModel):
+    """What was measured between two positions of the text: from `start` up to the one it is listed under."""
+
+    start: int
+    kl: Number = NAN
+    perplexity: Number = NAN
+    top1: Number = NAN
+
+
+class Band(BaseModel):
+    """Retrieval of the facts that lie in one band of depth; nothing is known where there were no rows."""
+
+    rows: int = 0
+    accuracy: Number = NAN
+    logprob: Number = NAN
+
+
 class Answer(BaseModel):
-    """Retrieval at one context length: share of answers right, mean log-probability of an answer token (nats)."""
+    """Retrieval at one context length: share of answers right, mean log-probability of an answer token (nats).
+
+    `by_depth`: the same in bands of equal width, from the beginning of the text to the question; none for tasks whose
+    facts have no one depth.
+    """
 
     accuracy: Number = NAN
     logprob: Number = NAN
+    by_depth: list[Band] = []
 
 
 class Measure(BaseModel):
@@ -58,6 +80,7 @@ class Variant(BaseModel):
     kl_samples: dict[int, list[Number]] = {}
     perplexity: dict[int, Number] = {}
     top1: dict[int, Number] = {}
+    buckets: dict[int, Bucket] = {}
     retrieval: dict[str, dict[int, Answer]] = {}
     tasks: dict[str, dict[str, Measure]] = {}
     cache_bytes: dict[int, Number] = {}
@@ -137,6 +160,23 @@ class Metrics(BaseModel):
         for variant in self.variants.values():
             for task, answers in variant.retrieval.items():
                 tasks.setdefault(task, set()).update(answers)
+        return {task: sorted(contexts) for task, contexts in tasks.items()}
+
+    @property
+    def buckets(self) -> dict[int, str]:
+        """The stretches of text between two contexts, by where they end: `0–256`."""
+        starts = {end: bucket.start for v in self.variants.values() for end, bucket in v.buckets.items()}
+        return {end: f"{fmt.context(starts[end])}–{fmt.context(end)}" for end in sorted(starts)}
+
+    @property
+    def depth_tasks(self) -> dict[str, list[int]]:
+        """The retrieval tasks whose facts have a depth, with the context lengths where it was measured, ascending."""
+        tasks: dict[str, set[int]] = {}
+        for variant in self.variants.values():
+            for task, answers in variant.retrieval.items():
+                known = {context for context, answer in answers.items() if any(band.rows for band in answer.by_depth)}
+                if known:
+                    tasks.setdefault(task, set()).update(known)
         return {task: sorted(contexts) for task, contexts in tasks.items()}
 
     @property

@@ -1,6 +1,6 @@
-"""The result in the terminal: held-out numbers by variant, tasks, the stages, and what was found."""
+"""The result in the terminal: held-out text, retrieval, tasks, the stages, what both models write, what was found."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rich.console import Console
@@ -9,41 +9,93 @@ from rich.text import Text
 
 from subquad.report import format as fmt
 from subquad.report.number import NAN
-from subquad.report.run import Measure, Metrics, check_metrics
+from subquad.report.run import Answer, Band, Measure, Metrics, Sample, Variant, check_metrics
 
 
 def print_table(metrics: Mapping[str, Any], console: Console) -> None:
     """Prints the main rows of metrics.json. Raises `UserError` if `metrics` is not of that form."""
     checked = check_metrics(dict(metrics))
-    for table in (_variants(checked), _tasks(checked), _stages(checked)):
-        if table.row_count:
-            console.print(table)
+    for table in (_variants, _buckets, _retrieval, _depths, _tasks, _stages):
+        if (found := table(checked)).row_count:
+            console.print(found)
+    for sample in checked.samples:
+        console.print(_sample(sample))
     for verdict in checked.verdicts:
         console.print(Text(f"· {verdict}"))
+
+
+def _table(title: str, headings: Iterable[str], words: int = 1) -> Table:
+    """A table whose first columns, so many of them, hold words, and the others numbers."""
+    table = Table(title=Text(title), title_justify="left", box=None, header_style="bold", pad_edge=False)
+    for index, heading in enumerate(headings):
+        table.add_column(Text(heading), justify="left" if index < words else "right", style=_style(heading))
+    return table
+
+
+def _style(name: str) -> str:
+    return "bold" if name == "student" else ""
 
 
 def _variants(metrics: Metrics) -> Table:
     contexts, headline = metrics.contexts, metrics.headline_context or 0
     longest = max(metrics.cache_contexts, default=0)
-    table = Table(title=Text("Held-out text"), title_justify="left", box=None, header_style="bold", pad_edge=False)
-    table.add_column("")
-    headings = [f"KL {context}" for context in contexts] + [f"ppl {headline}", f"top-1 {headline}"]
-    for heading in headings + ([f"cache {fmt.context(longest)}"] if longest else []):
-        table.add_column(heading, justify="right")
+    headings = [*(f"KL {context}" for context in contexts), f"ppl {headline}", f"top-1 {headline}"]
+    table = _table("Held-out text", ["", *headings, *([f"cache {fmt.context(longest)}"] if longest else [])])
     for name, variant in metrics.variants.items():
         cells = [fmt.nats(variant.kl.get(context, NAN)) for context in contexts]
         cells += [fmt.perplexity(variant.perplexity.get(headline, NAN)), fmt.percent(variant.top1.get(headline, NAN))]
         cells += [fmt.size(variant.cache_bytes.get(longest, NAN))] if longest else []
-        table.add_row(name, *cells, style="bold" if name == "student" else "")
+        table.add_row(name, *cells, style=_style(name))
     return table
 
 
+def _buckets(metrics: Metrics) -> Table:
+    """What is at the end of a text is in the means over all of it, too, but is hidden there."""
+    table = _table("By position in the text", ["", "", *metrics.buckets.values()], words=2)
+    for label, measure, text in (("KL", "kl", fmt.nats), ("ppl", "perplexity", fmt.perplexity)):
+        for name, variant in metrics.variants.items():
+            found = [variant.buckets.get(end) for end in metrics.buckets]
+            if any(found) and (measure, name) != ("kl", "teacher"):
+                cells = (text(getattr(bucket, measure)) if bucket else fmt.DASH for bucket in found)
+                table.add_row(label, name, *cells, style=_style(name))
+    return table
+
+
+def _retrieval(metrics: Metrics) -> Table:
+    title = "Retrieval: share of answers right, log-probability of an answer token"
+    table = _table(title, ["", "context", *metrics.variants])
+    for task, contexts in metrics.retrieval_tasks.items():
+        for context in contexts:
+            found = [variant.retrieval.get(task, {}).get(context, Answer()) for variant in metrics.variants.values()]
+            cells = (f"{fmt.percent(one.accuracy, 0)} {fmt.logprob(one.logprob):>6}" for one in found)
+            table.add_row(Text(task), fmt.context(context), *cells)
+    return table
+
+
+def _depths(metrics: Metrics) -> Table:
+    """The student's answers by the depth of the fact, beside the teacher's."""
+    contexts = sorted({context for known in metrics.depth_tasks.values() for context in known})
+    title = "Retrieval by depth of the fact: the student (the teacher)"
+    table = _table(title, ["", "depth", *map(fmt.context, contexts)], words=2)
+    for task in metrics.depth_tasks:
+        student, teacher = (
+            [one.retrieval.get(task, {}).get(context, Answer()).by_depth for context in contexts]
+            for one in (metrics.student or Variant(), metrics.teacher or Variant())
+        )
+        depths = max(map(len, student + teacher))
+        for depth in range(depths):
+            mine, theirs = ([_accuracy(bands, depth) for bands in found] for found in (student, teacher))
+            cells = (f"{one} ({other})" for one, other in zip(mine, theirs, strict=True))
+            table.add_row(Text(task), fmt.band(depth, depths), *cells)
+    return table
+
+
+def _accuracy(bands: list[Band], depth: int) -> str:
+    return fmt.percent(bands[depth].accuracy, 0) if bands else fmt.DASH
+
+
 def _tasks(metrics: Metrics) -> Table:
-    table = Table(title=Text("Tasks"), title_justify="left", box=None, header_style="bold", pad_edge=False)
-    for heading in ("", "metric"):
-        table.add_column(heading)
-    for name in metrics.variants:
-        table.add_column(name, justify="right", style="bold" if name == "student" else "")
+    table = _table("Tasks", ["", "metric", *metrics.variants], words=2)
     for (task, metric), found in metrics.task_rows.items():
         measures = [found.get(name, Measure()) for name in metrics.variants]
         table.add_row(Text(task), Text(metric), *(fmt.measure(one.value, one.stderr) for one in measures))
@@ -51,10 +103,7 @@ def _tasks(metrics: Metrics) -> Table:
 
 
 def _stages(metrics: Metrics) -> Table:
-    table = Table(title=Text("Stages"), title_justify="left", box=None, header_style="bold", pad_edge=False)
-    table.add_column("")
-    for heading in ("tokens", "time", "tokens/s", "of bare forward", "final loss"):
-        table.add_column(heading, justify="right")
+    table = _table("Stages", ["", "tokens", "time", "tokens/s", "of bare forward", "final loss"])
     for stage in metrics.stages:
         table.add_row(
             Text(stage.name),
@@ -64,4 +113,14 @@ def _stages(metrics: Metrics) -> Table:
             fmt.percent(stage.share_of_bare_forward, 0),
             fmt.nats(stage.final_loss),
         )
+    return table
+
+
+def _sample(sample: Sample) -> Table:
+    """What both wrote after one prompt, side by side."""
+    table = Table(title=Text(sample.prompt, "italic"), title_justify="left", box=None, pad_edge=False, expand=True)
+    for name in ("teacher", "student"):
+        table.add_column(name, ratio=1, overflow="fold", header_style=_style(name))
+    # A model can write half a surrogate pair, which no terminal can show.
+    table.add_row(*(Text(text.encode(errors="replace").decode()) for text in (sample.teacher, sample.student)))
     return table
