@@ -20,9 +20,10 @@ from subquad.files import write_json
 from subquad.mixers import mixer_options
 from subquad.plan import Plan
 from subquad.report import format as fmt
+from subquad.report.metrics import Answer, Measure, Metrics, StageRecord, Variant
 from subquad.report.number import NAN
 from subquad.report.plan import CONTEXTS
-from subquad.report.run import Answer, Measure, Metrics, Run, StageRecord, Variant, read_run
+from subquad.report.run import Run, read_run
 
 Pair: TypeAlias = tuple[Any, Any]  # what A has and what B has
 
@@ -230,9 +231,8 @@ def _verdict(a: Metrics, b: Metrics, context: int) -> str:
     samples = [student.kl_samples.get(context, []) for student in (a.student, b.student)]
     if not all(samples):
         return "not paired: no kl_samples"
-    read = [teacher.perplexity.get(context, NAN) for teacher in (a.teacher, b.teacher)]
-    if len(samples[0]) != len(samples[1]) or not math.isclose(*read, rel_tol=1e-4):
-        return "not paired: other text or teacher"  # the teacher's own perplexity would be the same
+    if len(samples[0]) != len(samples[1]) or not a.same_text(b, context):
+        return "not paired: other text or teacher"
     gain = paired_gain(samples[1], samples[0])
     if gain.mean == 0:
         return "tied"

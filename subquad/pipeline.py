@@ -14,6 +14,7 @@ from typing import Any
 from subquad.data.text import Corpus
 from subquad.distill.ledger import StageResult
 from subquad.evaluate import paired_samples
+from subquad.files import sha256_of_file
 from subquad.measure import even_plan, measured_rows, verdicts, window_plan
 from subquad.opening import all_linear, new_student, open_corpus, open_teacher, plan_of, settled
 from subquad.plan import Plan
@@ -86,7 +87,7 @@ def convert(
                         _save(new_student(run, named, corpus, mixers_from=linear.values()), source, folder)
                     run.say(f"the plan '{name}' of the selector is a model too, in {run.out / name}")
         run.seconds["total"] = time.perf_counter() - started
-        metrics |= _bill(run, source, results, scores) | facts(run, command)
+        metrics |= _bill(run, source, results, scores) | facts(run, command) | _hashes(run, corpus)
         run.write("metrics.json", json.dumps(metrics, indent=1))
         write_report(run.out)
         write_model_card(run.out)
@@ -142,4 +143,12 @@ def _bill(run: Run, source: Teacher, results: list[StageResult], scores: dict[st
         "seconds": run.seconds,
         "tokens": {result.name: result.tokens for result in results},
         "tokens_per_second": {result.name: result.tokens_per_second for result in results},
+    }
+
+
+def _hashes(run: Run, corpus: Corpus) -> dict[str, Any]:
+    """Of the texts that were read and the weights that were written, for metrics.json."""
+    return {
+        "text": [{key: text[key] for key in ("name", "sha256")} for text in corpus.meta["sources"]],
+        "sha256": {file.name: sha256_of_file(file) for file in sorted(run.out.glob("*.safetensors"))},
     }

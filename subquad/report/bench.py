@@ -193,20 +193,25 @@ def draw_bench(report: Report, path: Path) -> None:
         figure = Figure(figsize=(9, 3.6), layout="constrained")
         speed, cache = figure.subplots(1, 2)
         cache.set_yscale("log", base=2)
-        _draw(speed, report, "tokens_per_second", "decoding (tokens/s)", _figures)
-        _draw(cache, report, "cache_bytes", "cache", fmt.size)
-        speed.set_ylim(bottom=0)
+        draw_speed(speed, report, "decode")
+        _draw(cache, report, "decode", "cache_bytes", "cache", fmt.size)
         cache.yaxis.set_major_locator(LogLocator(base=4, numticks=7))
         cache.yaxis.set_minor_locator(NullLocator())
         figure.legend(*speed.get_legend_handles_labels(), loc="outside lower center", ncols=4, handlelength=3)
         save_png(figure, path, dpi=200)
 
 
-def _draw(ax: Axes, report: Report, key: str, label: str, text: Callable[[float], str]) -> None:
+def draw_speed(ax: Axes, report: Report, measure: str) -> None:
+    """Tokens per second of all sequences over context, one line a model and batch; hollow where extrapolated."""
+    _draw(ax, report, measure, "tokens_per_second", f"{NAMES[measure]} (tokens/s)", _figures)
+    ax.set_ylim(bottom=0)
+
+
+def _draw(ax: Axes, report: Report, measure: str, key: str, label: str, text: Callable[[float], str]) -> None:
     markers = "osD^v"
     for name in report["models"]:
         for index, batch in enumerate(report["settings"]["batches"]):
-            rows = [row for row in _rows(report, name, batch, "decode") if row[key] is not None]
+            rows = [row for row in _rows(report, name, batch, measure) if row[key] is not None]
             known = key == "cache_bytes"  # by the plan's arithmetic: at every context, exactly
             measured = [row for row in rows if known or row["measured"]]
             colour, marker = VARIANT_COLOURS.get(name, STUDENT), markers[index % len(markers)]

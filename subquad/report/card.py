@@ -6,8 +6,9 @@ from pathlib import Path
 from huggingface_hub import ModelCardData
 
 from subquad.report import format as fmt
+from subquad.report.metrics import VARIANTS
 from subquad.report.page import templates, write_text
-from subquad.report.run import VARIANTS, Run, read_run
+from subquad.report.run import Run, read_run
 
 DEFAULT_TEACHER = {"base_model": "HuggingFaceTB/SmolLM2-135M-Instruct", "license": "apache-2.0"}
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")

@@ -1,4 +1,4 @@
-"""report.html: one file that holds the whole run, opened from disk on any machine, years later.
+"""report.html: one file that holds a whole run, or several side by side, to be opened from disk on any machine.
 
 Nothing is loaded from elsewhere: no script, no font, no image; the pictures are SVG elements in the page. It follows
 the reader's light or dark mode, and folds to one column on a phone. What a model or a user wrote is escaped by jinja.
@@ -6,40 +6,116 @@ the reader's light or dark mode, and folds to one column on a phone. What a mode
 
 import math
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
 from markupsafe import Markup
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from subquad.errors import UserError
 from subquad.report import format as fmt
 from subquad.report import plots, score_plots
+from subquad.report.bench import draw_speed
+from subquad.report.metrics import VARIANTS, Metrics
 from subquad.report.number import NAN
-from subquad.report.run import VARIANTS, Metrics, Run, read_run
+from subquad.report.overview import Overview, draw_overview, overview
+from subquad.report.retrieval_plots import depth_picture
+from subquad.report.run import Run, read_run
 from subquad.report.scores import Scores
 
 
-def write_report(run_dir: Path | str) -> Path:
-    """Reads a run folder and writes its report.html. Parts whose files or numbers are missing are left out.
+@dataclass
+class View:
+    """One run as the page shows it: its files and the pictures drawn from them, those that cannot be drawn left out."""
 
-    Raises `UserError` when the folder holds no run, or one of its files is damaged.
+    name: str
+    run: Run
+    drawn: dict[str, Markup | None]
+    curves: list[tuple[str, Markup]]
+    maps: list[tuple[str, Markup]]
+    later_maps: list[tuple[str, Markup]]
+
+    @property
+    def best(self) -> dict[tuple[str, int], float]:
+        return best(self.run.metrics)
+
+
+def write_report(run_dir: Path | str, *others: Path | str, out: Path | str | None = None) -> Path:
+    """Reads run folders and writes one page about them: `out`, or else report.html in the folder of the only run.
+
+    Parts whose files or numbers are missing are left out. Raises `UserError` when a folder holds no run, or one of its
+    files is damaged, and for several runs without `out`.
     """
-    run = read_run(run_dir)
+    folders = [Path(run_dir), *map(Path, others)]
+    if out is None and others:
+        raise UserError("a report on several runs belongs to none of their folders: give the file to write it to")
+    runs = list(zip(_names(folders), map(read_run, folders), strict=True))
+    views = [_view(name, run, f"run{number}") for number, (name, run) in enumerate(runs)]
+    together = overview(runs) if others else None
     page = templates(autoescape=True).get_template("report.html.j2").render(
-        run=run,
-        metrics=run.metrics,
-        variants=VARIANTS,
-        plan_svg=_svg(plots.plan_picture(run.plan), "plan") if run.plan else None,
-        scores_svg=_scores(run),
-        path_svg=_path(run.scores),
-        front_svg=_front(run),
-        kl_svg=_kl(run.metrics),
-        cache_svg=_cache(run.metrics),
-        curves=_curves(run),
-        facts=facts(run),
-        best=best(run.metrics),
+        views=views,
+        title=" · ".join(name for name, _ in runs) if others else views[0].run.name,
+        facts={} if others else facts(views[0].run),
+        overview=together,
+        front_svg=_together(together),
+        samples=_samples(runs),
     )  # fmt: skip
-    return write_text(run.folder / "report.html", page)
+    return write_text(folders[0] / "report.html" if out is None else Path(out), page)
+
+
+def _names(folders: list[Path]) -> list[str]:
+    """What the runs are called: by their folders' names, or, where these do not tell them apart, by their paths."""
+    names = [folder.resolve().name for folder in folders]
+    return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
+
+
+def _view(name: str, run: Run, prefix: str) -> View:
+    """`prefix`: of the ids of all its drawings, for a page has many."""
+
+    def drawn(what: str, figure: Figure | None) -> Markup | None:
+        return None if figure is None else Markup(plots.svg(figure, f"{prefix}-{what}"))
+
+    def maps(metrics: Metrics, what: str) -> list[tuple[str, Markup]]:
+        pictures = ((task, depth_picture(metrics, task)) for task in metrics.depth_tasks)
+        return [(task, Markup(plots.svg(figure, f"{prefix}-{what}-{task}"))) for task, figure in pictures]
+
+    pictures = {
+        "plan": plots.plan_picture(run.plan) if run.plan else None,
+        "scores": _scores(run),
+        "path": _path(run.scores),
+        "front": _front(run),
+        "kl": _kl(run.metrics),
+        "cache": _cache(run.metrics),
+        "decode": _speed(run, "decode"),
+        "prefill": _speed(run, "prefill"),
+    }
+    curves = [
+        (stage, Markup(plots.svg(plots.stage_picture(points), f"{prefix}-loss{number}")))
+        for number, ((_, stage), points) in enumerate(run.curves.items())
+        if any(math.isfinite(point.loss) for point in points)
+    ]
+    return View(
+        name,
+        run,
+        {what: drawn(what, figure) for what, figure in pictures.items()},
+        curves,
+        maps(run.metrics, "map"),
+        maps(run.evaluation or Metrics(), "later"),
+    )
+
+
+def _samples(runs: list[tuple[str, Run]]) -> dict[str, list[tuple[str, str]]]:
+    """What was written after each prompt, and by whom: the teacher's text once, then that of each run's student."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    for name, run in runs:
+        for sample in run.metrics.samples:
+            texts = found.setdefault(sample.prompt, [])
+            if ("teacher", sample.teacher) not in texts:
+                texts.append(("teacher", sample.teacher))
+            texts.append((name if len(runs) > 1 else "student", sample.student))
+    return found
 
 
 def facts(run: Run) -> dict[str, str]:
@@ -90,7 +166,7 @@ def templates(*, autoescape: bool) -> jinja2.Environment:
     filters = (fmt.nats, fmt.logprob, fmt.perplexity, fmt.percent, fmt.integer, fmt.size, fmt.context, fmt.duration)
     environment.filters |= {filter.__name__: filter for filter in (*filters, fmt.objective)}
     environment.tests["known"] = math.isfinite
-    environment.globals |= {"NAN": NAN, "fmt": fmt}
+    environment.globals |= {"NAN": NAN, "fmt": fmt, "variants": VARIANTS}
     return environment
 
 
@@ -102,48 +178,53 @@ def write_text(path: Path, text: str) -> Path:
     return path
 
 
-def _svg(figure: Figure, name: str) -> Markup:
-    return Markup(plots.svg(figure, name))
-
-
-def _scores(run: Run) -> Markup | None:
+def _scores(run: Run) -> Figure | None:
     scores = run.scores
     if scores is None or not any(math.isfinite(score) for row in scores.rows for score in row):
         return None
-    return _svg(score_plots.scores_picture(scores), "scores")
+    return score_plots.scores_picture(scores)
 
 
-def _path(scores: Scores | None) -> Markup | None:
+def _path(scores: Scores | None) -> Figure | None:
     if scores is None or scores.path is None:
         return None
     path, unit = scores.path, scores.unit
-    return _svg(plots.picture(lambda ax: score_plots.draw_path(ax, path, unit)), "path")
+    return plots.picture(lambda ax: score_plots.draw_path(ax, path, unit))
 
 
-def _front(run: Run) -> Markup | None:
+def _front(run: Run) -> Figure | None:
     scores = run.scores
     if scores is None or len(scores.front) < 2:  # nothing is of worth: the plan without attention is alone
         return None
-    return _svg(plots.picture(lambda ax: score_plots.draw_front(ax, scores, run.front_cost)), "front")
+    return plots.picture(lambda ax: score_plots.draw_front(ax, scores, run.front_cost))
 
 
-def _kl(metrics: Metrics) -> Markup | None:
+def _kl(metrics: Metrics) -> Figure | None:
     context = metrics.headline_context
     if context is None or not any(math.isfinite(v.kl.get(context, NAN)) for v in metrics.variants.values()):
         return None
-    return _svg(plots.picture(lambda ax: plots.draw_kl(ax, metrics, context)), "kl")
+    return plots.picture(lambda ax: plots.draw_kl(ax, metrics, context))
 
 
-def _cache(metrics: Metrics) -> Markup | None:
+def _cache(metrics: Metrics) -> Figure | None:
     if not metrics.cache_contexts:
         return None
-    return _svg(plots.picture(lambda ax: plots.draw_cache(ax, metrics)), "cache")
+    return plots.picture(lambda ax: plots.draw_cache(ax, metrics))
 
 
-def _curves(run: Run) -> list[tuple[str, Markup]]:
-    drawn = []
-    for number, ((_, name), points) in enumerate(run.curves.items()):
-        if any(math.isfinite(point.loss) for point in points):
-            figure = plots.picture(lambda ax, points=points: plots.draw_loss(ax, points), height=2.1)  # type: ignore[misc]
-            drawn.append((name, _svg(figure, f"loss{number}")))
-    return drawn
+def _speed(run: Run, measure: str) -> Figure | None:
+    bench = run.bench
+    if bench is None or not any(cell["measure"] == measure and cell["tokens_per_second"] for cell in bench["cells"]):
+        return None
+
+    def draw(ax: Axes) -> None:
+        draw_speed(ax, bench, measure)
+        plots.legend_above(ax, ax.get_legend_handles_labels()[0])
+
+    return plots.picture(draw)
+
+
+def _together(found: Overview | None) -> Markup | None:
+    if found is None or len(found.comparable) < 2:
+        return None
+    return Markup(plots.svg(plots.picture(lambda ax: draw_overview(ax, found)), "together"))

@@ -25,8 +25,9 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocat
 from subquad.errors import UserError
 from subquad.plan import Plan
 from subquad.report import format as fmt
+from subquad.report.metrics import Metrics
 from subquad.report.number import NAN
-from subquad.report.run import LossPoint, Metrics, Run, read_run
+from subquad.report.run import LossPoint, Run, read_run
 
 INK = "#2b2f36"
 STUDENT, TEACHER, WINDOW, OTHER = "#d04f6b", "#7d8794", "#a98b5d", "#b3a7bd"
@@ -135,6 +136,33 @@ def draw_plan(ax: Axes, plan: Plan) -> None:
     ax.spines[:].set_visible(False)
     ax.tick_params(length=0)
     legend_above(ax, legend)
+
+
+def stage_picture(points: list[LossPoint]) -> Figure:
+    """The loss of a stage, and below it the learning rate, where it was logged."""
+    if not any(math.isfinite(point.lr) for point in points):
+        return picture(lambda ax: draw_loss(ax, points), height=2.1)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 2.7), layout="constrained")
+        loss, rate = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+        draw_loss(loss, points)
+        draw_rate(rate, points)
+        loss.set_xlabel("")
+        figure.align_ylabels()
+    return figure
+
+
+def draw_rate(ax: Axes, points: list[LossPoint]) -> None:
+    """The learning rate over tokens seen."""
+    marker = "o" if len(points) == 1 else None
+    rates = [point.lr for point in points]
+    ax.plot([point.tokens for point in points], rates, color=TEACHER, linewidth=1.4, marker=marker, markersize=3)
+    ax.set_ylim(bottom=0)
+    ax.yaxis.set_major_locator(MaxNLocator(nbins=2))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+    ax.grid()
+    ax.set_xlabel("tokens")
+    ax.set_ylabel("rate")
 
 
 def draw_loss(ax: Axes, points: list[LossPoint]) -> None:

@@ -8,8 +8,8 @@ from rich.table import Table
 from rich.text import Text
 
 from subquad.report import format as fmt
+from subquad.report.metrics import Answer, Band, Measure, Metrics, Sample, Variant, check_metrics
 from subquad.report.number import NAN
-from subquad.report.run import Answer, Band, Measure, Metrics, Sample, Variant, check_metrics
 
 
 def print_table(metrics: Mapping[str, Any], console: Console) -> None:
@@ -28,7 +28,8 @@ def _table(title: str, headings: Iterable[str], words: int = 1) -> Table:
     """A table whose first columns, so many of them, hold words, and the others numbers."""
     table = Table(title=Text(title), title_justify="left", box=None, header_style="bold", pad_edge=False)
     for index, heading in enumerate(headings):
-        table.add_column(Text(heading), justify="left" if index < words else "right", style=_style(heading))
+        word = index < words
+        table.add_column(Text(heading), justify="left" if word else "right", style=_style(heading), no_wrap=word)
     return table
 
 

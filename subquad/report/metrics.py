@@ -1,0 +1,279 @@
+"""What was measured, as the files hold it: metrics.json of a run, and what `subquad eval` and `subquad bench` write.
+
+Whatever is missing is empty here: a file may be older than what is measured today.
+"""
+
+import math
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from subquad.errors import UserError
+from subquad.report import format as fmt
+from subquad.report.number import NAN, Number
+
+AGAIN = "run the command that wrote it again."
+Model = TypeVar("Model", bound=BaseModel)
+
+VARIANTS = {
+    "teacher": "the model that was converted",
+    "student": "the result",
+    "aligned": "the chosen plan before the logit stage",
+    "uniform": "the same budget spread evenly over the layers, at the point of “aligned”",
+    "untrained": "the chosen plan before any training",
+    "window": "a training-free sliding window with sinks, at the same cache bytes",
+}
+"""The rows of every table, in order, with what each is."""
+
+HEADLINE_CONTEXT = 1024
+"""Context length of the headline numbers where it was measured (below it a window alone sees nearly everything)."""
+
+
+class Bucket(BaseModel):
+    """What was measured between two positions of the text: from `start` up to the one it is listed under."""
+
+    start: int
+    kl: Number = NAN
+    perplexity: Number = NAN
+    top1: Number = NAN
+
+
+class Band(BaseModel):
+    """Retrieval of the facts that lie in one band of depth; nothing is known where there were no rows."""
+
+    rows: int = 0
+    accuracy: Number = NAN
+    logprob: Number = NAN
+
+
+class Answer(BaseModel):
+    """Retrieval at one context length: share of answers right, mean log-probability of an answer token (nats).
+
+    `by_depth`: the same in bands of equal width, from the beginning of the text to the question; none for tasks whose
+    facts have no one depth.
+    """
+
+    accuracy: Number = NAN
+    logprob: Number = NAN
+    by_depth: list[Band] = []
+
+
+class Measure(BaseModel):
+    """One metric of a task; no standard error where lm-eval has none."""
+
+    value: Number = NAN
+    stderr: Number = NAN
+
+
+class Variant(BaseModel):
+    """What was measured of one model; dictionaries are keyed by context length in tokens."""
+
+    kl: dict[int, Number] = {}
+    kl_stderr: dict[int, Number] = {}
+    kl_samples: dict[int, list[Number]] = {}
+    perplexity: dict[int, Number] = {}
+    top1: dict[int, Number] = {}
+    buckets: dict[int, Bucket] = {}
+    retrieval: dict[str, dict[int, Answer]] = {}
+    tasks: dict[str, dict[str, Measure]] = {}
+    cache_bytes: dict[int, Number] = {}
+    attention_layers: list[int] = []
+    plan_pattern: str | None = None
+
+
+class StageRecord(BaseModel):
+    """One stage as it went: `share_of_bare_forward` is its tokens/s over those of the teacher's bare forward pass."""
+
+    name: str
+    objective: str | dict[str, float] = ""
+    seconds: Number = NAN
+    tokens: Number = NAN
+    tokens_per_second: Number = NAN
+    bare_forward_tokens_per_second: Number = NAN
+    share_of_bare_forward: Number = NAN
+    final_loss: Number = NAN
+
+
+class Sample(BaseModel):
+    """One prompt and what the two models went on to write."""
+
+    prompt: str
+    teacher: str = ""
+    student: str = ""
+
+
+class Selection(BaseModel):
+    """What the selector was told, and what it took."""
+
+    by: str | None = None
+    budget: str | int | float | None = None
+    spent: dict[str, Number] | None = None
+    seconds: Number = NAN
+
+
+class Source(BaseModel):
+    """A text that was read, and the hash of its bytes."""
+
+    name: str
+    sha256: str
+
+
+class Metrics(BaseModel):
+    """metrics.json, and what `subquad eval --json` writes."""
+
+    teacher: Variant | None = None
+    student: Variant | None = None
+    aligned: Variant | None = None
+    uniform: Variant | None = None
+    untrained: Variant | None = None
+    window: Variant | None = None
+    stages: list[StageRecord] = []
+    selection: Selection = Selection()
+    seconds: dict[str, Number] = {}
+    peak_rss_bytes: Number = NAN
+    seed: int | None = None
+    versions: dict[str, Any] = {}
+    machine: dict[str, Any] = {}
+    command: str | None = None
+    commit: str | None = None
+    teacher_fingerprint: str | None = None
+    text: list[Source] = []
+    sha256: dict[str, str] = {}
+    samples: list[Sample] = []
+    teacher_name: str | None = None
+    verdicts: list[str] = []
+
+    @property
+    def variants(self) -> dict[str, Variant]:
+        """The models that were measured, in the order of the tables."""
+        found = {name: getattr(self, name) for name in VARIANTS}
+        return {name: variant for name, variant in found.items() if variant is not None}
+
+    @property
+    def contexts(self) -> list[int]:
+        """Context lengths at which held-out text was measured, ascending."""
+        return sorted({c for v in self.variants.values() for table in (v.kl, v.perplexity, v.top1) for c in table})
+
+    @property
+    def headline_context(self) -> int | None:
+        """The context length that the headline speaks of: `HEADLINE_CONTEXT` if measured, else the longest."""
+        contexts = self.contexts
+        return HEADLINE_CONTEXT if HEADLINE_CONTEXT in contexts else max(contexts, default=None)
+
+    @property
+    def cache_contexts(self) -> list[int]:
+        """Context lengths of the cache table, ascending."""
+        return sorted({c for v in self.variants.values() for c in v.cache_bytes})
+
+    @property
+    def retrieval_tasks(self) -> dict[str, list[int]]:
+        """Every retrieval task with its context lengths, ascending."""
+        tasks: dict[str, set[int]] = {}
+        for variant in self.variants.values():
+            for task, answers in variant.retrieval.items():
+                tasks.setdefault(task, set()).update(answers)
+        return {task: sorted(contexts) for task, contexts in tasks.items()}
+
+    @property
+    def buckets(self) -> dict[int, str]:
+        """The stretches of text between two contexts, by where they end: `0–256`."""
+        starts = {end: bucket.start for v in self.variants.values() for end, bucket in v.buckets.items()}
+        return {end: f"{fmt.context(starts[end])}–{fmt.context(end)}" for end in sorted(starts)}
+
+    @property
+    def depth_tasks(self) -> dict[str, list[int]]:
+        """The retrieval tasks whose facts have a depth, with the context lengths where it was measured, ascending."""
+        tasks: dict[str, set[int]] = {}
+        for variant in self.variants.values():
+            for task, answers in variant.retrieval.items():
+                known = {context for context, answer in answers.items() if any(band.rows for band in answer.by_depth)}
+                if known:
+                    tasks.setdefault(task, set()).update(known)
+        return {task: sorted(contexts) for task, contexts in tasks.items()}
+
+    @property
+    def task_rows(self) -> dict[tuple[str, str], dict[str, Measure]]:
+        """Every metric of every task, as (task, metric), with what was measured of each model."""
+        rows: dict[tuple[str, str], dict[str, Measure]] = {}
+        for name, variant in self.variants.items():
+            for task, measures in variant.tasks.items():
+                for metric, measure in measures.items():
+                    rows.setdefault((task, metric), {})[name] = measure
+        return rows
+
+    @property
+    def ledger(self) -> list[StageRecord]:
+        """The stages and then the selection, as rows of one table: the tokens, the time and the speed of each."""
+        chosen = self.selection
+        if chosen.by is None:
+            return self.stages
+        tokens = sum((chosen.spent or {}).values())
+        return [
+            *self.stages,
+            StageRecord(
+                name="selection",
+                objective=f"by {chosen.by}, budget {chosen.budget}",
+                seconds=chosen.seconds,
+                tokens=tokens or NAN,
+                tokens_per_second=tokens / chosen.seconds if tokens and chosen.seconds > 0 else NAN,
+            ),
+        ]
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        """What the run read and wrote, by name: the teacher, the texts, the files of weights."""
+        teacher = {"teacher": self.teacher_fingerprint} if self.teacher_fingerprint else {}
+        return teacher | {source.name: source.sha256 for source in self.text} | self.sha256
+
+    def same_text(self, other: "Metrics", context: int) -> bool:
+        """Whether both were measured on the same text beside the same teacher: its perplexity tells."""
+        read = [one.teacher.perplexity.get(context, NAN) if one.teacher else NAN for one in (self, other)]
+        return math.isclose(*read, rel_tol=1e-4)
+
+    def cache_ratio(self, context: int) -> float:
+        """The student's cache bytes over the teacher's, at one context length; NaN where either is unknown."""
+        if not (self.teacher and self.student):
+            return NAN
+        ours, theirs = self.student.cache_bytes.get(context, NAN), self.teacher.cache_bytes.get(context, NAN)
+        return ours / theirs if theirs else NAN
+
+
+class BenchCell(BaseModel):
+    """One speed of bench.json, as far as the report draws it; None where it could be neither measured nor expected."""
+
+    measure: str
+    model: str
+    batch: int
+    context: int
+    measured: bool
+    tokens_per_second: float | None = None
+
+
+class BenchSettings(BaseModel):
+    """What `subquad bench` was told."""
+
+    batches: list[int]
+    dtype: str
+
+
+class Bench(BaseModel):
+    """bench.json."""
+
+    models: dict[str, Any]
+    settings: BenchSettings
+    cells: list[BenchCell]
+    command: str | None = None
+
+
+def check_metrics(metrics: Any, source: str = "metrics") -> Metrics:
+    """Parsed JSON -> `Metrics`. Raises `UserError` that names the first field which does not fit."""
+    return check(Metrics, metrics, source)
+
+
+def check(model: type[Model], value: Any, source: str) -> Model:
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the top level"
+        raise UserError(f"{source} cannot be reported: {where}: {first['msg']}; {AGAIN}") from error
