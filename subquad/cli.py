@@ -396,18 +396,38 @@ def generate(
 
 
 @app.command()
-def report(run: Annotated[Path, typer.Argument(help="The folder of a run, finished or not.")]) -> None:
-    """Draw a run's report.html again, from the files of the run.
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs, finished or not.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="FILE",
+            help="The page to write.",
+            show_default="report.html, in the folder of the run; for several runs, in this folder",
+        ),
+    ] = None,
+) -> None:
+    """Draw the report of a run again, or of several runs side by side, from the files of the runs.
 
-    The page is self-contained: the plan, the scores, the loss curves, the numbers and the samples, with no network.
+    The page is self-contained: plans, scores, loss curves, numbers, maps of retrieval, samples; nothing is loaded from
+    elsewhere. What `eval` and `bench` wrote into a run's folder as eval.json and bench.json is shown, too.
 
     Examples:
 
         subquad report runs/quick
+
+        subquad report runs/quick runs/gla runs/mamba2 --out compared.html
     """
+    from subquad.files import make_room
     from subquad.report import write_report
 
-    print(write_report(run))
+    if out is None and len(runs) > 1:
+        out = Path("report.html")
+    if out is not None:
+        make_room(out)
+    print(write_report(*runs, out=out))
 
 
 app.add_typer(plans, name="plan")

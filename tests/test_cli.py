@@ -198,8 +198,12 @@ def test_generate_prints_the_text(run, called):
 
 
 def test_report_prints_where_it_is(run, called):
-    called("write_report", "subquad.report").return_value = Path("there/report.html")
+    write_report = called("write_report", "subquad.report")
+    write_report.return_value = Path("there/report.html")
     assert run("report", "there").output == "there/report.html\n"
+    write_report.assert_called_once_with(Path("there"), out=None)
+    assert run("report", "one", "other").exit_code == 0
+    write_report.assert_called_with(Path("one"), Path("other"), out=Path("report.html"))
 
 
 def test_a_users_mistake_is_one_line_and_code_2(run):

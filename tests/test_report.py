@@ -89,7 +89,10 @@ def make_metrics() -> dict:
             }
             for name, (tokens, rate, share) in rates.items()
         ],
-        "selection": {"by": "kl", "budget": "50%", "seconds": 61.4, "tokens": 4096},
+        "selection": {"by": "kl", "budget": "50%", "seconds": 64.0, "spent": {"forward_tokens": 8192.0}},
+        "teacher_fingerprint": "a0b1c2",
+        "text": [{"name": "speeches", "sha256": "d3e4f5"}],
+        "sha256": {"model.safetensors": "678901"},
         "seconds": {"load": 2.2, "data": 9.1, "align": 359.3, "logits": 262.6, "total": 577.0},
         "tokens": {"align": 61_440, "logits": 20_480},
         "tokens_per_second": {"align": 171.0, "logits": 78.0},
@@ -212,10 +215,14 @@ def test_page_shows_what_the_files_hold(run):
         "61,440",
         "44 %",
         "logits + 0.1 labels",
+        "by kl, budget 50%",
+        "8,192",
     ):
         assert words in text
     assert "9 min 37 s in all" in text and "Peak memory 3 GiB" in text and "name: hedgehog" in text
-    assert html.count("<svg") == 4 + 3  # plan, scores, KL, cache, and a loss curve for each of three stages
+    assert html.count("<svg") == 4 + 2 + 3  # plan, scores, KL, cache; two tasks with a depth; three stages
+    assert "0–256" in text and f"{1.3 * VARIANT_KL['window'] * 1.6:.3f}" in text  # by position
+    assert "a0b1c2" in text and "d3e4f5" in text and "model.safetensors" in text
 
 
 def test_page_is_self_contained_and_adapts(run):
@@ -253,7 +260,7 @@ def test_parts_that_are_missing_are_left_out(run, keep):
             file.unlink()
     page = Page(write_report(run).read_text(encoding="utf-8"))
     drawings = sum(tag == "svg" for tag, _ in page.tags)
-    assert drawings == {"plan.yaml": 1, "scores.json": 1, "metrics.json": 2, "log.jsonl": 3}[keep]
+    assert drawings == {"plan.yaml": 1, "scores.json": 1, "metrics.json": 4, "log.jsonl": 3}[keep]
     assert ("On text it has not seen" in page.text) == (keep == "metrics.json")
     assert ("What was converted" in page.text) == (keep in ("plan.yaml", "scores.json"))
     write_model_card(run)
@@ -339,7 +346,7 @@ def test_the_path_of_the_greedy_selector(run):
     rescore(run, "scores", "order", "kl_all_linear", "tokens", by="greedy", path=make_path(), spent={}, budget="opt")
     html = write_report(run).read_text(encoding="utf-8")
     text = Page(html).text
-    assert html.count("<svg") == 4 + 3 and "Why these" not in text
+    assert html.count("<svg") == 4 + 2 + 3 and "Why these" not in text
     for words in (
         "One layer after the other",
         "layers replaced",

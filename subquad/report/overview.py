@@ -3,9 +3,10 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, MultipleLocator
 
 from subquad.report import format as fmt
 from subquad.report.metrics import Variant
@@ -108,12 +109,13 @@ def draw_overview(ax: Axes, found: Overview) -> None:
     front = found.front
     ax.plot([one.cache_bytes for one in front], [one.kl for one in front], color=STUDENT, linewidth=1.2, zorder=1)
     for label, runs, fill in (
-        ("no other run beats it", front, STUDENT),
-        ("another has less KL for as few bytes", [one for one in found.comparable if one not in front], "none"),
+        ("not beaten", front, STUDENT),
+        ("beaten by another run in both", [one for one in found.comparable if one not in front], "none"),
     ):
         if runs:
             points = [one.cache_bytes for one in runs], [one.kl for one in runs]
-            ax.plot(*points, linestyle="none", marker="o", color=STUDENT, markerfacecolor=fill, label=label)
+            style: dict[str, Any] = {"color": STUDENT, "markerfacecolor": fill, "clip_on": False}
+            ax.plot(*points, linestyle="none", marker="o", label=label, **style)
     for one in found.comparable:
         right = one.cache_bytes > _middle([other.cache_bytes for other in found.comparable])
         ax.annotate(
@@ -128,9 +130,10 @@ def draw_overview(ax: Axes, found: Overview) -> None:
     ax.plot(
         teachers, [0.0] * len(teachers), linestyle="none", marker="s", color=TEACHER, label="teacher", clip_on=False
     )
-    ax.set_ylim(bottom=0)
-    ax.margins(0.12)
-    ax.xaxis.set_major_locator(MaxNLocator(nbins=5))
+    ax.margins(x=0.08)
+    ax.set_ylim(0, 1.15 * max(one.kl for one in found.comparable) or 1)
+    low, high = ax.get_xlim()
+    ax.xaxis.set_major_locator(MultipleLocator(2 ** math.ceil(math.log2((high - low) / 6))))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: fmt.size(value)))
     ax.grid()
     ax.set_xlabel(f"cache of one sequence at {fmt.context(found.cache_context)} tokens")

@@ -13,7 +13,6 @@ from subquad.report.plots import INK, STYLE, WIDTH
 
 RIGHT = "#4f9d69"
 SHADES = LinearSegmentedColormap.from_list("right", [to_rgba(INK, 0.05), to_rgba(RIGHT, 0.9)])
-WORDY = 4  # contexts up to which a cell of half the picture has room for its log-probability, too
 
 
 def depth_picture(metrics: Metrics, task: str) -> Figure:
@@ -34,7 +33,7 @@ def depth_picture(metrics: Metrics, task: str) -> Figure:
 def draw_depths(ax: Axes, variant: Variant, task: str, contexts: list[int]) -> None:
     """Contexts from left to right, depth from top (the beginning of the text) to bottom (the question).
 
-    A cell is coloured and labelled by the share of answers right; without rows it stays empty.
+    A cell is coloured and labelled by the share of answers right, in percent; without rows it stays empty.
     """
     answers = variant.retrieval.get(task, {})
     columns = [answers.get(context, Answer()).by_depth for context in contexts]
@@ -44,9 +43,7 @@ def draw_depths(ax: Axes, variant: Variant, task: str, contexts: list[int]) -> N
     for depth, row in enumerate(table):
         for column, band in enumerate(row):
             if math.isfinite(band.accuracy):
-                text = fmt.percent(band.accuracy, 0)
-                text += f"\n{fmt.logprob(band.logprob)}" if len(contexts) <= WORDY else ""
-                ax.text(column + 0.5, depth + 0.5, text, ha="center", va="center", fontsize=6.5, linespacing=1.1)
+                ax.text(column + 0.5, depth + 0.5, f"{100 * band.accuracy:.0f}", ha="center", va="center")
     ax.set_xticks([column + 0.5 for column in range(len(contexts))], [fmt.context(context) for context in contexts])
     ax.set_yticks([depth + 0.5 for depth in range(depths)], [fmt.band(depth, depths) for depth in range(depths)])
     ax.set_ylim(depths, 0)
