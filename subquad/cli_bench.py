@@ -1,6 +1,7 @@
 """The command that measures speed and memory: `subquad bench`."""
 
 import re
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -77,7 +78,12 @@ def bench(
     for path in (json_path, plot):
         if path is not None:
             make_room(path)  # now, for what follows takes a while
-    progress = Console(stderr=True)
+    progress, started = Console(stderr=True), time.monotonic()
+
+    def say(text: str) -> None:
+        left = max(0.0, started + seconds - time.monotonic())
+        progress.print(f"{text}; about {left:,.0f} s left at most", highlight=False, style="dim")
+
     report = run(
         model,
         against=against,
@@ -88,7 +94,7 @@ def bench(
         device=device,
         seed=seed,
         command=command_line(),
-        say=lambda text: progress.print(text, highlight=False, style="dim"),
+        say=say,
     )
     if json_path is not None:
         write_json(json_path, report)

@@ -262,7 +262,6 @@ class Bench(BaseModel):
     models: dict[str, Any]
     settings: BenchSettings
     cells: list[BenchCell]
-    command: str | None = None
 
 
 def check_metrics(metrics: Any, source: str = "metrics") -> Metrics:

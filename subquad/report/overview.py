@@ -116,8 +116,9 @@ def draw_overview(ax: Axes, found: Overview) -> None:
             points = [one.cache_bytes for one in runs], [one.kl for one in runs]
             style: dict[str, Any] = {"color": STUDENT, "markerfacecolor": fill, "clip_on": False}
             ax.plot(*points, linestyle="none", marker="o", label=label, **style)
+    costs = [one.cache_bytes for one in found.comparable]
     for one in found.comparable:
-        right = one.cache_bytes > _middle([other.cache_bytes for other in found.comparable])
+        right = one.cache_bytes > (min(costs) + max(costs)) / 2
         ax.annotate(
             one.name,
             (one.cache_bytes, one.kl),
@@ -126,10 +127,9 @@ def draw_overview(ax: Axes, found: Overview) -> None:
             ha="right" if right else "left",
             fontsize=8,
         )
+    look: dict[str, Any] = {"linestyle": "none", "marker": "s", "color": TEACHER, "clip_on": False}
     teachers = sorted({one.teacher_bytes for one in found.comparable if math.isfinite(one.teacher_bytes)})
-    ax.plot(
-        teachers, [0.0] * len(teachers), linestyle="none", marker="s", color=TEACHER, label="teacher", clip_on=False
-    )
+    ax.plot(teachers, [0.0] * len(teachers), label="teacher", **look)
     ax.margins(x=0.08)
     ax.set_ylim(0, 1.15 * max(one.kl for one in found.comparable) or 1)
     low, high = ax.get_xlim()
@@ -139,7 +139,3 @@ def draw_overview(ax: Axes, found: Overview) -> None:
     ax.set_xlabel(f"cache of one sequence at {fmt.context(found.cache_context)} tokens")
     ax.set_ylabel(f"KL at {fmt.context(found.context)} tokens (nats)")
     legend_above(ax, ax.get_legend_handles_labels()[0])
-
-
-def _middle(values: Sequence[float]) -> float:
-    return (min(values) + max(values)) / 2

@@ -105,7 +105,7 @@ def _tasks(metrics: Metrics) -> Table:
 
 def _stages(metrics: Metrics) -> Table:
     table = _table("Stages", ["", "tokens", "time", "tokens/s", "of bare forward", "final loss"])
-    for stage in metrics.stages:
+    for stage in metrics.ledger:
         table.add_row(
             Text(stage.name),
             fmt.integer(stage.tokens),
