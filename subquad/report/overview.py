@@ -116,21 +116,12 @@ def draw_overview(ax: Axes, found: Overview) -> None:
             points = [one.cache_bytes for one in runs], [one.kl for one in runs]
             style: dict[str, Any] = {"color": STUDENT, "markerfacecolor": fill, "clip_on": False}
             ax.plot(*points, linestyle="none", marker="o", label=label, **style)
-    costs = [one.cache_bytes for one in found.comparable]
-    for one in found.comparable:
-        right = one.cache_bytes > (min(costs) + max(costs)) / 2
-        ax.annotate(
-            one.name,
-            (one.cache_bytes, one.kl),
-            xytext=(-6 if right else 6, 4),
-            textcoords="offset points",
-            ha="right" if right else "left",
-            fontsize=8,
-        )
+    for one in found.comparable:  # above and to the right of its mark there is no line: the front falls
+        ax.annotate(one.name, (one.cache_bytes, one.kl), xytext=(6, 4), textcoords="offset points", fontsize=8)
     look: dict[str, Any] = {"linestyle": "none", "marker": "s", "color": TEACHER, "clip_on": False}
     teachers = sorted({one.teacher_bytes for one in found.comparable if math.isfinite(one.teacher_bytes)})
     ax.plot(teachers, [0.0] * len(teachers), label="teacher", **look)
-    ax.margins(x=0.08)
+    ax.margins(x=0.1)
     ax.set_ylim(0, 1.15 * max(one.kl for one in found.comparable) or 1)
     low, high = ax.get_xlim()
     ax.xaxis.set_major_locator(MultipleLocator(2 ** math.ceil(math.log2((high - low) / 6))))
