@@ -13,7 +13,7 @@ Notable:
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,6 +30,7 @@ from subquad.distill.ledger import Batch, Ledger, StageResult, TokenSource, iden
 from subquad.distill.log import RunLog, StageProgress
 from subquad.distill.lora import adapters
 from subquad.distill.passes import LogitsStore, TrainingPass, bare_forward_speed, make_pass
+from subquad.distill.processes import any_process, average_gradients
 from subquad.distill.schedule import learning_rate_factor, warmup_steps
 from subquad.distill.trainable import (
     Parameters,
@@ -296,19 +297,3 @@ def micro_rows(stage: Stage, processes: int) -> int:
             f"{processes} processes times accumulate = {stage.accumulate}: change 'batch'."
         )
     return stage.batch // (processes * stage.accumulate)
-
-
-def any_process(flag: bool, accelerator: Accelerator) -> bool:
-    """Whether the flag is up in any process: all of them then do the same."""
-    if accelerator.num_processes == 1:
-        return flag
-    return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), reduction="sum") > 0)
-
-
-def average_gradients(parameters: Iterable[nn.Parameter], accelerator: Accelerator) -> None:
-    """Replace every gradient by its mean over the processes: the only place where they exchange gradients."""
-    if accelerator.num_processes == 1:
-        return
-    for parameter in parameters:
-        if parameter.grad is not None:
-            parameter.grad = accelerator.reduce(parameter.grad, reduction="mean")
