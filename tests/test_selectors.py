@@ -372,6 +372,8 @@ def test_pieces_are_kept(tmp_path):
     assert done[2:] == [2]
     found = Work(file=work.file, **quiet).pieces("a", 4, lambda i: [i, 0.1 * i], each=Bill(forward_tokens=10))
     assert found.tolist() == [[index, 0.1 * index] for index in range(4)]
+    whole = Work(file=work.file, **quiet).pieces("a", 4, lambda i: pytest.fail("it is done"), each=Bill())
+    assert torch.equal(whole, found)
 
 
 def test_the_bill_comes_first():

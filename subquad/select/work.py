@@ -6,6 +6,7 @@ selection goes on from there.
 """
 
 import json
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -116,15 +117,21 @@ class Work:
         seconds = time.perf_counter() - self.started
         return {"bill": asdict(self.announced), "spent": asdict(self.spent), "seconds": seconds}
 
+    @property
+    def _writes(self) -> bool:
+        return self.accelerator is None or bool(self.accelerator.is_main_process)
+
     def _read(self, key: str) -> dict[int, list[float]]:
         if self.file is None or not self.file.is_file():
             return {}
-        lines = self.file.read_text(encoding="utf-8").split("\n")[:-1]  # a torn last line has no end
-        found = [json.loads(line) for line in lines]
+        whole, _, torn = self.file.read_bytes().rpartition(b"\n")
+        if torn and self._writes:  # a kill tore the last line, and the next must not go on from there
+            os.truncate(self.file, len(whole) + 1)
+        found = [json.loads(line) for line in whole.splitlines()]
         return {one["piece"]: one["values"] for one in found if one["key"] == key}
 
     def _write(self, key: str, index: int, values: list[float]) -> None:
-        if self.file is not None and (self.accelerator is None or self.accelerator.is_main_process):
+        if self.file is not None and self._writes:
             with self.file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"key": key, "piece": index, "values": values}) + "\n")
 
