@@ -242,6 +242,8 @@ def test_retrieval_by_depth_is_that_of_the_rows_that_lie_there():
 class Copier(torch.nn.Module):
     """Says again what followed where the text last read as it does now: the longest match, and `logit` sure of it."""
 
+    main_input_name = "input_ids"
+
     def __init__(self, logit: float = 10.0):
         super().__init__()
         self.head = torch.nn.Linear(300, 300, bias=False)
