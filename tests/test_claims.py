@@ -6,9 +6,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks.claims import matrices, mohawk, retrieval_aware, selection
+from benchmarks.claims import cab, matrices, mohawk, retrieval_aware, selection
 from benchmarks.claims.bench import SMALL_TEACHER
 from benchmarks.claims.runs import Mean, Store
+from benchmarks.claims.tuning import lowest
 
 
 def test_finished_runs_are_not_run_again(tmp_path):
@@ -69,9 +70,9 @@ def test_rates_are_walked_to():
     def trial(best):
         return lambda rate: asked.append(rate) or abs(rate - best)
 
-    assert [mohawk.lowest(ladder, 3.0, trial(best)) for best in (1.0, 2.2, 3.0, 4.9)] == [1.0, 2.0, 3.0, 5.0]
+    assert [lowest(ladder, 3.0, trial(best)) for best in (1.0, 2.2, 3.0, 4.9)] == [1.0, 2.0, 3.0, 5.0]
     assert asked[:4] == [3.0, 4.0, 2.0, 1.0], "from the middle, the other way when the first is worse"
-    assert mohawk.lowest((7.0,), 7.0, trial(0.0)) == 7.0
+    assert lowest((7.0,), 7.0, trial(0.0)) == 7.0
 
 
 def test_mohawk_from_end_to_end(tmp_path, tiny_runs, capsys):
@@ -149,3 +150,26 @@ def test_rank_correlation():
     assert selection.spearman([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx(-1.0)
     assert selection.spearman([1, 2, 2, 4], [1, 3, 2, 4]) == pytest.approx(0.9486833)
     assert selection.overlap([5, 4, 1, 0], [5, 0, 4, 1], 2) == 0.5
+
+
+def test_cab_from_end_to_end(tmp_path, monkeypatch, capsys):
+    changes = {"layers": (4, 2), "budgets": (2048,), "batch": 2, "rows": 2, "sequence_length": 128, "lengths": (32, 64)}
+    monkeypatch.setattr(cab, "QUICK", {**cab.QUICK, **changes})
+    arguments = ["--quick", "--json", str(tmp_path / "a.json"), "--work", str(tmp_path / "runs")]
+    cab.main([*arguments, "--plot", str(tmp_path / "a.png")])
+    report = json.loads((tmp_path / "a.json").read_text())
+    assert {(cell["settings"]["layers"], cell["settings"]["way"]) for cell in report["stages"]} == {
+        *((layers, way) for layers in (4, 2) for way in ("labels", "distillation", "bridge")),
+        (4, "matrix + hidden"),
+    }
+    assert len(report["sides"]) == 4 and len(report["cost"]) == 4 and (tmp_path / "a.png").stat().st_size > 10_000
+    reused, fresh = (
+        next(c for c in report["stages"] if (c["settings"]["way"], c["settings"]["start"]) == ("distillation", start))
+        for start in ("teacher", "fresh")
+    )
+    assert reused["runs"][0]["perplexity"] < fresh["runs"][0]["perplexity"]
+    assert all(row["activation_bytes"] > 0 and row["seconds"] > 0 for row in report["cost"])
+    printed = capsys.readouterr().out
+    assert "the teacher's perplexity is" in printed and "a step of 64 tokens" in printed
+    cab.main(arguments)
+    assert " s  stages" not in capsys.readouterr().out, "nothing is run twice"

@@ -20,7 +20,7 @@ Notable:
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,9 +29,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from benchmarks.claims import matrices
-from benchmarks.claims.bench import SMALL_TEACHER, Bench, parse, run_parts
+from benchmarks.claims.bench import SMALL_TEACHER, parse, run_parts
 from benchmarks.claims.report import draw, print_report
 from benchmarks.claims.runs import Result, Settings, Store
+from benchmarks.claims.tuning import Tuned
 from benchmarks.common import wide_console
 from subquad.data.retrieval import make_probe
 from subquad.distill.hidden import attention_probabilities
@@ -118,7 +119,7 @@ LARGE: dict[str, Any] = {  # SmolLM2 on two cores
 }
 
 
-class Mohawk(Bench):
+class Mohawk(Tuned):
     """The runs of these claims."""
 
     def __init__(self, setup: Setup, store: Store) -> None:
@@ -194,40 +195,17 @@ class Mohawk(Bench):
             "stages": results,
         }
 
-    def tuned(self, settings: dict[str, Any]) -> list[Result]:
-        """The runs of all seeds, at the rates that are best on the tuning seed."""
-        rates = [*self.best_rates(settings)]
-        return [self.store.run(settings | {"seed": seed, "rates": rates}, self.distilled) for seed in self.setup.seeds]
-
-    def best_rates(self, settings: dict[str, Any]) -> tuple[float, float]:
-        """Of layers and of logits, for these settings and their budget."""
-        setup = self.setup
-        smaller = [tokens for tokens in setup.budgets if tokens < settings["tokens"]]
-        layers, logits = self.best_rates(settings | {"tokens": max(smaller)}) if smaller else setup.first_rates
-
-        def trial(layers: float, logits: float) -> float:
-            tried = settings | {"seed": setup.tuning_seed, "rates": [layers, logits]}
-            return float(self.store.run(tried, self.distilled)["kl"])
-
-        if settings["way"] == "logits":
-            layers = setup.layer_rates[0]  # which is not used
-        logits = lowest(setup.logit_rates, logits, lambda rate: trial(layers, rate))
-        if settings["way"] != "logits":
-            layers = lowest(setup.layer_rates, layers, lambda rate: trial(rate, logits))
-        return layers, logits
-
-    def cells(self, combinations: Sequence[dict[str, Any]]) -> list[Result]:
-        cells = []
-        for settings in combinations:
-            settings = {"teacher": self.teacher.fingerprint, "part": "stages", "trainable": "all", **settings}
-            cells.append({"settings": settings, "runs": self.tuned(settings)})
-        return cells
+    def aligns(self, settings: Settings) -> bool:
+        return str(settings["way"]) != "logits"
 
     def stages(self) -> list[Result]:
         setup = self.setup
         product = itertools.product(setup.budgets, setup.mixers, setup.starts, WAYS)
         return self.cells(
-            [{"tokens": tokens, "mixer": mixer, "start": start, "way": way} for tokens, mixer, start, way in product]
+            [
+                {"trainable": "all", "tokens": tokens, "mixer": mixer, "start": start, "way": way}
+                for tokens, mixer, start, way in product
+            ]
         )
 
     def mlp(self) -> list[Result]:
@@ -285,20 +263,6 @@ class Mohawk(Bench):
         rows = self.corpus.heldout_batch(4, self.setup.matrix_length).to(self.device)
         losses = TeacherForced(stage, student, self.teacher.model)(rows, 1.0)
         return float(torch.stack([loss.cpu() for loss in losses.values()]).mean())
-
-
-def lowest(ladder: Sequence[float], start: float, trial: Callable[[float], float]) -> float:
-    """The rung at which a trial is lowest, walking up and down from `start` while it falls."""
-    at = ladder.index(start)
-    if len(ladder) == 1:
-        return start
-    best = trial(start)
-    for step in (1, -1):
-        while 0 <= at + step < len(ladder) and (found := trial(ladder[at + step])) < best:
-            at, best = at + step, found
-        if ladder[at] != start:
-            break
-    return ladder[at]
 
 
 @torch.no_grad()

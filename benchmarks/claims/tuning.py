@@ -1,0 +1,70 @@
+"""What claims about stages share: runs of several seeds, each at the rates that are best for its own settings."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from benchmarks.claims.bench import Bench
+from benchmarks.claims.runs import Result, Settings
+
+
+class Tuned(Bench):
+    """Runs of `distilled`, whose settings name `seed`, `tokens`, and `rates`: of layers, and of logits.
+
+    `setup` has the ladders `layer_rates` and `logit_rates`, the `first_rates` that tuning begins with, `budgets`,
+    `seeds` and the `tuning_seed`. Tuning first walks the ladder of logits, then that of layers, while it gets better; a
+    larger budget starts from the smaller one's best.
+    """
+
+    setup: Any
+
+    def distilled(self, settings: Settings) -> Result:
+        """One run; `kl` is what tuning goes by."""
+        raise NotImplementedError
+
+    def aligns(self, settings: Settings) -> bool:
+        """Whether a stage of these settings goes by the rate of layers."""
+        raise NotImplementedError
+
+    def tuned(self, settings: dict[str, Any]) -> list[Result]:
+        """The runs of all seeds, at the rates that are best on the tuning seed."""
+        rates = [*self.best_rates(settings)]
+        return [self.store.run(settings | {"seed": seed, "rates": rates}, self.distilled) for seed in self.setup.seeds]
+
+    def best_rates(self, settings: dict[str, Any]) -> tuple[float, float]:
+        """Of layers and of logits, for these settings and their budget."""
+        setup = self.setup
+        smaller = [tokens for tokens in setup.budgets if tokens < settings["tokens"]]
+        layers, logits = self.best_rates(settings | {"tokens": max(smaller)}) if smaller else setup.first_rates
+
+        def trial(layers: float, logits: float) -> float:
+            tried = settings | {"seed": setup.tuning_seed, "rates": [layers, logits]}
+            return float(self.store.run(tried, self.distilled)["kl"])
+
+        if not self.aligns(settings):
+            layers = setup.layer_rates[0]  # which is not used
+        logits = lowest(setup.logit_rates, logits, lambda rate: trial(layers, rate))
+        if self.aligns(settings):
+            layers = lowest(setup.layer_rates, layers, lambda rate: trial(rate, logits))
+        return layers, logits
+
+    def cells(self, combinations: Sequence[dict[str, Any]]) -> list[Result]:
+        """The runs of each of these settings, with what all have in common."""
+        cells = []
+        for settings in combinations:
+            settings = {"teacher": self.teacher.fingerprint, "part": "stages", **settings}
+            cells.append({"settings": settings, "runs": self.tuned(settings)})
+        return cells
+
+
+def lowest(ladder: Sequence[float], start: float, trial: Callable[[float], float]) -> float:
+    """The rung at which a trial is lowest, walking up and down from `start` while it falls."""
+    at = ladder.index(start)
+    if len(ladder) == 1:
+        return start
+    best = trial(start)
+    for step in (1, -1):
+        while 0 <= at + step < len(ladder) and (found := trial(ladder[at + step])) < best:
+            at, best = at + step, found
+        if ladder[at] != start:
+            break
+    return ladder[at]
