@@ -283,6 +283,7 @@ def attach(
             module.register_forward_hook(partial(_join, projection))
         module.mixer = keep_initialised(LayerMixer(plan, layer, join_start, middle))
         module.register_forward_pre_hook(_provide, with_kwargs=True)
+        module.register_forward_hook(_forget, always_call=True)
     set_attention(model, register(model.config._attn_implementation))
 
 
@@ -322,6 +323,11 @@ def _provide(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     cos_BTR, sin_BTR = rotation.tables(cos, sin)
     given.rotary = partial(rotation.turned, cos_BTR=cos_BTR, sin_BTR=sin_BTR)
     return args, kwargs
+
+
+def _forget(module: nn.Module, args: Any, output: Any) -> None:
+    """Lets go of what the call was given, which would live as long as the model does."""
+    layer_mixer(module).given = Given()
 
 
 def _join(projection: nn.Module, module: nn.Module, args: Any, output: tuple[Any, ...]) -> Any:

@@ -20,7 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATIO
 from subquad.attention import Pass
 from subquad.converted import Converted, auto_map
 from subquad.errors import UserError
-from subquad.interface import least_inputs
+from subquad.interface import image_size, least_inputs
 from subquad.plan import ATTENTION, Plan
 
 
@@ -75,19 +75,20 @@ class ImageStudent(Converted):
             "auto_map": auto_map(ImageStudentConfig, cls, autos),
         }
 
-    def forward(self, pixel_values: Tensor, interpolate_pos_encoding: bool | None = None, **kwargs: Any) -> Any:
+    def forward(self, pixel_values: Tensor, **kwargs: Any) -> Any:
         """What the teacher returns: class logits, or hidden states. Images (B, channels, height, width) of any size."""
-        return self.backbone(pixel_values, **self._positions(self.backbone, pixel_values), **kwargs)
+        return self.backbone(pixel_values, **{**self._positions(pixel_values), **kwargs})
 
     def final_hidden(self, inputs: Tensor, *, student_pass: Pass | None = None) -> Tensor:
         """What the classifier reads, (B, 1, M), or, without one, the states of all tokens, (B, T, M)."""
-        return read_by_head(self.backbone, inputs, student_pass=student_pass, **self._positions(self.backbone, inputs))
+        return read_by_head(self.backbone, inputs, student_pass=student_pass, **self._positions(inputs))
 
-    def _positions(self, model: Any, pixel_values: Tensor) -> dict[str, bool]:
-        """Asks a model that must be asked to fit its positions to images of another size than it was trained on."""
-        asked = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
-        trained = tuple(least_inputs(self.backbone)["pixel_values"].shape[-2:])
-        return {"interpolate_pos_encoding": True} if asked and tuple(pixel_values.shape[-2:]) != trained else {}
+    def _positions(self, pixel_values: Tensor) -> dict[str, bool]:
+        """Asks a model that must be asked to fit its positions to images of another size than it was made for."""
+        if tuple(pixel_values.shape[-2:]) == image_size(self.backbone.config):
+            return {}
+        asked = "interpolate_pos_encoding" in inspect.signature(self.backbone.forward).parameters
+        return {"interpolate_pos_encoding": True} if asked else {}
 
 
 @torch.no_grad()

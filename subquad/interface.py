@@ -170,6 +170,10 @@ def least_inputs(model: PreTrainedModel) -> dict[str, Any]:
     if model.main_input_name != "pixel_values":
         device = next(model.get_input_embeddings().parameters()).device
         return {"input_ids": torch.zeros(1, 2, dtype=torch.long, device=device), "use_cache": False}
-    size = model.config.image_size
-    height, width = (size, size) if isinstance(size, int) else size
-    return {"pixel_values": torch.zeros(1, model.config.num_channels, height, width).to(place)}
+    return {"pixel_values": torch.zeros(1, model.config.num_channels, *image_size(model.config)).to(place)}
+
+
+def image_size(config: Any) -> tuple[int, int]:
+    """Height and width of the images that a model was made for."""
+    size = config.image_size
+    return (size, size) if isinstance(size, int) else tuple(size)

@@ -106,6 +106,20 @@ def test_restored_and_observed_layers_attend_with_rotary_embedding():
         torch.testing.assert_close(student.backbone.lm_head(hidden), teacher(tokens).logits)
 
 
+def test_a_call_leaves_nothing_behind():
+    """Nor does one that fails: hidden states held by every layer would be as much memory as the activations."""
+    teacher = tiny("llama")
+    student = Student.from_teacher(teacher, mixed_plan(shapes_of(teacher)))
+    layers = [module.mixer for module in student.attention_modules()]
+    student(torch.randint(3, 97, (1, 5)))
+    assert all(layer.given.hidden_BTM is None for layer in layers)
+    hook = layers[1].by_name["hedgehog"].register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        student(torch.randint(3, 97, (1, 5)))
+    hook.remove()
+    assert all(layer.given.hidden_BTM is None for layer in layers)
+
+
 def test_bidirectional_mixers_are_refused():
     teacher = tiny("llama")
     plan = Plan.by_layer(shapes_of(teacher), [1], "gla", {"bidirectional": True})

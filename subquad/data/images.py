@@ -20,6 +20,7 @@ from PIL import ImageOps
 from torch import Tensor
 
 from subquad.errors import UserError
+from subquad.interface import image_size
 
 Part = Literal["train", "selection", "test"]
 
@@ -145,7 +146,7 @@ def load_images(
     Raises UserError for a source that is none of these, damaged, or too small.
     """
     folder = Path(source)
-    size: tuple[int, int] = (config.image_size,) * 2 if isinstance(config.image_size, int) else tuple(config.image_size)
+    size = image_size(config)
     of_idx = folder.is_dir() and any(folder.glob("*-idx?-ubyte*"))
     pictures, classes = _idx(folder) if of_idx else _dataset(source, size)
     train = pictures["train"]
