@@ -39,7 +39,6 @@ from subquad.evaluate import likelihood
 from subquad.fresh import take_weights
 from subquad.opening import shapes_of
 from subquad.plan import Plan
-from subquad.stage import Stage
 from subquad.student import Student
 
 PARTS = ("stages", "sides", "cost")
@@ -93,12 +92,6 @@ QUICK: dict[str, Any] = {
 class Cab(Tuned):
     """The runs of these claims."""
 
-    def __init__(self, setup: Setup, store: Store) -> None:
-        super().__init__(setup.teacher, store)
-        self.setup = setup
-        rows, length = setup.rows, setup.sequence_length
-        self.test, self.tuning = (self.corpus.heldout_batch(rows, length, part=part) for part in ("test", "selection"))
-
     # ------------------------------------------------------------------ a student and its stages
 
     def fresh(self, settings: Settings) -> Student:
@@ -115,26 +108,6 @@ class Cab(Tuned):
         self.calibrate(student, self.setup.sequence_length, settings["seed"])
         return student
 
-    def stage(self, kind: str, tokens: int, rate: float, sides: str = "both", **more: Any) -> Stage:
-        kinds: dict[str, dict[str, Any]] = {
-            "matrix": {"objective": "matrix", "trainable": ["mixers", "qkvo"]},
-            "hidden": {"objective": "mixer_output", "trainable": ["mixers", "qkvo"]},
-            "bridge": {"objective": "bridge", "trainable": "all", "bridge": {"sides": sides}},
-            "labels": {"objective": "labels", "trainable": "all"},
-            "distillation": {"objective": {"labels": 1.0, "logits": 0.5}, "trainable": "all"},
-        }
-        common: dict[str, Any] = {
-            "name": kind,
-            "tokens": tokens,
-            "sequence_length": self.setup.sequence_length,
-            "batch": self.setup.batch,
-            "schedule": "wsd",
-            "warmup": 0.1,
-            "checkpoint_every": 10**9,
-            "lr": rate,
-        }
-        return Stage(**{**common, **kinds[kind], **more})
-
     def aligns(self, settings: Settings) -> bool:
         return len(WAYS[settings["way"]]) > 1
 
@@ -143,7 +116,12 @@ class Cab(Tuned):
         layers_rate, logits_rate = settings["rates"]
         *before, last = WAYS[settings["way"]].items()
         stages = [
-            self.stage(kind, round(share * settings["tokens"]), rate, settings["sides"])
+            self.stage(
+                kind,
+                round(share * settings["tokens"]),
+                rate,
+                **({"bridge": {"sides": settings["sides"]}} if kind == "bridge" else {}),
+            )
             for (kind, share), rate in [*((one, layers_rate) for one in before), (last, logits_rate)]
         ]
         results = self.train(student, stages, settings["seed"])

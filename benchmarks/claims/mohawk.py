@@ -123,10 +123,7 @@ class Mohawk(Tuned):
     """The runs of these claims."""
 
     def __init__(self, setup: Setup, store: Store) -> None:
-        super().__init__(setup.teacher, store)
-        self.setup = setup
-        rows, length = setup.rows, setup.sequence_length
-        self.test, self.tuning = (self.corpus.heldout_batch(rows, length, part=part) for part in ("test", "selection"))
+        super().__init__(setup, store)
         tokenizer: Any = self.teacher.tokenizer
         self.probes = {
             task: {
@@ -146,25 +143,6 @@ class Mohawk(Tuned):
             _refresh(student)
         self.calibrate(student, self.setup.sequence_length, seed)
         return student
-
-    def stage(self, kind: str, tokens: int, rate: float, **more: Any) -> Stage:
-        setup = self.setup
-        common: dict[str, Any] = {
-            "name": kind,
-            "tokens": tokens,
-            "sequence_length": setup.sequence_length,
-            "batch": setup.batch,
-            "schedule": "wsd",
-            "warmup": 0.1,
-            "checkpoint_every": 10**9,
-            "lr": rate,
-        }
-        kinds: dict[str, dict[str, Any]] = {
-            "matrix": {"objective": "matrix", "trainable": ["mixers", "qkvo"]},
-            "hidden": {"objective": "mixer_output", "trainable": ["mixers", "qkvo"]},
-            "logits": {"objective": "logits", "divergence": "soft_cross_entropy", "trainable": "all"},
-        }
-        return Stage(**{**common, **kinds[kind], **more})
 
     # ------------------------------------------------------------------ stages, weights, MLPs
 

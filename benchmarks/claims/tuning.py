@@ -4,18 +4,46 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from benchmarks.claims.bench import Bench
-from benchmarks.claims.runs import Result, Settings
+from benchmarks.claims.runs import Result, Settings, Store
+from subquad.stage import Stage
+
+KINDS: dict[str, dict[str, Any]] = {
+    "matrix": {"objective": "matrix", "trainable": ["mixers", "qkvo"]},
+    "hidden": {"objective": "mixer_output", "trainable": ["mixers", "qkvo"]},
+    "bridge": {"objective": "bridge", "trainable": "all"},
+    "logits": {"objective": "logits", "divergence": "soft_cross_entropy", "trainable": "all"},
+    "labels": {"objective": "labels", "trainable": "all"},
+    "distillation": {"objective": {"labels": 1.0, "logits": 0.5}, "trainable": "all"},
+}
 
 
 class Tuned(Bench):
     """Runs of `distilled`, whose settings name `seed`, `tokens`, and `rates`: of layers, and of logits.
 
     `setup` has the ladders `layer_rates` and `logit_rates`, the `first_rates` that tuning begins with, `budgets`,
-    `seeds` and the `tuning_seed`. Tuning first walks the ladder of logits, then that of layers, while it gets better; a
-    larger budget starts from the smaller one's best.
+    `seeds` and the `tuning_seed`, and of the text `rows`, `sequence_length` and `batch`. Tuning first walks the ladder
+    of logits, then that of layers, while it gets better; a larger budget starts from the smaller one's best.
     """
 
-    setup: Any
+    def __init__(self, setup: Any, store: Store) -> None:
+        super().__init__(setup.teacher, store)
+        self.setup = setup
+        rows, length = setup.rows, setup.sequence_length
+        self.test, self.tuning = (self.corpus.heldout_batch(rows, length, part=part) for part in ("test", "selection"))
+
+    def stage(self, kind: str, tokens: int, rate: float, **more: Any) -> Stage:
+        """A stage of `KINDS`; `more`: keys of it that differ."""
+        common: dict[str, Any] = {
+            "name": kind,
+            "tokens": tokens,
+            "sequence_length": self.setup.sequence_length,
+            "batch": self.setup.batch,
+            "schedule": "wsd",
+            "warmup": 0.1,
+            "checkpoint_every": 10**9,
+            "lr": rate,
+        }
+        return Stage(**{**common, **KINDS[kind], **more})
 
     def distilled(self, settings: Settings) -> Result:
         """One run; `kl` is what tuning goes by."""
