@@ -94,10 +94,10 @@ QUICK: dict[str, Any] = {
     "serving_steps": 8,
 }
 LARGE: dict[str, Any] = {  # SmolLM2 on two cores
-    "scored": ("passkey", "copy"),
+    "scored": ("passkey",),
     "tasks": ("copy", "passkey"),
     "probe_rows": 8,
-    "score_rows": 8,
+    "score_rows": 4,
     "counts": (0, 5, 27),
     "layers": (3,),
     "joined": (27,),
