@@ -31,7 +31,7 @@ def install() -> None:
 
 
 def _register() -> None:
-    for module in ("subquad.student", "subquad.images"):
+    for module in ("subquad.student", "subquad.images", "subquad.saliency"):
         importlib.import_module(module).register()
 
 

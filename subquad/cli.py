@@ -33,12 +33,13 @@ from subquad.cli_options import (
     ScaleOption,
     SeedOption,
     SetOption,
+    TaskOption,
     TeacherArgument,
     command_line,
     recipe_of,
 )
 from subquad.cli_plans import compare, plans
-from subquad.cli_teachers import cache_teacher, train_teacher
+from subquad.cli_teachers import cache_teacher, train_teacher, train_vit
 from subquad.errors import UserError
 from subquad.files import is_disk_full
 
@@ -79,7 +80,10 @@ def main() -> None:
 
 
 def _how_to_resume(command: str | None) -> str:
-    if command not in ("convert", "select", "distill", "cache-teacher", "train-teacher") or "--dry-run" in sys.argv:
+    if (
+        command not in ("convert", "select", "distill", "cache-teacher", "train-teacher", "train-vit")
+        or "--dry-run" in sys.argv
+    ):
         return ""
     again = [argument for argument in sys.argv[1:] if argument not in ("--resume", "--overwrite")]
     return f"; go on from the last checkpoint with:\n  {shlex.join(['subquad', *again, '--resume'])}"
@@ -114,8 +118,9 @@ def subquad(
 @app.command()
 def convert(
     teacher: TeacherArgument = None,
-    recipe: RecipeOption = "quick",
+    recipe: RecipeOption = None,
     out: OutOption = None,
+    task: TaskOption = None,
     data: DataOption = None,
     mixer: MixerOption = None,
     budget: BudgetOption = None,
@@ -151,8 +156,10 @@ def convert(
         subquad convert --recipe quick --out runs/quick --resume
 
         subquad convert Qwen/Qwen2.5-1.5B --recipe kl-guided --dry-run
+
+        subquad convert ./my-vit --task image-classification --data ./my-images
     """
-    chosen = recipe_of(recipe, changes, tokens_scale, mixer=mixer, budget=budget, seed=seed)
+    chosen = recipe_of(recipe, changes, tokens_scale, task=task, mixer=mixer, budget=budget, seed=seed)
     what: dict[str, Any] = {
         "teacher": teacher or chosen.teacher,
         "recipe": chosen,
@@ -198,7 +205,7 @@ def select(
     ] = None,
     budget: BudgetOption = None,
     mixer: MixerOption = None,
-    recipe: RecipeOption = "quick",
+    recipe: RecipeOption = None,
     data: DataOption = None,
     changes: SetOption = None,
     tokens_scale: ScaleOption = 1.0,
@@ -257,8 +264,9 @@ def distill(
         Path, typer.Option("--plan", metavar="FILE", help="The plan to train, from `subquad select` or by hand.")
     ],
     teacher: TeacherArgument = None,
-    recipe: RecipeOption = "quick",
+    recipe: RecipeOption = None,
     out: OutOption = None,
+    task: TaskOption = None,
     data: DataOption = None,
     changes: SetOption = None,
     tokens_scale: ScaleOption = 1.0,
@@ -283,6 +291,7 @@ def distill(
         teacher=teacher,
         recipe=recipe,
         out=out,
+        task=task,
         data=data,
         plan=plan,
         changes=changes,
@@ -435,3 +444,4 @@ app.command("compare")(compare)
 app.command("bench")(bench)
 app.command("cache-teacher")(cache_teacher)
 app.command("train-teacher")(train_teacher)
+app.command("train-vit")(train_vit)

@@ -20,7 +20,7 @@ TeacherArgument = Annotated[
 ]
 ModelArgument = Annotated[str, typer.Argument(help="A folder that `convert` wrote, or any causal language model.")]
 RecipeOption = Annotated[
-    str,
+    str | None,
     typer.Option(
         "--recipe",
         "-r",
@@ -28,7 +28,18 @@ RecipeOption = Annotated[
         help="The recipe: mixer, selector, training stages and evaluation. One that ships with Subquad, or your own "
         ".yaml file. For minutes on two CPU cores: quick, and the -quick form of each of these, which are for GPUs: "
         "kl-guided, kl-guided-full, mohawk, mohawk-hybrid, llamba, radlads, lolcats, liger, "
-        "mamba-in-llama, retrieval-aware, distill-then-replace, cab.",
+        "mamba-in-llama, retrieval-aware, distill-then-replace, cab; of images cab-vision and cab-features.",
+        show_default="quick; of images cab-vision-quick or cab-features-quick",
+    ),
+]
+TaskOption = Annotated[
+    str | None,
+    typer.Option(
+        "--task",
+        metavar="TASK",
+        help="What the teacher is for: text-generation, image-classification (a classifier), or "
+        "image-feature-extraction (an encoder without a head).",
+        show_default="recipe's",
     ),
 ]
 SetOption = Annotated[
@@ -59,7 +70,8 @@ DataOption = Annotated[
         "-d",
         metavar="SOURCE",
         help="Text to train and measure on, instead of the recipe's: a .txt, .jsonl, .jsonl.gz or .parquet file, a "
-        "folder of them, or the id of a `datasets` data set (org/name[:config:split:column]). May be given many times.",
+        "folder of them, or the id of a `datasets` data set (org/name[:config:split:column]). May be given many times. "
+        "Of images one: a folder of idx files, a folder with one of images for each class, or the id of a data set.",
     ),
 ]
 MixerOption = Annotated[
@@ -114,9 +126,15 @@ def command_line() -> str:
     return shlex.join(["subquad", *sys.argv[1:]])
 
 
-def recipe_of(name: str, changes: list[str] | None, tokens_scale: float = 1.0, **options: object) -> "Recipe":
-    """The recipe with --set and the options that are short for one."""
+FOR_TASK = {"image-classification": "cab-vision-quick", "image-feature-extraction": "cab-features-quick"}
+
+
+def recipe_of(name: str | None, changes: list[str] | None, tokens_scale: float = 1.0, **options: object) -> "Recipe":
+    """The recipe with --set and the options that are short for one; without a name, what suits the task."""
     from subquad.recipe import load_recipe
+
+    if name is None:
+        name = FOR_TASK.get(str(options.get("task")), "quick")
 
     keys = {
         "budget": "selector.budget",
@@ -124,6 +142,7 @@ def recipe_of(name: str, changes: list[str] | None, tokens_scale: float = 1.0, *
         "unit": "selector.unit",
         "mixer": "mixer.name",
         "seed": "seed",
+        "task": "task",
     }
     settings = [f"{keys[option]}={value}" for option, value in options.items() if value is not None]
     return load_recipe(name, [*(changes or []), *settings], tokens_scale)

@@ -22,7 +22,7 @@ from subquad.cli_options import (
 def cache_teacher(
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder to write the cache to.")],
     teacher: TeacherArgument = None,
-    recipe: RecipeOption = "quick",
+    recipe: RecipeOption = None,
     data: DataOption = None,
     tokens: Annotated[
         str | None,
@@ -125,3 +125,50 @@ def train_teacher(
     from subquad.train_teacher import train_teacher as run
 
     run(out, layers=layers, tokens=tokens, seed=seed, resume=resume, overwrite=overwrite, command=command_line())
+
+
+def train_vit(
+    data: Annotated[
+        str,
+        typer.Option(
+            "--data",
+            "-d",
+            metavar="SOURCE",
+            help="Labelled images: a folder of idx files, a folder with one of images for each class, or the id of a "
+            "`datasets` data set.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder to write to.")] = Path(
+        "runs/small-vit"
+    ),
+    epochs: Annotated[float, typer.Option("--epochs", help="Times that every image is read.")] = 8.0,
+    size: Annotated[int, typer.Option("--size", min=1, help="Height and width of the images, in pixels.")] = 28,
+    patch: Annotated[int, typer.Option("--patch", min=1, help="Height and width of a patch, in pixels.")] = 4,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the weights and of the order of the images.")] = 0,
+    resume: ResumeOption = False,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Train a small vision transformer for experiments, from nothing, on labelled images.
+
+    Leaves in --out a model that `convert --task image-classification` takes as a teacher, its model card with its
+    accuracy on test images, the metrics and the log.
+
+    Examples:
+
+        subquad train-vit --data /usr/share/datasets/fashion-mnist --out runs/small-vit
+
+        subquad train-vit --data ./my-images --size 64 --patch 8 --epochs 20
+    """
+    from subquad.train_vit import train_vit as run
+
+    run(
+        data,
+        out,
+        epochs=epochs,
+        size=size,
+        patch=patch,
+        seed=seed,
+        resume=resume,
+        overwrite=overwrite,
+        command=command_line(),
+    )

@@ -5,20 +5,21 @@ teacher's place as what a plan is applied to.
 """
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from subquad.distill.bridge import layer_map
 from subquad.distill.trainable import Parameters
 from subquad.errors import UserError, nearest
 from subquad.interface import block_path, find_attention
 from subquad.recipe import StudentModelConfig
+from subquad.tasks import TASKS
 from subquad.teacher import Teacher
 
 LISTS_BY_LAYER = ("layer_types", "mlp_layer_types")  # the configuration makes them again
 
 
 def fresh_model(source: Teacher, settings: StudentModelConfig, seed: int) -> PreTrainedModel:
-    """A causal language model of the given configuration, in the teacher's dtype and on its device.
+    """A model for the teacher's task with the given configuration, in the teacher's dtype and on its device.
 
     Raises UserError for a key that the configuration lacks, or a configuration that no model can be made of.
     """
@@ -26,7 +27,7 @@ def fresh_model(source: Teacher, settings: StudentModelConfig, seed: int) -> Pre
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=source.model.dtype)
+            model: PreTrainedModel = TASKS[source.task].auto.from_config(config, dtype=source.model.dtype)
         except (ValueError, RuntimeError, TypeError) as error:
             raise UserError(f"no model can be made of student.changes {settings.changes}: {error}") from None
     if settings.start == "teacher":
@@ -44,7 +45,8 @@ def _config(source: Teacher, settings: StudentModelConfig) -> PreTrainedConfig:
             raise UserError(f"student.changes names '{key}': {nearest(key, [*described, *config.attribute_map])}")
     described = {key: value for key, value in described.items() if key not in LISTS_BY_LAYER}
     described |= {config.attribute_map.get(key, key): value for key, value in settings.changes.items()}
-    described["vocab_size"] = theirs.get_text_config().vocab_size  # the tokenizer is the teacher's
+    answers = "id2label" if TASKS[source.task].of_images else "vocab_size"
+    described[answers] = getattr(theirs.get_text_config(), answers)  # the tokenizer, or the classes, are the teacher's
     return type(config).from_dict(described)
 
 

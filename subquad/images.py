@@ -20,7 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATIO
 from subquad.attention import Pass
 from subquad.converted import Converted, auto_map
 from subquad.errors import UserError
-from subquad.interface import image_size, least_inputs
+from subquad.interface import image_size, least_inputs, patch_grid
 from subquad.plan import ATTENTION, Plan
 
 
@@ -77,28 +77,35 @@ class ImageStudent(Converted):
 
     def forward(self, pixel_values: Tensor, **kwargs: Any) -> Any:
         """What the teacher returns: class logits, or hidden states. Images (B, channels, height, width) of any size."""
-        return self.backbone(pixel_values, **{**self._positions(pixel_values), **kwargs})
+        return self.backbone(pixel_values, **{**_positions(self.backbone, pixel_values), **kwargs})
 
     def final_hidden(self, inputs: Tensor, *, student_pass: Pass | None = None) -> Tensor:
         """What the classifier reads, (B, 1, M), or, without one, the states of all tokens, (B, T, M)."""
-        return read_by_head(self.backbone, inputs, student_pass=student_pass, **self._positions(inputs))
+        return read_by_head(self.backbone, inputs, student_pass=student_pass)
 
-    def _positions(self, pixel_values: Tensor) -> dict[str, bool]:
-        """Asks a model that must be asked to fit its positions to images of another size than it was made for."""
-        if tuple(pixel_values.shape[-2:]) == image_size(self.backbone.config):
-            return {}
-        asked = "interpolate_pos_encoding" in inspect.signature(self.backbone.forward).parameters
-        return {"interpolate_pos_encoding": True} if asked else {}
+
+def _positions(model: Any, pixels_BCHW: Tensor) -> dict[str, bool]:
+    """Asks a model that must be asked to fit its positions to images of another size than it was made for."""
+    if tuple(pixels_BCHW.shape[-2:]) == image_size(model.config):
+        return {}
+    asked = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
+    return {"interpolate_pos_encoding": True} if asked else {}
 
 
 @torch.no_grad()
+def image_tokens(model: Any, size: tuple[int, int]) -> int:
+    """Tokens that an image of this height and width comes to in a model: those of its patches, and the others."""
+    encoder = _encoder(model)
+    first = least_inputs(model)["pixel_values"]
+    pixels_BCHW = first.new_zeros(1, first.shape[1], *size)
+    return int(encoder(pixels_BCHW, **_positions(encoder, pixels_BCHW)).last_hidden_state.shape[1])
+
+
 def _prefix_tokens(teacher: PreTrainedModel) -> int:
     """Tokens that an encoder puts before those of the patches: class, distillation, registers."""
-    pixels = least_inputs(teacher)["pixel_values"]
-    size = teacher.config.patch_size
-    height, width = (size, size) if isinstance(size, int) else size
-    patches = (pixels.shape[-2] // height) * (pixels.shape[-1] // width)
-    return int(_encoder(teacher)(pixels).last_hidden_state.shape[1]) - patches
+    size = image_size(teacher.config)
+    rows, columns = patch_grid(teacher.config, size)
+    return image_tokens(teacher, size) - rows * columns
 
 
 def classifier(model: Any) -> nn.Module | None:
@@ -112,7 +119,7 @@ def read_by_head(model: Any, pixels_BCHW: Tensor, **how: Any) -> Tensor:
 
     `how`: keyword arguments of the model.
     """
-    head = classifier(model)
+    head, how = classifier(model), {**_positions(model, pixels_BCHW), **how}
     if head is None:
         hidden: Tensor = model(pixels_BCHW, **how).last_hidden_state
         return hidden

@@ -9,7 +9,7 @@ Legend: B batch, H query heads, G key/value heads, T tokens, D head width.
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -171,6 +171,13 @@ def least_inputs(model: PreTrainedModel) -> dict[str, Any]:
         device = next(model.get_input_embeddings().parameters()).device
         return {"input_ids": torch.zeros(1, 2, dtype=torch.long, device=device), "use_cache": False}
     return {"pixel_values": torch.zeros(1, model.config.num_channels, *image_size(model.config)).to(place)}
+
+
+def patch_grid(config: Any, size: Sequence[int]) -> tuple[int, int]:
+    """Rows and columns of patches in an image of this height and width."""
+    patch = config.patch_size
+    height, width = (patch, patch) if isinstance(patch, int) else patch
+    return size[0] // height, size[1] // width
 
 
 def image_size(config: Any) -> tuple[int, int]:

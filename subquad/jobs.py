@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 
 from subquad.data.packing import tokenizer_hash
-from subquad.data.text import load_corpus
+from subquad.data.text import Corpus
 from subquad.distill.cache_writer import claim_cache, write_cache
 from subquad.distill.heads import check_head
 from subquad.distill.loop import make_accelerator
@@ -17,7 +17,7 @@ from subquad.errors import UserError
 from subquad.evaluate import paired_samples
 from subquad.files import write_json
 from subquad.measure import measured_rows
-from subquad.opening import open_corpus, open_teacher, plan_of, settled
+from subquad.opening import open_data, open_teacher, plan_of, read_data, settled
 from subquad.recipe import Recipe, load_recipe
 from subquad.report.format import nats, percent, size
 from subquad.run import Run, facts, machine, source_commit, versions
@@ -49,21 +49,18 @@ def evaluate_model(
     given = {key: value for key, value in {"tasks": tasks, "task_limit": limit}.items() if value is not None}
     recipe.evaluate = recipe.evaluate.model_copy(update=given)
     recipe = settled(recipe, teacher or recipe.teacher, data)
-    source = load_teacher(recipe.teacher, dtype=recipe.dtype)
-    lm = load_teacher(str(model), dtype=recipe.dtype).model
-    for one in (source.model, lm):
+    source = load_teacher(recipe.teacher, task=recipe.task, dtype=recipe.dtype)
+    measured = load_teacher(str(model), task=recipe.task, dtype=recipe.dtype).model
+    for one in (source.model, measured):
         check_head(one)
-    corpus = load_corpus(
-        recipe.data.sources,
-        source.tokenizer,
-        max_tokens=recipe.data.max_tokens,
-        heldout_fraction=recipe.data.heldout_fraction,
-    )
-    plans, settings = {"teacher": plan_of(source.model), "student": plan_of(lm)}, recipe.evaluate
-    metrics = measured_rows({"student": lm}, source, corpus, plans, settings, recipe.dtype, console)
-    metrics["samples"] = paired_samples(source.model, lm, source.tokenizer, settings.prompts, settings.max_new_tokens)
+    corpus = read_data(recipe, source)
+    plans, settings = {"teacher": plan_of(source.model), "student": plan_of(measured)}, recipe.evaluate
+    metrics = measured_rows({"student": measured}, source, corpus, plans, settings, recipe.dtype, console)
+    if isinstance(corpus, Corpus):
+        prompts, length = settings.prompts, settings.max_new_tokens
+        metrics["samples"] = paired_samples(source.model, measured, source.tokenizer, prompts, length)
     metrics |= {"teacher_name": source.name, "teacher_fingerprint": source.fingerprint, "versions": versions()}
-    metrics |= {"machine": machine(lm.device), "command": command, "commit": source_commit()}
+    metrics |= {"machine": machine(measured.device), "command": command, "commit": source_commit()}
     if json_path is not None:
         write_json(Path(json_path), metrics)
     return dict(json.loads(json.dumps(metrics)))
@@ -130,8 +127,10 @@ def cache_teacher(
         raise UserError("the teacher's cache is written by one process: start the command without accelerate launch")
     claim_cache(out, resume=resume, overwrite=overwrite)  # now, for what follows takes a while
     source = open_teacher(run, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
-    corpus = open_corpus(run, source)
-    run.say(f"teacher: {source.name}; text: {len(corpus.train):,} tokens to train on")
+    corpus = open_data(run, source)
+    if not isinstance(corpus, Corpus):
+        raise UserError(f"only a language model's answers can be written down, and the recipe is for {recipe.task}")
+    run.say(f"teacher: {source.name}; {corpus.amount}")
     if len(corpus.train) < tokens:
         run.say(f"the text is shorter than the {tokens:,} tokens that were asked for: all of it is cached")
     about = facts(run, command)

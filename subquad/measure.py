@@ -1,10 +1,10 @@
-"""What a conversion is measured by: held-out text, retrieval, tasks, cache bytes, rivals of the same budget or bytes.
+"""What a conversion is measured by: held-out text or images, retrieval, tasks, cache bytes, rivals of the same budget.
 
 Every number of metrics.json's rows is made here, and in the same pass for all models.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from operator import methodcaller
 from statistics import fmean
 from typing import Any
@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from subquad.data.images import ImageSet
 from subquad.data.retrieval import Probe, make_probe
 from subquad.data.text import Corpus
 from subquad.distill.log import StageProgress
-from subquad.evaluate import cache_table, harness, likelihood, paired_gain, retrieval
+from subquad.evaluate import cache_table, harness, likelihood, likeness, paired_gain, retrieval
 from subquad.evaluate.harness import load_tasks
 from subquad.mixers.sliding_window import WindowOptions
 from subquad.plan import ATTENTION, ITEMSIZE, Plan
@@ -28,7 +29,7 @@ from subquad.teacher import Teacher
 def measured_rows(
     models: Mapping[str, Any],
     source: Teacher,
-    corpus: Corpus,
+    data: Corpus | ImageSet,
     plans: Mapping[str, Plan],
     config: EvaluateConfig,
     dtype: str,
@@ -38,9 +39,7 @@ def measured_rows(
 
     Progress is shown on `console`, if there is one.
     """
-    rows, probes = questions(config, source, corpus)
-    everyone = {"teacher": source.model, **models}
-    total, done, start = round(evaluation_bill(config, len(everyone)).forward_tokens), 0, time.perf_counter()
+    total, done, start = round(evaluation_bill(config, 1 + len(models), data).forward_tokens), 0, time.perf_counter()
     with StageProgress(console, "measure", steps=total, unit="token") as bar:
 
         def tick(tokens: int) -> None:
@@ -48,20 +47,45 @@ def measured_rows(
             done += tokens
             bar.update(done, f"{done / (time.perf_counter() - start):,.0f} tokens/s")
 
-        measured = likelihood(models, source.model, rows, config.contexts, tick=tick)
-        found = {name: retrieval(model, probes, tick) for name, model in everyone.items()}
+        if isinstance(data, ImageSet):
+            per_image = data.tokens
+            images = data.heldout(config.rows)
+            found = likeness(models, source.model, images, tick=lambda count: tick(per_image * count))
+            rows: dict[str, dict[str, Any]] = {name: {"images": measures} for name, measures in found.items()}
+        else:
+            rows = _on_text(models, source, data, config, tick)
+    for name, row in rows.items():
+        if isinstance(data, Corpus):
+            row["cache_bytes"] = cache_table(plans[name], config.cache_contexts, dtype)
+        row |= {"attention_layers": plans[name].attention_layers, "plan_pattern": plans[name].pattern()}
+    return rows
+
+
+def _on_text(
+    models: Mapping[str, Any], source: Teacher, corpus: Corpus, config: EvaluateConfig, tick: Callable[[int], None]
+) -> dict[str, dict[str, Any]]:
+    """Likelihood, retrieval and tasks."""
+    rows, probes = questions(config, source, corpus)
+    everyone = {"teacher": source.model, **models}
+    measured = likelihood(models, source.model, rows, config.contexts, tick=tick)
+    found = {name: retrieval(model, probes, tick) for name, model in everyone.items()}
     tasks = load_tasks(config.tasks)
     return {
         name: {
             **measured[name],
             "retrieval": found[name],
             "tasks": harness(model, source.tokenizer, tasks, limit=config.task_limit),
-            "cache_bytes": cache_table(plans[name], config.cache_contexts, dtype),
-            "attention_layers": plans[name].attention_layers,
-            "plan_pattern": plans[name].pattern(),
         }
         for name, model in everyone.items()
     }
+
+
+def check_heldout(config: EvaluateConfig, source: Teacher, data: Corpus | ImageSet) -> None:
+    """Raises UserError where there is less held-out data than is to be measured on."""
+    if isinstance(data, ImageSet):
+        data.heldout(config.rows)
+    else:
+        questions(config, source, data)
 
 
 def questions(
@@ -80,8 +104,10 @@ def questions(
     return rows, probes
 
 
-def evaluation_bill(config: EvaluateConfig, models: int) -> Bill:
-    """What measuring that many models, the teacher among them, costs on held-out text and retrieval (not on tasks)."""
+def evaluation_bill(config: EvaluateConfig, models: int, data: Corpus | ImageSet) -> Bill:
+    """What measuring that many models, the teacher among them, costs on held-out data and retrieval (not on tasks)."""
+    if isinstance(data, ImageSet):
+        return Bill(forward_tokens=models * config.rows * data.tokens)
     probes = len(config.retrieval.tasks) * config.retrieval.count * sum(config.retrieval.contexts)
     return Bill(forward_tokens=models * (config.rows * max(config.contexts) + probes))
 
@@ -118,9 +144,9 @@ def even_plan(plan: Plan, mixer: str, options: dict[str, Any], dtype: str) -> Pl
 
 
 def verdicts(metrics: dict[str, Any], contexts: list[int]) -> list[str]:
-    """In words, whether the student beats each rival in held-out KL (nats per token), at the two longest contexts.
+    """In words, whether the student beats each rival: in held-out KL at the two longest contexts, or on images.
 
-    The models read the same text, so it is the differences, row by row, that have to stand out of their own spread.
+    The models read the same data, so it is the differences, row by row, that have to stand out of their own spread.
     """
     said = []
     for better, worse, what in (
@@ -130,13 +156,28 @@ def verdicts(metrics: dict[str, Any], contexts: list[int]) -> list[str]:
     ):
         if better not in metrics or worse not in metrics:
             continue
-        for context in sorted(contexts)[-2:]:
-            mine, theirs = (metrics[name]["kl_samples"][context] for name in (better, worse))
+        for where, unit, measure, mine, theirs in _samples(metrics[better], metrics[worse], contexts):
             gain = paired_gain(mine, theirs)
             word = "tied" if gain.mean == 0 else "won" if gain.mean > 0 else "LOST"
             doubt = ", which may be chance" if gain.may_be_chance else ""
             said.append(
-                f"{what}: {word} at {context} tokens by {abs(gain.mean):.4f} ± {gain.stderr:.4f} nats, "
-                f"KL {fmean(mine):.4f} against {fmean(theirs):.4f}{doubt}"
+                f"{what}: {word} {where} by {abs(gain.mean):.4f} ± {gain.stderr:.4f}{unit}, "
+                f"{measure} {fmean(mine):.4f} against {fmean(theirs):.4f}{doubt}"
             )
     return said
+
+
+def _samples(
+    better: dict[str, Any], worse: dict[str, Any], contexts: list[int]
+) -> list[tuple[str, str, str, list[float], list[float]]]:
+    """Where, the unit and the measure of what two models are compared by, and its samples."""
+    if "images" in better:
+        mine, theirs = better["images"], worse["images"]
+        unit, measure = (" nats", "KL") if "kl" in mine else ("", "distance of features")
+        where = f"on {mine['count']:,} images"
+        return [(where, unit, measure, mine["samples"], theirs["samples"])] if "samples" in mine else []
+    pairs = [(better["kl_samples"][context], worse["kl_samples"][context]) for context in sorted(contexts)[-2:]]
+    return [
+        (f"at {context} tokens", " nats", "KL", *pair)
+        for context, pair in zip(sorted(contexts)[-2:], pairs, strict=True)
+    ]

@@ -1,26 +1,33 @@
-"""What every job begins with: settings that are checked, a teacher, its text, and a first student."""
+"""What every job begins with: settings that are checked, a teacher, its text or images, and a first student."""
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
+from subquad.converted import Converted
+from subquad.data.images import ImageSet, load_images, processed_size
 from subquad.data.text import Corpus, load_corpus
+from subquad.distill.batch import inputs_of
 from subquad.distill.heads import check_head
 from subquad.errors import UserError
 from subquad.evaluate.harness import load_tasks
 from subquad.fresh import fresh_model
+from subquad.images import image_tokens
 from subquad.interface import find_attention
 from subquad.mixers import mixer_options
 from subquad.plan import ATTENTION, AttentionShape, Plan
 from subquad.recipe import NamedMixer, Recipe, load_recipe
 from subquad.run import Run
-from subquad.select import SELECTORS, check_alternatives, check_selector
-from subquad.student import Student, tied
+from subquad.select import SELECTORS, Budget, check_alternatives, check_selector
+from subquad.student import tied
+from subquad.tasks import TASKS
 from subquad.teacher import Teacher, load_teacher
 
 CALIBRATION_TOKENS = 1024
+
+Data: TypeAlias = Corpus | ImageSet
 
 
 def settled(recipe: Recipe | str | Path, teacher: str, data: list[str] | None) -> Recipe:
@@ -30,7 +37,9 @@ def settled(recipe: Recipe | str | Path, teacher: str, data: list[str] | None) -
     if data:
         recipe.data.sources = data
     streamed = [source for source in recipe.data.sources or [] if not Path(source).exists()]
-    if streamed and recipe.data.max_tokens is None:  # a stream has no end: take what the stages will read
+    if TASKS[recipe.task].of_images:
+        _check_images(recipe)
+    elif streamed and recipe.data.max_tokens is None:  # a stream has no end: take what the stages will read
         read = sum(stage.tokens for stage in recipe.stages)
         recipe.data.max_tokens = max(1, round(1.1 * read))
     for name, options in mixers_of(recipe).items():
@@ -48,27 +57,80 @@ def settled(recipe: Recipe | str | Path, teacher: str, data: list[str] | None) -
     return recipe
 
 
+def _check_images(recipe: Recipe) -> None:
+    """Raises UserError for what a recipe on images cannot do."""
+    if len(recipe.data.sources or []) != 1:
+        raise UserError(f"{recipe.task} needs one set of images: name it with --data, as a folder or a `datasets` id")
+    if SELECTORS[recipe.selector.by].text:
+        raise UserError(
+            f"selector '{recipe.selector.by}' measures on text, and the recipe is for {recipe.task}: choose uniform or "
+            "fixed"
+        )
+    budget = Budget.parse(recipe.selector.budget)
+    if budget.context is not None or budget.speedup is not None:
+        raise UserError(
+            f"the budget '{recipe.selector.budget}' is of a cache or of decoding, and a model of images has neither: "
+            "give a number of layers or heads, or a share of them"
+        )
+    if recipe.tied_embeddings != "keep":
+        raise UserError("tied_embeddings is of language models: leave it out")
+    for stage in recipe.stages:
+        if stage.teacher_cache is not None:
+            raise UserError(f"stage '{stage.name}' has a teacher_cache, which holds answers to text: leave it out")
+
+
 def open_teacher(run: Run, **how: Any) -> Teacher:
     """The recipe's teacher, on this process's device; refused by name if it cannot be converted."""
-    source = load_teacher(run.recipe.teacher, dtype=run.recipe.dtype, device=str(run.accelerator.device), **how)
+    recipe, device = run.recipe, str(run.accelerator.device)
+    source = load_teacher(recipe.teacher, task=recipe.task, dtype=recipe.dtype, device=device, **how)
     find_attention(source.model)
     check_head(source.model)
-    if run.recipe.tied_embeddings == "refuse" and tied(source.model):
+    if recipe.tied_embeddings == "refuse" and tied(source.model):
         raise UserError(
             f"the teacher '{source.name}' ties its output head to its input embedding, and the recipe refuses that "
             "(tied_embeddings): choose untie, retie or keep, or another teacher"
         )
-    own = run.recipe.student
-    run.base = source.model if own is None else fresh_model(source, own, run.recipe.seed)
+    own = recipe.student
+    run.base = source.model if own is None else fresh_model(source, own, recipe.seed)
     return source
 
 
-def open_corpus(run: Run, source: Teacher) -> Corpus:
-    data = run.recipe.data
+def open_data(run: Run, source: Teacher) -> Data:
+    """The recipe's text or images. An image is a sequence of its tokens, whatever the stages say of their length."""
     with run.accelerator.main_process_first():
-        return load_corpus(
-            data.sources, source.tokenizer, max_tokens=data.max_tokens, heldout_fraction=data.heldout_fraction
+        data = read_data(run.recipe, source)
+    if isinstance(data, ImageSet):
+        length = {"sequence_length": data.tokens}
+        run.recipe.stages = [stage.model_copy(update=length) for stage in run.recipe.stages]
+    return data
+
+
+def read_data(recipe: Recipe, source: Teacher) -> Data:
+    """What a recipe trains and measures on, as the teacher reads it."""
+    data = recipe.data
+    if not TASKS[recipe.task].of_images:
+        fraction = data.heldout_fraction
+        return load_corpus(data.sources, source.tokenizer, max_tokens=data.max_tokens, heldout_fraction=fraction)
+    [images] = data.sources or []
+    found = load_images(
+        images,
+        source.reader,
+        channels=source.model.config.num_channels,
+        tokens=image_tokens(source.model, processed_size(source.reader)),
+        heldout_fraction=data.heldout_fraction,
+        max_images=data.max_images,
+        seed=recipe.seed,
+    )
+    asking = [stage.name for stage in recipe.stages if "labels" in stage.weights]
+    if asking and not found.classes:
+        raise UserError(f"stage '{asking[0]}' has the objective 'labels', and {images} has none: choose another")
+    known = source.model.config.num_labels or 0
+    if recipe.task == "image-classification" and len(found.classes) > known:
+        raise UserError(
+            f"{images} has {len(found.classes)} classes, and {source.name} knows {known}: give the images that it was "
+            "trained for, or set the task to image-feature-extraction"
         )
+    return found
 
 
 def shapes_of(model: Any) -> list[AttentionShape]:
@@ -77,19 +139,17 @@ def shapes_of(model: Any) -> list[AttentionShape]:
 
 def plan_of(model: Any) -> Plan:
     """A student's own plan; any other model's is all attention."""
-    return model.plan if isinstance(model, Student) else Plan.all_attention(shapes_of(model))
+    return model.plan if isinstance(model, Converted) else Plan.all_attention(shapes_of(model))
 
 
-def new_student(run: Run, plan: Plan, corpus: Corpus, mixers_from: Iterable[Student] = ()) -> Student:
+def new_student(run: Run, plan: Plan, data: Data, mixers_from: Iterable[Converted] = ()) -> Converted:
     """A student with this plan: its mixers are another one's where that has the same, and calibrated elsewhere."""
     torch.manual_seed(0)  # the few new weights that start at random: gates' inner projections
     start = run.recipe.mixer.join_start
-    student = Student.from_teacher(run.base, plan, mixers_from=mixers_from, join_start=start)
+    student = TASKS[run.recipe.task].student.from_teacher(run.base, plan, mixers_from=mixers_from, join_start=start)
     if student.new_mixers:
-        length = min(CALIBRATION_TOKENS, len(corpus.train))
-        student.calibrate(
-            corpus.batch(0, batch=1, sequence_length=length, seed=0).to(student.device), student.new_mixers
-        )
+        sample = data.sample(CALIBRATION_TOKENS).to(student.device)
+        student.calibrate(inputs_of(sample), student.new_mixers)
     return student
 
 
@@ -99,11 +159,11 @@ def mixers_of(recipe: Recipe) -> dict[str, dict[str, Any]]:
     return {mixer.name: mixer.options for mixer in mixers}
 
 
-def all_linear(run: Run, corpus: Corpus) -> dict[str, Student]:
+def all_linear(run: Run, data: Data) -> dict[str, Converted]:
     """A student without attention for each of the recipe's mixers, the recipe's own first."""
     shapes = shapes_of(run.base)
     with run.timed("calibrate"):
         return {
-            name: new_student(run, Plan.by_layer(shapes, [], name, of_mixer), corpus)
+            name: new_student(run, Plan.by_layer(shapes, [], name, of_mixer), data)
             for name, of_mixer in mixers_of(run.recipe).items()
         }

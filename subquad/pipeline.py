@@ -11,12 +11,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from subquad.converted import Converted
 from subquad.data.text import Corpus
 from subquad.distill.ledger import StageResult
 from subquad.evaluate import paired_samples
 from subquad.files import sha256_of_file
 from subquad.measure import even_plan, measured_rows, verdicts, window_plan
-from subquad.opening import all_linear, new_student, open_corpus, open_teacher, plan_of, settled
+from subquad.opening import Data, all_linear, new_student, open_data, open_teacher, plan_of, settled
 from subquad.plan import Plan
 from subquad.recipe import Recipe
 from subquad.report import format as fmt
@@ -41,13 +42,14 @@ def convert(
     trust_remote_code: bool = False,
     layers: int | None = None,
     command: str | None = None,
-) -> Student:
+) -> Converted:
     """Converts `teacher` by `recipe` into the folder `out`, and returns the student.
 
-    `plan`: a plan file to use instead of selecting. `data`: text instead of the recipe's. `resume`: go on with an
-    interrupted run in `out`; `overwrite`: delete an earlier run there first. `layers`: cut the teacher to its first
-    layers (for trials). Leaves the model, plan.yaml, scores.json, metrics.json, log.jsonl, report.html and README.md;
-    where a selector names several plans and none is trained further, the other models lie in folders of these names.
+    `plan`: a plan file to use instead of selecting. `data`: text, or images, instead of the recipe's. `resume`: go on
+    with an interrupted run in `out`; `overwrite`: delete an earlier run there first. `layers`: cut the teacher to its
+    first layers (for trials). Leaves the model, plan.yaml, scores.json, metrics.json, log.jsonl, report.html and
+    README.md; where a selector names several plans and none is trained further, the other models lie in folders of
+    these names.
     Raises UserError for anything wrong with what was given.
     """
     started = time.perf_counter()
@@ -57,8 +59,8 @@ def convert(
     with run.timed("load"):
         source = open_teacher(run, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle, layers=layers)
     with run.timed("data"):
-        corpus = open_corpus(run, source)
-    run.say(f"teacher: {source.name}; text: {len(corpus.train):,} tokens to train on")
+        corpus = open_data(run, source)
+    run.say(f"teacher: {source.name}; {corpus.amount}")
 
     linear = all_linear(run, corpus)
     results = align(run, linear, source, corpus)
@@ -70,10 +72,10 @@ def convert(
     run.say(f"plan: {chosen.pattern()}")
 
     student = new_student(run, chosen, corpus, mixers_from=linear.values())
-    if recipe.tied_embeddings in ("untie", "retie"):
+    if isinstance(student, Student) and recipe.tied_embeddings in ("untie", "retie"):
         student.untie()
     results += train_stages(run, student, source, corpus, scope="plan")
-    if recipe.tied_embeddings == "retie" and tied(run.base):
+    if isinstance(student, Student) and recipe.tied_embeddings == "retie" and tied(run.base):
         student.retie()
 
     if run.main:
@@ -97,39 +99,42 @@ def convert(
     return student
 
 
-def _save(student: Student, source: Teacher, folder: Path) -> None:
+def _save(student: Converted, source: Teacher, folder: Path) -> None:
     student.save_pretrained(folder)
-    source.tokenizer.save_pretrained(folder)
+    source.reader.save_pretrained(folder)
 
 
 def _measure(
-    run: Run, source: Teacher, corpus: Corpus, student: Student, linear: Mapping[str, Student]
+    run: Run, source: Teacher, data: Data, student: Converted, linear: Mapping[str, Converted]
 ) -> dict[str, Any]:
     """metrics.json's rows, samples and verdicts: the student beside the rivals of the same budget or cache bytes."""
     recipe, plan = run.recipe, student.plan
     with run.timed("evaluate"):
         # A student with a model of its own has no rivals: they are made of the teacher's weights.
-        models = {"student": student} | ({} if recipe.student else _rivals(run, plan, corpus, linear))
-        run.say(f"measuring the teacher and {fmt.count(len(models), 'model')} on held-out text and retrieval ...")
+        models = {"student": student} | ({} if recipe.student else _rivals(run, plan, data, linear))
+        what = "text and retrieval" if isinstance(data, Corpus) else "images"
+        run.say(f"measuring the teacher and {fmt.count(len(models), 'model')} on held-out {what} ...")
         plans = {"teacher": plan_of(source.model)} | {name: model.plan for name, model in models.items()}
-        metrics = measured_rows(models, source, corpus, plans, recipe.evaluate, recipe.dtype, run.console)
-        prompts, length = recipe.evaluate.prompts, recipe.evaluate.max_new_tokens
-        metrics["samples"] = paired_samples(source.model, student, source.tokenizer, prompts, length)
+        metrics = measured_rows(models, source, data, plans, recipe.evaluate, recipe.dtype, run.console)
+        if isinstance(data, Corpus):
+            prompts, length = recipe.evaluate.prompts, recipe.evaluate.max_new_tokens
+            metrics["samples"] = paired_samples(source.model, student, source.tokenizer, prompts, length)
     metrics["verdicts"] = verdicts(metrics, recipe.evaluate.contexts)
     return metrics
 
 
-def _rivals(run: Run, plan: Plan, corpus: Corpus, linear: Mapping[str, Student]) -> dict[str, Student]:
+def _rivals(run: Run, plan: Plan, data: Data, linear: Mapping[str, Converted]) -> dict[str, Converted]:
     """Students of the same budget or cache bytes that were trained less, or not."""
     recipe = run.recipe
     even = even_plan(plan, recipe.mixer.name, recipe.mixer.options, recipe.dtype)
     rivals = {}
     if any(stage.scope == "all-linear" for stage in recipe.stages):
-        rivals["aligned"] = new_student(run, plan, corpus, mixers_from=linear.values())
+        rivals["aligned"] = new_student(run, plan, data, mixers_from=linear.values())
     if even.layers != plan.layers:
-        rivals["uniform"] = new_student(run, even, corpus, mixers_from=linear.values())
-    rivals["untrained"] = new_student(run, plan, corpus)
-    rivals["window"] = new_student(run, window_plan(plan, recipe.dtype), corpus)
+        rivals["uniform"] = new_student(run, even, data, mixers_from=linear.values())
+    rivals["untrained"] = new_student(run, plan, data)
+    if isinstance(data, Corpus):  # an encoder has no cache, whose bytes a window could have
+        rivals["window"] = new_student(run, window_plan(plan, recipe.dtype), data)
     return rivals
 
 
@@ -146,9 +151,9 @@ def _bill(run: Run, source: Teacher, results: list[StageResult], scores: dict[st
     }
 
 
-def _hashes(run: Run, corpus: Corpus) -> dict[str, Any]:
-    """Of the texts that were read and the weights that were written, for metrics.json."""
+def _hashes(run: Run, data: Data) -> dict[str, Any]:
+    """Of what was read and the weights that were written, for metrics.json."""
     return {
-        "text": [{key: text[key] for key in ("name", "sha256")} for text in corpus.meta["sources"]],
+        "text": data.sources,
         "sha256": {file.name: sha256_of_file(file) for file in sorted(run.out.glob("*.safetensors"))},
     }

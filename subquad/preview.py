@@ -18,11 +18,11 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedModel
 
-from subquad.data.text import Corpus
+from subquad.converted import Converted
 from subquad.distill.checkpoint import KEEP
 from subquad.distill.probe import Probe, probe_stage, weights_of
-from subquad.measure import evaluation_bill, even_plan, questions
-from subquad.opening import all_linear, new_student, open_corpus, open_teacher, settled
+from subquad.measure import check_heldout, evaluation_bill, even_plan
+from subquad.opening import Data, all_linear, new_student, open_data, open_teacher, settled
 from subquad.plan import Plan
 from subquad.recipe import Recipe
 from subquad.report import format as fmt
@@ -34,7 +34,7 @@ from subquad.selection import selection_bill, teacher_speed
 from subquad.stage import Stage
 from subquad.student import Student
 from subquad.teacher import Teacher
-from subquad.training import logits_from
+from subquad.training import of_stage
 
 SECONDS = 10.0  # that trying all stages may take, about
 PASSES = 3  # over the tokens that a stage is tried on
@@ -126,9 +126,9 @@ def preview(
         with run.timed("load"):
             source = open_teacher(run, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
         with run.timed("data"):
-            corpus = open_corpus(run, source)
-        run.say(f"teacher: {source.name}; text: {len(corpus.train):,} tokens to train on")
-        questions(recipe.evaluate, source, corpus)  # for `convert` would ask them in the end
+            corpus = open_data(run, source)
+        run.say(f"teacher: {source.name}; {corpus.amount}")
+        check_heldout(recipe.evaluate, source, corpus)  # for `convert` would ask for it in the end
         linear = all_linear(run, corpus)
         found = _previewed(run, source, corpus, linear, given_plan)
         _say(run, found, Path(out))
@@ -137,18 +137,18 @@ def preview(
 
 
 def _previewed(
-    run: Run, source: Teacher, corpus: Corpus, linear: Mapping[str, Student], given_plan: Plan | None
+    run: Run, source: Teacher, data: Data, linear: Mapping[str, Converted], given_plan: Plan | None
 ) -> Preview:
-    recipe, speed = run.recipe, teacher_speed(source, corpus)
+    recipe, speed = run.recipe, teacher_speed(source, data)
     seconds = {part: run.seconds[part] for part in ("load", "data", "calibrate")}
     if given_plan is None:
         run.say(f"plan: {recipe.selector.by} will choose it, under a budget of {recipe.selector.budget}")
-        bill = selection_bill(run, linear, source, corpus)
+        bill = selection_bill(run, linear, source, data)
         run.say("what follows is for a plan of the budget's size, evenly spaced:\n")
         seconds["select"] = bill.seconds(speed)
     plan = given_plan or _stand_in(linear[recipe.mixer.name], recipe)
-    student = new_student(run, plan, corpus, mixers_from=linear.values())
-    if recipe.tied_embeddings in ("untie", "retie"):
+    student = new_student(run, plan, data, mixers_from=linear.values())
+    if isinstance(student, Student) and recipe.tied_embeddings in ("untie", "retie"):
         student.untie()
     found = Preview(
         teacher_weights=_count(source.model),
@@ -159,14 +159,14 @@ def _previewed(
         seconds=seconds,
     )
     for index, stage in enumerate(recipe.stages):
-        found.stages.append(_try(run, index, source, corpus, linear, student, speed))
+        found.stages.append(_try(run, index, source, data, linear, student, speed))
         seconds[stage.name] = found.stages[-1].seconds
     even = even_plan(plan, recipe.mixer.name, recipe.mixer.options, recipe.dtype)
     aligned = any(stage.scope == "all-linear" for stage in recipe.stages)
     rivals = 0 if recipe.student else 2 + aligned + (even.layers != plan.layers)  # untrained and window, and these
     models = 2 + rivals
     calibrated = 2 * seconds["calibrate"] / len(linear)
-    seconds["evaluate"] = evaluation_bill(recipe.evaluate, models).seconds(speed) + calibrated
+    seconds["evaluate"] = evaluation_bill(recipe.evaluate, models, data).seconds(speed) + calibrated
     return found
 
 
@@ -174,7 +174,7 @@ def _count(model: PreTrainedModel) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _stand_in(linear: Student, recipe: Recipe) -> Plan:
+def _stand_in(linear: Converted, recipe: Recipe) -> Plan:
     """A plan of the budget's size, evenly spaced; half of it attends where only the selector knows how much."""
     settings, budget = recipe.selector, Budget.parse(recipe.selector.budget)
     if budget.word is not None or budget.speedup is not None:
@@ -189,9 +189,9 @@ def _try(
     run: Run,
     index: int,
     source: Teacher,
-    corpus: Corpus,
-    linear: Mapping[str, Student],
-    student: Student,
+    data: Data,
+    linear: Mapping[str, Converted],
+    student: Converted,
     speed: float,
 ) -> StagePreview:
     """One stage, tried on its own student: that of the plan, or the first of the all-linear ones."""
@@ -201,18 +201,12 @@ def _try(
     students = 1 + sum(any(True for _ in other.mixer_parameters()) for other in others) if aligning else 1
     trained = first if aligning else student
     beside = weights_of(*(one for one in linear.values() if one is not trained))
-    target, text = logits_from(run, stage, source, corpus)
-    probe = probe_stage(
-        stage,
-        index=index,
-        student=trained,
-        teacher_model=source.model,
-        corpus=text,
-        logits_from=target,
-        seed=run.recipe.seed,
-        accelerator=run.accelerator,
-        tokens=round(SECONDS / len(run.recipe.stages) * speed / (PASSES * TRAINING)),
+    how, tokens = (
+        of_stage(run, index, source, data),
+        round(SECONDS / len(run.recipe.stages) * speed / PASSES / TRAINING),
     )
+    probe = probe_stage(stage, student=trained, tokens=tokens, **how)
+    target = how["logits_from"]
     teachers = weights_of(source.model, *([target] if isinstance(target, PreTrainedModel) else []))
     own = sum(size for place, size in {**beside, **probe.weights}.items() if place not in teachers)
     return StagePreview(stage, students, probe, sum(teachers.values()), own)

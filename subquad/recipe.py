@@ -3,9 +3,9 @@
 Notable:
 - The models below *are* the reference of the file format: every key, its default and its unit stands here.
 - Unknown keys, unknown recipes and values of a wrong kind are a `UserError` of one sentence that names the key.
-- `extends: quick` takes another recipe as the base. Mappings are merged key by key, lists are replaced whole, and a
-  mapping over a list changes the items that it names: `stages: {align: {tokens: 1M}}`. Another `mixer.name` or
-  `selector.by` than the base's drops the options meant for the old one.
+- `extends: quick` takes another recipe as the base. Mappings are merged key by key (an `objective` is replaced whole),
+  lists are replaced whole, and a mapping over a list changes the items that it names: `stages: {align: {tokens: 1M}}`.
+  Another `mixer.name` or `selector.by` than the base's drops the options meant for the old one.
 - Numbers may be written `1e-3`, token counts also `50k`, `1.5M`, `2B` (powers of ten).
 """
 
@@ -25,7 +25,7 @@ from subquad.stage import Count, Length, Section, Stage, check_order, parse_coun
 
 RECIPES = Path(__file__).parent / "recipes"
 
-Task: TypeAlias = Literal["copy", "dictionary", "passkey", "associative", "variables", "questions"]
+Probe: TypeAlias = Literal["copy", "dictionary", "passkey", "associative", "variables", "questions"]
 
 
 def _text(value: object) -> object:
@@ -34,14 +34,17 @@ def _text(value: object) -> object:
 
 
 class DataConfig(Section):
-    """The text to train on and to measure with."""
+    """The text, or the images, to train on and to measure with."""
 
     sources: list[str] | None = None
-    """Files (.txt, .jsonl, .jsonl.gz, .parquet), folders of them, or `datasets` ids; none: the default corpora."""
+    """Files (.txt, .jsonl, .jsonl.gz, .parquet), folders of them, or `datasets` ids; none: the default corpora.
+    Of images one source: a folder of idx files, a folder with one of images for each class, or a `datasets` id."""
     max_tokens: Count | None = None
     """Tokens to read at most; none: all of a local source."""
+    max_images: Count | None = None
+    """Images to train on at most, drawn at random; none: all."""
     heldout_fraction: float = Field(default=0.02, gt=0, lt=1)
-    """Share of the tokens that training never sees."""
+    """Share of the tokens or images that training never sees."""
 
 
 class NamedMixer(Section):
@@ -102,7 +105,7 @@ class SelectorConfig(Section):
 class RetrievalConfig(Section):
     """Can the student still fetch what stands far back?"""
 
-    tasks: list[Task] = ["copy", "dictionary", "passkey"]
+    tasks: list[Probe] = ["copy", "dictionary", "passkey"]
     contexts: list[Length] = [256, 1024, 2048]
     count: Length = 8
     """Prompts for each task and context length."""
@@ -114,7 +117,7 @@ class EvaluateConfig(Section):
     contexts: list[Length] = Field(default=[256, 1024, 2048], min_length=1)
     """Context lengths of KL, perplexity and top-1 agreement; one pass at the longest gives all."""
     rows: Length = 8
-    """Held-out sequences of the longest of `contexts`."""
+    """Held-out sequences of the longest of `contexts`, or held-out images."""
     retrieval: RetrievalConfig = RetrievalConfig()
     tasks: list[str] = []
     """Tasks of lm-eval (`arc_easy`), or JSONL files of your own questions; the teacher and every model are measured."""
@@ -135,6 +138,8 @@ class Recipe(Section):
 
     name: str
     description: str = ""
+    task: Literal["text-generation", "image-classification", "image-feature-extraction"] = "text-generation"
+    """What the teacher is for: it says how it is loaded, and whether `data` is text or images."""
     teacher: str = "default"
     """Hub id, folder or GGUF file; `default` is SmolLM2-135M-Instruct."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -250,6 +255,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
 
 # Which option set belongs to which choice: another choice drops the options of the former.
 _CHOICES = {"mixer": "name", "selector": "by"}
+_WHOLE = ("objective",)  # mappings that are one value: a weighted sum of other objectives replaces the base's
 
 
 def _merge(base: dict[str, Any], over: Mapping[str, Any], section: str = "") -> dict[str, Any]:
@@ -258,7 +264,7 @@ def _merge(base: dict[str, Any], over: Mapping[str, Any], section: str = "") -> 
         base = {key: value for key, value in base.items() if key != "options"}
     merged = dict(base)
     for key, value in over.items():
-        if isinstance(merged.get(key), dict) and isinstance(value, dict):
+        if isinstance(merged.get(key), dict) and isinstance(value, dict) and key not in _WHOLE:
             merged[key] = _merge(merged[key], value, section=str(key))
         elif isinstance(merged.get(key), list) and isinstance(value, dict):
             merged[key] = _merge_items(merged[key], value, section=str(key))

@@ -14,11 +14,13 @@ from typing import Any
 
 import torch
 
+from subquad.converted import Converted
+from subquad.data.images import ImageSet
 from subquad.data.text import Corpus
+from subquad.distill.bare import bare_forward_speed
 from subquad.distill.log import StageProgress
-from subquad.distill.passes import bare_forward_speed
 from subquad.errors import UserError
-from subquad.opening import all_linear, mixers_of, open_corpus, open_teacher, settled, shapes_of
+from subquad.opening import Data, all_linear, mixers_of, open_data, open_teacher, settled, shapes_of
 from subquad.plan import Plan
 from subquad.recipe import Recipe
 from subquad.run import Run, start_run
@@ -29,7 +31,7 @@ from subquad.student import Student
 from subquad.teacher import Teacher
 from subquad.training import align, candidate_training
 
-SPEED_TOKENS = 512  # of the row that the teacher's speed is measured on, for the bill
+SPEED_TOKENS = 512  # that the teacher's speed is measured on, for the bill
 
 
 def select(
@@ -74,7 +76,7 @@ def select(
     work = out.with_name(f"{out.stem}.work")
     run = start_run(recipe, work, resume=resume, overwrite=not resume)
     source = open_teacher(run, **how)
-    corpus = open_corpus(run, source)
+    corpus = open_data(run, source)
     linear = all_linear(run, corpus)
     if SELECTORS[recipe.selector.by].aligned:
         align(run, linear, source, corpus)
@@ -121,34 +123,32 @@ def _from_scores(run: Run, file: Path, **how: Any) -> Plan:
 def _bill(run: Run, **how: Any) -> None:
     """Says what aligning and selecting would cost."""
     source = open_teacher(run, **how)
-    corpus = open_corpus(run, source)
-    linear = all_linear(run, corpus)
+    data = open_data(run, source)
+    linear = all_linear(run, data)
     if SELECTORS[run.recipe.selector.by].aligned:
         for stage in run.recipe.stages:
             if stage.scope == "all-linear":
                 times = f", {len(linear)} times" if len(linear) > 1 else ""
                 run.say(f"{stage.name}: {stage.tokens:,} tokens of training{times}")
-    selection_bill(run, linear, source, corpus)
+    selection_bill(run, linear, source, data)
     run.end()
 
 
-def selection_bill(run: Run, linear: Mapping[str, Student], source: Teacher, corpus: Corpus) -> Bill:
+def selection_bill(run: Run, linear: Mapping[str, Converted], source: Teacher, data: Data) -> Bill:
     """What selecting would cost, said and returned."""
-    work = _work(run, source, corpus)
+    work = _work(run, source, data)
     work.dry_run = True
     with suppress(OnlyTheBill):
-        _choose(run, linear, source, corpus, work)
+        _choose(run, linear, source, data, work)
     return work.announced
 
 
-def select_plan(
-    run: Run, linear: Mapping[str, Student], source: Teacher, corpus: Corpus
-) -> tuple[Plan, dict[str, Any]]:
+def select_plan(run: Run, linear: Mapping[str, Converted], source: Teacher, data: Data) -> tuple[Plan, dict[str, Any]]:
     """The plan and scores.json: read, when an interrupted run had got as far, else measured and written."""
     plan_file, scores_file = run.out / "plan.yaml", run.out / "scores.json"
     if run.resume and plan_file.is_file() and scores_file.is_file():
         return Plan.load(plan_file), json.loads(scores_file.read_text(encoding="utf-8"))
-    work = _work(run, source, corpus)
+    work = _work(run, source, data)
     with run.timed("select"), StageProgress(run.console, f"select by {run.recipe.selector.by}", unit="piece") as bar:
 
         def show(done: int, total: int) -> None:
@@ -156,7 +156,7 @@ def select_plan(
             bar.update(done, f"{tokens / (time.perf_counter() - work.started):,.0f} tokens/s", total)
 
         work.progress = show
-        plan, scores = _choose(run, linear, source, corpus, work)
+        plan, scores = _choose(run, linear, source, data, work)
     run.write("scores.json", json.dumps(scores, indent=1))
     run.write("plan.yaml", plan.to_yaml())
     run.accelerator.wait_for_everyone()
@@ -168,20 +168,19 @@ def named_plans(folder: Path) -> dict[str, Path]:
     return {path.stem.removeprefix("plan-"): path for path in sorted(folder.glob("plan-*.yaml"))}
 
 
-def teacher_speed(source: Teacher, corpus: Corpus) -> float:
-    """Tokens per second of the teacher's bare forward pass on a row of text."""
-    length = min(SPEED_TOKENS, len(corpus.train))
-    row = corpus.batch(0, batch=1, sequence_length=length, seed=0).to(source.model.device)
-    return bare_forward_speed(source.model, row)
+def teacher_speed(source: Teacher, data: Data) -> float:
+    """Tokens per second of the teacher's bare forward pass on a row of text, or a few images."""
+    length = data.tokens if isinstance(data, ImageSet) else None
+    return bare_forward_speed(source.model, data.sample(SPEED_TOKENS).to(source.model.device), sequence_length=length)
 
 
-def _work(run: Run, source: Teacher, corpus: Corpus) -> Work:
-    speed = partial(teacher_speed, source, corpus)
+def _work(run: Run, source: Teacher, data: Data) -> Work:
+    speed = partial(teacher_speed, source, data)
     return Work(run.say, accelerator=run.accelerator, file=run.out / "selection.jsonl", speed=speed)
 
 
 def _choose(
-    run: Run, aligned: Mapping[str, Student], source: Teacher, corpus: Corpus, work: Work
+    run: Run, aligned: Mapping[str, Converted], source: Teacher, data: Data, work: Work
 ) -> tuple[Plan, dict[str, Any]]:
     recipe, settings = run.recipe, run.recipe.selector
     selector, budget = SELECTORS[settings.by], Budget.parse(settings.budget)
@@ -189,16 +188,17 @@ def _choose(
     linear = alternatives.pop(recipe.mixer.name)
     text_BT = torch.zeros(0, 0, dtype=torch.long)
     if selector.text:
+        assert isinstance(data, Corpus)  # as opening.settled sees to
         rows = math.ceil(settings.tokens / settings.sequence_length)
-        text_BT = corpus.heldout_batch(rows, settings.sequence_length, part="selection")
+        text_BT = data.heldout_batch(rows, settings.sequence_length, part="selection")
     question = Question(
         linear,
         source,
         text_BT,
         budget,
         selector.unit if settings.unit is None else settings.unit,
-        corpus,
-        candidate_training(run, source, corpus) if settings.options.get("retrain_tokens") else None,
+        data if isinstance(data, Corpus) else None,
+        candidate_training(run, source, data) if settings.options.get("retrain_tokens") else None,
         recipe.seed,
         work,
         alternatives,
@@ -226,13 +226,14 @@ def _choose(
     return plan, scores
 
 
-def _decoding(work: Work, source: Teacher, linear: Student) -> Callable[[int], DecodeCost]:
+def _decoding(work: Work, source: Teacher, linear: Converted) -> Callable[[int], DecodeCost]:
     """What decoding steps take, measured when it is asked for.
 
     It is a piece of the work, so that all processes have the same, and an interrupted run the same again.
     """
 
     def measured(context: int) -> list[float]:
+        assert isinstance(linear, Student)  # no other has a budget of decoding
         everything = Student.from_teacher(source.model, Plan.all_attention(linear.plan.shapes))
         found = decode_cost(everything, linear, context)
         return [*found.attention, *found.mixer, found.rest]

@@ -21,10 +21,12 @@ from pydantic import (
 
 from subquad.errors import UserError, nearest
 
-Objective: TypeAlias = Literal["matrix", "mixer_output", "block_output", "bridge", "features", "logits", "labels"]
+Objective: TypeAlias = Literal[
+    "matrix", "mixer_output", "block_output", "bridge", "features", "saliency", "logits", "labels"
+]
 Divergence: TypeAlias = Literal["forward_kl", "reverse_kl", "jensen_shannon", "soft_cross_entropy"]
 OF_TOKENS = ("logits", "labels")  # objectives at the output head
-OF_OUTPUTS = (*OF_TOKENS, "features")  # and at what it reads; the others compare layer by layer
+OF_OUTPUTS = (*OF_TOKENS, "features", "saliency")  # and at what it reads; the others compare layer by layer
 SETS = ("mixers", "qkvo", "lora", "all", "all but mlp")
 
 
@@ -94,11 +96,11 @@ class Stage(Section):
     name: str
     objective: Objective | dict[str, float] = "logits"
     """`matrix` (mixing matrices), `mixer_output` and `block_output` (hidden states), `bridge` (queries and keys,
-    through small maps), `features` (the last hidden states), `logits` (divergence from the teacher), `labels` (next
-    token, or class), or a weighted sum: `{logits: 1.0, labels: 0.1}`."""
+    through small maps), `features` (the last hidden states), `saliency` (the map of a saliency model), `logits`
+    (divergence from the teacher), `labels` (next token, or class), or a weighted sum: `{logits: 1.0, labels: 0.1}`."""
     teacher_forced: bool | None = None
-    """Whether every layer gets the teacher's input; none: yes, unless `bridge`, `features`, `logits` or `labels` are
-    among the objectives."""
+    """Whether every layer gets the teacher's input; none: yes, unless `bridge`, `features`, `saliency`, `logits` or
+    `labels` are among the objectives."""
     scope: Literal["all-linear", "plan"] = "plan"
     """The student that is trained: the all-linear one that the selector starts from, or the selected plan."""
     replaced: float = Field(default=1.0, gt=0, le=1)
@@ -209,7 +211,7 @@ class Stage(Section):
         if "matrix" in weights and not self.forced:
             raise ValueError(
                 "compares matrices of different inputs: 'matrix' needs teacher_forced, so it cannot be summed with "
-                "features, logits or labels, nor, unless teacher_forced is set, with bridge"
+                "features, saliency, logits or labels, nor, unless teacher_forced is set, with bridge"
             )
         if "bridge" not in weights and self.bridge != BridgeConfig():
             raise ValueError("has settings under 'bridge', which is not among its objectives")

@@ -13,8 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from subquad import pipeline
 from subquad.distill import loop
+from subquad.distill.bare import bare_forward_speed
 from subquad.distill.bridge import SIDES, layer_map
-from subquad.distill.passes import bare_forward_speed, make_pass
+from subquad.distill.passes import make_pass
 from subquad.errors import UserError
 from subquad.fresh import take_weights
 from subquad.interface import watched_attention

@@ -20,11 +20,12 @@ from safetensors.torch import load_file
 
 from subquad.distill import checkpoint as checkpoint_module
 from subquad.distill import loop
+from subquad.distill.bare import bare_forward_speed
 from subquad.distill.hidden import output_distance
 from subquad.distill.ledger import StageResult
 from subquad.distill.log import RunLog, StageProgress
 from subquad.distill.loop import make_accelerator, run_stage
-from subquad.distill.passes import TeacherForced, bare_forward_speed
+from subquad.distill.passes import TeacherForced
 from subquad.distill.schedule import learning_rate_factor, warmup_steps
 from subquad.distill.trainable import choose_parameters, make_optimizer
 from subquad.errors import UserError

@@ -8,12 +8,13 @@ from unittest.mock import patch
 
 import pytest
 from conftest import make_teacher, make_text
+from test_image_pipeline import converted_classifier
 from test_pipeline import RECIPE
 
 from subquad import pipeline
 from subquad.data.retrieval import TASKS
 from subquad.mixers import MIXERS
-from subquad.recipe import Recipe, Task, load_recipe, recipe_names
+from subquad.recipe import Probe, Recipe, load_recipe, recipe_names
 from subquad.select import SELECTORS
 from subquad.stage import Objective
 
@@ -36,6 +37,8 @@ def test_examples_run(page, tmp_path, monkeypatch):
             (tmp_path / name).mkdir()
         teacher, text = make_teacher(tmp_path / "teacher"), make_text(tmp_path / "text")
         pipeline.convert(teacher, Recipe(**RECIPE), tmp_path / "runs" / "quick", data=text)
+    if "runs/cab-vision-quick" in program:
+        converted_classifier(tmp_path / "runs" / "cab-vision-quick")
     monkeypatch.chdir(tmp_path)
     with patch.dict(MIXERS):  # an example may add one
         exec(compile(program, str(page), "exec"), {"__name__": "__main__"})
@@ -73,5 +76,5 @@ def test_every_selector_is_in_the_documentation():
 
 def test_every_retrieval_task_is_in_the_documentation():
     page = (ROOT / "docs" / "how-it-works.md").read_text(encoding="utf-8")
-    assert set(get_args(Task)) == set(TASKS)
+    assert set(get_args(Probe)) == set(TASKS)
     assert all(f"| `{task}` |" in page for task in TASKS)

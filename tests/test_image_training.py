@@ -2,7 +2,6 @@
 
 import gzip
 from functools import partial
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,13 +10,15 @@ from accelerate import Accelerator
 from PIL import Image
 from test_distill import assert_same_bits, weights
 from test_images import encoder, hidden, mixed_plan
-from transformers import AutoModelForImageClassification
+from transformers import AutoModelForImageClassification, ViTImageProcessorPil
 
-from subquad.data.images import ImageBatch, ImageSet, Pictures, load_images, read_idx
+from subquad.data.images import ImageBatch, ImageSet, load_images
+from subquad.data.pictures import HeldPictures, read_idx
 from subquad.distill import loop
+from subquad.distill.bare import bare_forward_speed
 from subquad.distill.heads import Head, check_head, final_hidden
 from subquad.distill.loop import run_stage
-from subquad.distill.passes import bare_forward_speed, make_pass
+from subquad.distill.passes import make_pass
 from subquad.errors import UserError
 from subquad.images import ImageStudent
 from subquad.opening import shapes_of
@@ -26,7 +27,10 @@ from subquad.stage import Stage
 
 T = 17  # a class token and 4 x 4 patches
 STAGE = dict(name="images", tokens=6 * 4 * T, sequence_length=T, batch=4, lr=1e-3, trainable="all", checkpoint_every=2)
-MODEL = SimpleNamespace(image_size=32, num_channels=3)
+
+
+def processor(size=32, **more):
+    return ViTImageProcessorPil(size={"height": size, "width": size}, **more)
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +44,7 @@ def picture_set(count=24):
     labels = torch.arange(count) % 4
     noise = torch.randint(0, 60, (count, 3, 32, 32), generator=generator)
     pixels = (noise + 50 * labels[:, None, None, None]).to(torch.uint8)
-    parts = {part: Pictures(pixels, labels) for part in ("train", "selection", "test")}
+    parts = {part: HeldPictures(pixels, labels) for part in ("train", "selection", "test")}
     return ImageSet(parts, list("abcd"), (32, 32))
 
 
@@ -164,16 +168,19 @@ def test_idx_files(tmp_path):
     for part, (pixels, labels) in arrays.items():
         write_idx(tmp_path / f"{part}-images-idx3-ubyte.gz", pixels)
         write_idx(tmp_path / f"{part}-labels-idx1-ubyte.gz", labels)
-    found = load_images(str(tmp_path), SimpleNamespace(image_size=28, num_channels=1), mean=[0.0], std=[1.0])
+    found = load_images(str(tmp_path), processor(28, do_normalize=False), channels=1)
     assert [len(found.parts[part]) for part in ("train", "selection", "test")] == [18, 2, 20]
     test = found.heldout(20)
     torch.testing.assert_close(test.pixels_BCHW[:, 0] * 255, torch.tensor(arrays["t10k"][0]).float())
     assert test.labels_B.tolist() == arrays["t10k"][1].tolist() and found.classes == ["0", "1", "2", "3", "4"]
     seen = torch.cat([found.batch(step, batch=6).labels_B for step in range(3)])
     assert sorted(seen.tolist()) == sorted(found.parts["train"].labels_N.tolist())  # each once an epoch
-    wide = load_images(str(tmp_path), MODEL)
+    wide = load_images(str(tmp_path), processor())
     assert wide.heldout(2).pixels_BCHW.shape == (2, 3, 32, 32) and -1.01 < wide.heldout(2).pixels_BCHW.min() < -0.5
-    assert len(found.share(0.5).parts["train"]) == 9 and len(found.share(0.5).parts["test"]) == 20
+    few, others = (load_images(str(tmp_path), processor(), max_images=9, seed=seed) for seed in (0, 1))
+    assert [len(part) for part in few.parts.values()] == [9, 2, 20] and few.sha256 == wide.sha256
+    drawn = [found.parts["train"].pixels_NCHW for found in (few, others, wide)]
+    assert not torch.equal(drawn[0], drawn[1]) and all(any(torch.equal(x, y) for y in drawn[2]) for x in drawn[0])
     (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(b"damaged")
     with pytest.raises(UserError, match="train-images-idx3-ubyte.gz is damaged or no idx file"):
         read_idx(tmp_path / "train-images-idx3-ubyte.gz")
@@ -188,13 +195,19 @@ def test_folders_by_class(tmp_path, monkeypatch):
         for number in range(10):
             picture = Image.new("RGB", (40 + number, 36), (colour, colour, colour))
             picture.save(tmp_path / "images" / "train" / label / f"{number}.png")
-    found = load_images(str(tmp_path / "images"), MODEL)
-    assert found.classes == ["dark", "light"] and [len(part) for part in found.parts.values()] == [2, 16, 2]
+    reader = processor(image_mean=[0.4, 0.5, 0.6])
+    found = load_images(str(tmp_path / "images"), reader)
+    assert found.classes == ["dark", "light"] and [len(part) for part in found.parts.values()] == [16, 2, 2]
     batch = found.batch(0, batch=16)
     assert batch.pixels_BCHW.shape == (16, 3, 32, 32)
     assert torch.equal(batch.pixels_BCHW.mean((1, 2, 3)) > 0, batch.labels_B == 1)
+    pictures = [row["image"] for row in found.parts["test"].rows]
+    theirs = reader(pictures, return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(found.heldout(2).pixels_BCHW, theirs)  # what the processor gives, kept as bytes
     with pytest.raises(UserError, match="no image set can be read from '.*nothing'"):
-        load_images(str(tmp_path / "nothing"), MODEL)
+        load_images(str(tmp_path / "nothing"), processor())
+    with pytest.raises(UserError, match="images of various sizes: give it a height and a width"):
+        load_images(str(tmp_path / "images"), ViTImageProcessorPil(size={"shortest_edge": 32}))
 
 
 def test_a_batch_is_cut_as_a_tensor_is():

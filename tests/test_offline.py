@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from subquad import jobs
 from subquad.cli import app
 from subquad.data.packing import tokenizer_hash
-from subquad.data.text import Corpus
+from subquad.data.text import Corpus, load_corpus
 from subquad.distill import cache_writer, teacher_cache
 from subquad.distill.cache_writer import FLOOR, write_cache
 from subquad.distill.teacher_cache import FORMAT, TeacherCache
@@ -328,7 +328,7 @@ def test_resuming_with_other_settings_names_them(teacher, corpus, copy):
     refused("text", corpus=make_corpus(seed=1))
     refused("text", corpus=make_corpus(rows=ROWS - 1))
     tokenizer = type(teacher.tokenizer)(tokenizer_object=teacher.tokenizer.backend_tokenizer, eos_token="w5")
-    refused("tokenizer", teacher=dataclasses.replace(teacher, tokenizer=tokenizer))
+    refused("tokenizer", teacher=dataclasses.replace(teacher, reader=tokenizer))
     assert bytes_of(copy) == before
 
 
@@ -450,7 +450,7 @@ def test_the_command_from_end_to_end(command, teacher, teacher_folder, tmp_path)
     assert cache.meta["command"].startswith("subquad cache-teacher ") and cache.meta["versions"]["torch"]
     assert cache.meta["machine"] and not list(out.glob("*.tmp"))
 
-    corpus = jobs.load_corpus(text, teacher.tokenizer)  # as `convert` reads it
+    corpus = load_corpus(text, teacher.tokenizer)  # as `convert` reads it
     corpus.train = corpus.train[: cache.tokens]
     ids_BT = corpus.batch(0, batch=4, sequence_length=32, seed=5)
     torch.testing.assert_close(
@@ -465,7 +465,7 @@ def test_the_command_from_end_to_end(command, teacher, teacher_folder, tmp_path)
     assert shorter.exit_code == 0 and opened(out, teacher).tokens == 32, shorter.output
     everything = command(*given, "--overwrite", "--tokens", "1M")
     assert "the text is shorter than the 1,000,000 tokens that were asked for" in everything.output
-    assert opened(out, teacher).rows == len(jobs.load_corpus(text, teacher.tokenizer).train) // 32
+    assert opened(out, teacher).rows == len(load_corpus(text, teacher.tokenizer).train) // 32
 
 
 def test_what_the_command_refuses_before_it_loads_anything(command, tmp_path):

@@ -16,6 +16,7 @@ from conftest import tiny
 from rich.console import Console
 
 from subquad import jobs, opening, pipeline, selection, training
+from subquad.data.text import load_corpus
 from subquad.errors import UserError
 from subquad.evaluate import cache_table
 from subquad.evaluate.retrieval import FLOORS
@@ -107,7 +108,7 @@ def test_the_teacher_is_left_as_it_was(finished, teacher_folder, text, tmp_path)
     before = {name: parameter.clone() for name, parameter in source.model.named_parameters()}
     plan = Plan.by_layer(opening.shapes_of(source.model), [1], "hedgehog", RECIPE["mixer"]["options"])
     run = pipeline.start_run(recipe, tmp_path / "run", resume=False, overwrite=False)
-    corpus = opening.load_corpus(text, source.tokenizer)
+    corpus = load_corpus(text, source.tokenizer)
     student = Student.from_teacher(source.model, plan)
     train_stages(run, student, source, corpus, scope="plan")
     trained = dict(student.backbone.named_parameters())

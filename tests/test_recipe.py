@@ -124,6 +124,8 @@ def test_a_mapping_of_stages_changes_those_it_names(write):
 def test_extending_with_another_mixer_drops_the_options_of_the_base(write):
     recipe = load_recipe(write({"extends": "quick", "mixer": {"name": "sliding_window", "options": {"window": 8}}}))
     assert recipe.mixer.options == {"window": 8}
+    summed = {"extends": "cab", "stages": {"logits": {"objective": {"features": 2.0}}}}
+    assert load_recipe(write(summed)).stages[1].objective == {"features": 2.0}  # one value, not a section
     assert load_recipe(write({"extends": "quick", "mixer": {"name": "gla"}})).mixer.options == {}
 
 

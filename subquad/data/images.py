@@ -1,32 +1,24 @@
-"""Images to train and measure on: idx files (MNIST's format), folders by class, or an image set of `datasets`.
+"""Images to train and measure on, as a model reads them: floats of its size, mean and deviation, batch by batch.
 
-They are held as bytes and become what a model reads (floats of its size, mean and deviation) batch by batch. The order
-is a function of (seed, epoch), so that a run which goes on reads what it would have read. The test part is the source's
-own where it has one; else, as the selection part always is, it is cut off the training images.
+The test part is the source's own where it has one; else, as the selection part always is, it is cut off the training
+images.
 
-Legend: N images, B images of a batch, C channels, H height, W width.
+Legend: B images of a batch, C channels, H height, W width.
 """
 
-import gzip
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 import torch
-from PIL import ImageOps
 from torch import Tensor
 
+from subquad.data.order import epoch_order
+from subquad.data.pictures import Pictures, open_album
 from subquad.errors import UserError
-from subquad.interface import image_size
 
 Part = Literal["train", "selection", "test"]
-
-UNLABELLED = -100
-IDX_TYPES = {8: np.uint8}
-IDX_PARTS = {"train": "train", "test": "t10k"}
 
 
 @dataclass(frozen=True)
@@ -61,23 +53,8 @@ class ImageBatch:
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """Bytes (N, C, H, W) and classes (N,)."""
-
-    pixels_NCHW: Tensor
-    labels_N: Tensor
-
-    def __len__(self) -> int:
-        return len(self.labels_N)
-
-    def at(self, index: Tensor) -> "Pictures":
-        """These of them."""
-        return Pictures(self.pixels_NCHW[index], self.labels_N[index])
-
-
-@dataclass(frozen=True)
 class ImageSet:
-    """Images in three parts, and what they become for a model."""
+    """Images in three parts, and what they become for a model, to which each is a sequence of `tokens` tokens."""
 
     parts: dict[Part, Pictures]
     classes: list[str]
@@ -85,6 +62,9 @@ class ImageSet:
     channels: int = 3
     mean: Sequence[float] = (0.5, 0.5, 0.5)
     std: Sequence[float] = (0.5, 0.5, 0.5)
+    tokens: int = 1
+    sha256: str = ""
+    name: str = "images"
 
     def batch(self, step: int, *, batch: int, sequence_length: int = 0, seed: int = 0) -> ImageBatch:
         """The training images of one step; each is seen once an epoch. `sequence_length` is the model's own."""
@@ -92,131 +72,85 @@ class ImageSet:
         rows = []
         for row in range(step * batch, (step + 1) * batch):
             epoch, position = divmod(row, len(train))
-            rows.append(int(_order(len(train), seed, epoch)[position]))
-        return self._read(train.at(torch.tensor(rows)))
+            rows.append(int(epoch_order(len(train), seed, epoch)[position]))
+        return self._read(train.at(rows))
+
+    def sample(self, tokens: int) -> ImageBatch:
+        """Training images that come to about so many tokens, one at least."""
+        return self.batch(0, batch=min(len(self.parts["train"]), max(1, tokens // self.tokens)))
 
     def heldout(self, count: int, part: Part = "test") -> ImageBatch:
         """The first images of a part that training never sees. Raises UserError where it has not as many."""
         pictures = self.parts[part]
         if count > len(pictures):
             raise UserError(f"{count} images are wanted of the part '{part}', which has {len(pictures)}: ask for fewer")
-        return self._read(pictures.at(torch.arange(count)))
+        return self._read(pictures.at(range(count)))
 
-    def share(self, share: float, seed: int = 0) -> "ImageSet":
-        """The same set with this share of the training images, drawn at random."""
-        train = self.parts["train"]
-        kept = _order(len(train), seed, 0)[: max(1, round(share * len(train)))]
-        return replace(self, parts={**self.parts, "train": train.at(kept)})
+    @property
+    def amount(self) -> str:
+        """What there is to train on, for people."""
+        return f"{len(self.parts['train']):,} images of {self.tokens} tokens to train on"
+
+    @property
+    def sources(self) -> list[dict[str, str]]:
+        """Name and hash of what was read."""
+        return [{"name": self.name, "sha256": self.sha256}]
 
     def _read(self, pictures: Pictures) -> ImageBatch:
-        pixels = pictures.pixels_NCHW.float() / 255
-        if pixels.shape[1] != self.channels:
-            pixels = pixels.mean(1, keepdim=True).expand(-1, self.channels, -1, -1)
-        if tuple(pixels.shape[-2:]) != self.size:
-            pixels = torch.nn.functional.interpolate(pixels, self.size, mode="bilinear", antialias=True)
+        pixels_BCHW, labels_B = pictures.read()
+        pixels_BCHW = pixels_BCHW.float() / 255
+        if pixels_BCHW.shape[1] != self.channels:
+            pixels_BCHW = pixels_BCHW.mean(1, keepdim=True).expand(-1, self.channels, -1, -1)
+        if tuple(pixels_BCHW.shape[-2:]) != self.size:
+            pixels_BCHW = torch.nn.functional.interpolate(pixels_BCHW, self.size, mode="bilinear", antialias=True)
         mean, std = (torch.tensor(list(x))[: self.channels, None, None] for x in (self.mean, self.std))
-        return ImageBatch((pixels - mean) / std, pictures.labels_N)
-
-
-def _order(count: int, seed: int, epoch: int) -> Tensor:
-    key = seed * 1_000_003 + epoch
-    if _last.get("key") != (count, key):
-        _last.update(key=(count, key), order=torch.randperm(count, generator=torch.Generator().manual_seed(key)))
-    order: Tensor = _last["order"]
-    return order
-
-
-_last: dict[str, Any] = {}  # the order of the epoch under way
+        return ImageBatch((pixels_BCHW - mean) / std, labels_B)
 
 
 def load_images(
     source: str,
-    config: Any,
+    processor: Any,
     *,
+    channels: int = 3,
+    tokens: int = 1,
     heldout_fraction: float = 0.1,
+    max_images: int | None = None,
     seed: int = 0,
-    mean: Sequence[float] = (0.5, 0.5, 0.5),
-    std: Sequence[float] = (0.5, 0.5, 0.5),
 ) -> ImageSet:
-    """The images of `source`, for a model with this configuration (its `image_size` and `num_channels`).
+    """The images of `source` (pictures.py), as a transformers image processor gives them to a model.
 
-    `source`: a folder of idx files (`train-images-idx3-ubyte.gz` ...), a folder with one folder of images a class, or
-    the name of an image set of `datasets`. `heldout_fraction`: of the training images for the selection part, and for
-    the test part where the source has none.
-    Raises UserError for a source that is none of these, damaged, or too small.
+    Args:
+        channels, tokens: what the model reads, and what an image comes to in it.
+        heldout_fraction: of the training images for the selection part, and for the test part where the source has
+            none.
+        max_images: to train on at most, drawn by `seed`.
+
+    Raises:
+        UserError: a source that is no set of images, damaged, or too small.
     """
-    folder = Path(source)
-    size = image_size(config)
-    of_idx = folder.is_dir() and any(folder.glob("*-idx?-ubyte*"))
-    pictures, classes = _idx(folder) if of_idx else _dataset(source, size)
-    train = pictures["train"]
-    order = _order(len(train), seed, 0)
+    album = open_album(source, processor)
+    train = album.train
+    order = epoch_order(len(train), 0, 0).tolist()  # what is held out is the same for all seeds
     cut = round(heldout_fraction * len(train))
     if cut == 0 or len(train) - 2 * cut < 1:
         raise UserError(f"{source} has {len(train)} images to train on: too few to keep some of them apart")
-    parts: dict[Part, Pictures] = {"selection": train.at(order[:cut]), "train": train.at(order[cut:])}
-    if "test" in pictures:
-        parts["test"] = pictures["test"]
-    else:
-        parts |= {"test": train.at(order[cut : 2 * cut]), "train": train.at(order[2 * cut :])}
-    return ImageSet(parts, classes, size, config.num_channels, mean, std)
+    test = train.at(order[cut : 2 * cut]) if album.test is None else album.test
+    kept = order[cut if album.test is not None else 2 * cut :]
+    if max_images is not None:
+        kept = [kept[row] for row in epoch_order(len(kept), seed, 0)[:max_images]]
+    parts: dict[Part, Pictures] = {"train": train.at(kept), "selection": train.at(order[:cut]), "test": test}
+    mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else ((0.0,) * 3, (1.0,) * 3)
+    size = processed_size(processor)
+    return ImageSet(parts, album.classes, size, channels, tuple(mean), tuple(std), tokens, album.sha256, source)
 
 
-def _idx(folder: Path) -> tuple[dict[str, Pictures], list[str]]:
-    found = {}
-    for part, prefix in IDX_PARTS.items():
-        pair = [sorted(folder.glob(f"{prefix}-{kind}-idx?-ubyte*")) for kind in ("images", "labels")]
-        if all(pair):
-            pixels, labels = (read_idx(files[0]) for files in pair)
-            if len(pixels) != len(labels):
-                raise UserError(f"{folder} has {len(pixels)} images and {len(labels)} labels for '{part}'")
-            found[part] = Pictures(pixels[:, None], labels.long())
-    if "train" not in found:
+def processed_size(processor: Any) -> tuple[int, int]:
+    """Height and width of what an image processor gives. Raises UserError where that differs from image to image."""
+    cut = getattr(processor, "do_center_crop", False) and processor.crop_size
+    size = dict(cut or processor.size)
+    if not (size.get("height") and size.get("width")):
         raise UserError(
-            f"{folder} has no images to train on: the files train-images-idx3-ubyte and ...-labels-... lack"
+            "the teacher's image processor gives images of various sizes: give it a height and a width, or a "
+            "crop_size, in preprocessor_config.json"
         )
-    return found, [str(label) for label in range(int(found["train"].labels_N.max()) + 1)]
-
-
-def read_idx(file: Path) -> Tensor:
-    """An idx file of bytes, as it is or gzipped. Raises UserError for one that is damaged."""
-    try:
-        data = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
-        zeros, kind, dimensions = int.from_bytes(data[:2], "big"), data[2], data[3]
-        shape = [int.from_bytes(data[4 + 4 * i : 8 + 4 * i], "big") for i in range(dimensions)]
-        if zeros or kind not in IDX_TYPES:
-            raise ValueError("not an idx file of bytes")
-        return torch.from_numpy(np.frombuffer(data, IDX_TYPES[kind], offset=4 + 4 * dimensions).reshape(shape).copy())
-    except (OSError, EOFError, IndexError, ValueError) as error:
-        raise UserError(f"{file} is damaged or no idx file ({error}): copy it again") from None
-
-
-def _dataset(source: str, size: tuple[int, int]) -> tuple[dict[str, Pictures], list[str]]:
-    from datasets import load_dataset  # seconds to import
-
-    try:
-        name, how = ("imagefolder", {"data_dir": source}) if Path(source).is_dir() else (source, {})
-        loaded: Any = load_dataset(name, **how)
-    except Exception as error:  # whatever a library says of a file, a folder or the network
-        raise UserError(f"no image set can be read from '{source}': {str(error).splitlines()[0]}") from None
-    found: dict[str, Pictures] = {}
-    classes: list[str] = []
-    for part in ("train", "test"):
-        if part in loaded:
-            found[part], classes = _pictures(loaded[part], source, size)
-    if "train" not in found:
-        raise UserError(f"the image set '{source}' has no part 'train', but {', '.join(loaded)}")
-    return found, classes
-
-
-def _pictures(rows: Any, source: str, size: tuple[int, int]) -> tuple[Pictures, list[str]]:
-    """The images of a part, each cut and scaled to the size, and the names of their classes."""
-    features = rows.features
-    image = next((name for name, kind in features.items() if type(kind).__name__ == "Image"), None)
-    label = next((name for name, kind in features.items() if type(kind).__name__ == "ClassLabel"), None)
-    if image is None:
-        raise UserError(f"'{source}' has no column of images, but {', '.join(features)}")
-    arrays = [np.asarray(ImageOps.fit(picture.convert("RGB"), size[::-1])) for picture in rows[image]]
-    pixels = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
-    labels = torch.full((len(pixels),), UNLABELLED) if label is None else torch.tensor(rows[label])
-    return Pictures(pixels, labels), [] if label is None else list(features[label].names)
+    return size["height"], size["width"]

@@ -12,7 +12,7 @@ Shape suffixes: B rows, T positions.
 import hashlib
 import json
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from subquad.data.corpora import default_sources
+from subquad.data.order import epoch_order
 from subquad.data.packing import FORMAT, Progress, pack, tokenizer_hash
 from subquad.data.sources import open_source
 from subquad.errors import UserError
@@ -68,8 +69,22 @@ class Corpus:
         starts = []
         for row in range(step * batch, (step + 1) * batch):
             epoch, position = divmod(row, windows)
-            starts.append(int(_window_order(windows, seed, epoch)[position]) * sequence_length)
+            starts.append(int(epoch_order(windows, seed, epoch)[position]) * sequence_length)
         return self._rows(self.train, starts, sequence_length)
+
+    def sample(self, tokens: int) -> torch.Tensor:
+        """A training row of so many tokens, or all there are: ids_BT, int64."""
+        return self.batch(0, batch=1, sequence_length=min(tokens, len(self.train)), seed=0)
+
+    @property
+    def amount(self) -> str:
+        """What there is to train on, for people."""
+        return f"{len(self.train):,} tokens of text to train on"
+
+    @property
+    def sources(self) -> list[dict[str, str]]:
+        """Name and hash of what was read."""
+        return [{key: source[key] for key in ("name", "sha256")} for source in self.meta["sources"]]
 
     def first(self, tokens: int) -> "Corpus":
         """The same corpus, with these first tokens of `train` only."""
@@ -119,11 +134,6 @@ class Corpus:
     @staticmethod
     def _rows(tokens: np.ndarray, starts: list[int], length: int) -> torch.Tensor:
         return torch.from_numpy(np.stack([tokens[start : start + length] for start in starts]).astype(np.int64))
-
-
-@lru_cache(maxsize=4)
-def _window_order(windows: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(windows)
 
 
 def load_corpus(

@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from subquad.converted import Converted
 from subquad.errors import UserError
 from subquad.interface import AttentionCall
 from subquad.mixers import Mixer, MixerInputs
 from subquad.ops.common import wide
 from subquad.plan import ATTENTION, AttentionShape
 from subquad.stage import Stage
-from subquad.student import Student
 
 SIDES = ("queries", "keys")
 
@@ -41,7 +41,7 @@ class Bridge(nn.Module):
     """
 
     def __init__(
-        self, stage: Stage, student: Student, layers: Sequence[int], theirs: Sequence[AttentionShape], seed: int
+        self, stage: Stage, student: Converted, layers: Sequence[int], theirs: Sequence[AttentionShape], seed: int
     ) -> None:
         super().__init__()
         settings, count = stage.bridge, student.plan.num_layers

@@ -3,29 +3,16 @@
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol, TypeAlias
+from typing import Any
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
-from subquad.data.images import ImageBatch
+from subquad.distill.batch import TokenSource
 from subquad.plan import Plan
 from subquad.stage import Stage
 
 # Settings that do not change what a stage ends with
 NO_EFFECT = {"name", "scope", "log_every", "checkpoint_every", "gradient_checkpointing"}
-
-
-Batch: TypeAlias = Tensor | ImageBatch  # token ids (B, T), or images
-
-
-class TokenSource(Protocol):
-    """What training needs of a corpus: the token ids (batch, sequence_length) of a step, the same whenever asked.
-
-    Or as many images, of `sequence_length` tokens each.
-    """
-
-    def batch(self, step: int, *, batch: int, sequence_length: int, seed: int) -> Batch: ...
 
 
 @dataclass(frozen=True)

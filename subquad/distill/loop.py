@@ -25,11 +25,14 @@ from rich.console import Console
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from subquad.converted import Converted
+from subquad.distill.bare import bare_forward_speed
+from subquad.distill.batch import Batch, TokenSource
 from subquad.distill.checkpoint import Checkpoints
-from subquad.distill.ledger import Batch, Ledger, StageResult, TokenSource, identity, mean
+from subquad.distill.ledger import Ledger, StageResult, identity, mean
 from subquad.distill.log import RunLog, StageProgress
 from subquad.distill.lora import adapters
-from subquad.distill.passes import LogitsStore, TrainingPass, bare_forward_speed, make_pass
+from subquad.distill.passes import LogitsStore, TrainingPass, make_pass
 from subquad.distill.processes import any_process, average_gradients
 from subquad.distill.schedule import learning_rate_factor, warmup_steps
 from subquad.distill.trainable import (
@@ -43,7 +46,6 @@ from subquad.errors import UserError
 from subquad.interrupt import interrupt_waits
 from subquad.memory import peak_memory_bytes, reset_peak_memory
 from subquad.stage import Stage
-from subquad.student import Student
 
 RECENT = 20  # the final loss is the mean over a tenth of the steps, but no more than these
 BARE_TOKENS = 1024  # tokens of one timed pass of the bare teacher on a CPU: seconds, not minutes
@@ -64,7 +66,7 @@ def run_stage(
     stage: Stage,
     *,
     index: int,
-    student: Student,
+    student: Converted,
     teacher_model: PreTrainedModel,
     corpus: TokenSource,
     seed: int,
@@ -268,7 +270,7 @@ class StageRun:
 def prepared(
     stage: Stage,
     index: int,
-    student: Student,
+    student: Converted,
     teacher_model: PreTrainedModel,
     logits_from: PreTrainedModel | LogitsStore | None,
     seed: int,

@@ -13,14 +13,15 @@ from peft import LoraConfig, LoraModel
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from subquad.converted import Converted
 from subquad.errors import UserError
 from subquad.stage import Stage
-from subquad.student import Student, tied
+from subquad.student import tied
 
 ADAPTER = "default"
 
 
-def lora_targets(student: Student, stage: Stage) -> list[str]:
+def lora_targets(student: Converted, stage: Stage) -> list[str]:
     """Paths, in the student's backbone, of the linear maps that get adapters.
 
     Raises UserError for a glob that matches no linear map.
@@ -42,7 +43,7 @@ def lora_targets(student: Student, stage: Stage) -> list[str]:
 
 
 @contextmanager
-def adapters(student: Student, stage: Stage, seed: int) -> Iterator[None]:
+def adapters(student: Converted, stage: Stage, seed: int) -> Iterator[None]:
     """Within, the student has the adapters that `stage` asks for (if any); afterwards they are merged."""
     if stage.lora is None:
         yield

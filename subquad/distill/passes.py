@@ -1,4 +1,4 @@
-"""The two training passes over a micro-batch, and the teacher's bare forward pass that they are measured by.
+"""The two training passes over a micro-batch.
 
 `TeacherForced` aligns layers: the teacher runs once, without gradients and without its output head, and every layer
 of the student answers the *teacher's* input of that layer, all in this one pass: with its mixing matrices, with its
@@ -13,7 +13,6 @@ Block outputs are taken from the blocks themselves: the last one's is the state 
 Legend: B sequences, T tokens, N = B x T, C tokens of a chunk, M model width.
 """
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -26,18 +25,17 @@ from transformers import PreTrainedModel
 
 from subquad.attention import LayerMixer, Pass, to_middle
 from subquad.converted import Converted
-from subquad.data.images import ImageBatch
+from subquad.distill.batch import Batch, input_device, inputs_of, labels_of
 from subquad.distill.bridge import Bridge
 from subquad.distill.heads import Head, causal_lm, final_hidden, has_head
 from subquad.distill.hidden import matrix_distance, output_distance
-from subquad.distill.ledger import Batch
-from subquad.distill.tokens import FromHidden, TeacherLogits, chunked_loss, next_token_labels
+from subquad.distill.tokens import FromHidden, TeacherLogits, chunked_loss
 from subquad.errors import UserError
 from subquad.interface import AttentionCall, find_attention, watched_attention
 from subquad.mixers import Mixer, MixerInputs
 from subquad.plan import ATTENTION
+from subquad.saliency import saliency_distance, saliency_model
 from subquad.stage import OF_OUTPUTS, OF_TOKENS, Stage
-from subquad.student import Student
 
 
 class LogitsStore(Protocol):
@@ -57,7 +55,7 @@ class TrainingPass(Protocol):
     def __call__(self, batch: Batch, share: float) -> dict[str, Tensor]: ...
 
 
-def layers_in_order(student: Student, share: float) -> tuple[list[int], frozenset[int]]:
+def layers_in_order(student: Converted, share: float) -> tuple[list[int], frozenset[int]]:
     """This share of the layers with mixers, evenly spread, and those that wait and attend meanwhile.
 
     A larger share contains a smaller one: layers join in the order of their bit-reversed index, so that halves are
@@ -77,11 +75,11 @@ class _Done(Exception):
 class TeacherForced:
     """Distances of the student's layers from the teacher's, each given the teacher's input; means over layers."""
 
-    def __init__(self, stage: Stage, student: Student, teacher: PreTrainedModel, seed: int = 0) -> None:
+    def __init__(self, stage: Stage, student: Converted, teacher: PreTrainedModel, seed: int = 0) -> None:
         self.layers, waiting = layers_in_order(student, stage.replaced)
         self.student_pass = Pass(restored=waiting)
         self.student, self.teacher, self.kind = student, teacher, stage.loss
-        self.device = _token_device(teacher)
+        self.device = input_device(teacher)
         sites = find_attention(teacher)
         self.attention = [teacher.get_submodule(site.path) for site in sites]
         self.blocks = [teacher.get_submodule(site.block) for site in sites]
@@ -192,7 +190,7 @@ def _matrix_distances(pairs: Sequence[tuple[Mixer, MixerInputs]], call: Attentio
     return torch.stack([n * d for n, d in zip(heads, distances, strict=True)]).sum() / sum(heads)
 
 
-def _check_matrices(stage: Stage, student: Student, layers: list[int]) -> None:
+def _check_matrices(stage: Stage, student: Converted, layers: list[int]) -> None:
     for layer in layers:
         for name, mixer in student.mixers(layer).items():
             if type(mixer).mix is Mixer.mix:
@@ -213,7 +211,7 @@ class FreeRunning:
     def __init__(
         self,
         stage: Stage,
-        student: Student,
+        student: Converted,
         teacher: PreTrainedModel,
         logits_from: PreTrainedModel | LogitsStore,
         seed: int = 0,
@@ -226,7 +224,7 @@ class FreeRunning:
         for name, weight in self.hidden.items():
             self.weights |= {f"{name} of layer {layer}": weight / len(self.layers) for layer in self.layers}
         self.reachable = {name for name, _ in student.named_parameters()}
-        self.device = _token_device(student.backbone)
+        self.device = input_device(student.backbone)
         sites = find_attention(teacher)
         shapes = [site.shape for site in sites]
         if self.hidden.keys() - {"bridge"} and shapes != student.plan.shapes:
@@ -272,6 +270,13 @@ class FreeRunning:
         if "features" in self.weights:
             assert theirs_BTM is not None
             parts["features"] = output_distance(student_BTM, theirs_BTM.to(student_BTM.device), self.stage.loss)
+        if "saliency" in self.weights:
+            assert theirs_BTM is not None
+            mine_BHW, theirs_BHW = (
+                saliency_model(model).decode(hidden_BTM, inputs.shape[-2:])
+                for model, hidden_BTM in ((self.student, student_BTM), (self.teacher, theirs_BTM))
+            )
+            parts["saliency"] = saliency_distance(mine_BHW, theirs_BHW.detach().to(mine_BHW.device))
         total = sum((self.weights[part] * loss for part, loss in parts.items()), torch.zeros((), device=self.device))
         if head is not None and not self.weights.keys().isdisjoint(OF_TOKENS):
             loss = chunked_loss(
@@ -311,6 +316,14 @@ def _check_outputs(stage: Stage, student: Converted, teacher: PreTrainedModel) -
             f"stage '{stage.name}' has the objective '{missing[0]}', and {type(student.backbone).__name__} ends with "
             "its hidden states: choose features"
         )
+    if "saliency" in stage.weights:
+        for model in (student, teacher):
+            try:
+                saliency_model(model)
+            except TypeError as error:
+                raise UserError(
+                    f"stage '{stage.name}' has the objective 'saliency', and {error}: choose features"
+                ) from None
     widths = [model.config.get_text_config().hidden_size for model in (causal_lm(student), teacher)]
     if "features" in stage.weights and widths[0] != widths[1]:
         raise UserError(
@@ -352,25 +365,9 @@ def moved(call: AttentionCall, student: Converted) -> AttentionCall:
     return replace(call, q_BHTD=to_middle(call.q_BHTD, 2, count), k_BGTD=to_middle(call.k_BGTD, 2, count))
 
 
-def inputs_of(batch: Batch) -> Tensor:
-    """What a model reads of a batch: token ids (B, T), or pixels."""
-    return batch.pixels_BCHW if isinstance(batch, ImageBatch) else batch
-
-
-def labels_of(batch: Batch) -> Tensor:
-    """The next token of every position (B, T), or the class of every image (B, 1)."""
-    return batch.labels_B[:, None] if isinstance(batch, ImageBatch) else next_token_labels(batch)
-
-
-def _token_device(model: PreTrainedModel) -> torch.device:
-    if model.main_input_name == "pixel_values":
-        return next(model.parameters()).device
-    return next(model.get_input_embeddings().parameters()).device
-
-
 def make_pass(
     stage: Stage,
-    student: Student,
+    student: Converted,
     teacher: PreTrainedModel,
     logits_from: PreTrainedModel | LogitsStore | None = None,
     seed: int = 0,
@@ -383,25 +380,3 @@ def make_pass(
     if stage.forced:
         return TeacherForced(stage, student, teacher, seed)
     return FreeRunning(stage, student, teacher, teacher if logits_from is None else logits_from, seed)
-
-
-@torch.no_grad()
-def bare_forward_speed(
-    teacher: PreTrainedModel, batch: Batch, *, seconds: float = 0.2, sequence_length: int | None = None
-) -> float:
-    """Tokens per second of the teacher's forward pass from its inputs to all logits, on this process's device.
-
-    Passes over the batch are repeated until `seconds` are over; the logits are made, and dropped, in chunks.
-    `sequence_length`: tokens that an image comes to.
-    """
-    inputs = inputs_of(batch)
-    head = Head.of(teacher) if has_head(teacher) else (lambda hidden: hidden)
-    tokens, start = 0, time.perf_counter()
-    while True:
-        hidden_NM = final_hidden(teacher, inputs).flatten(0, 1)
-        largest = torch.stack([head(hidden_CM).max() for hidden_CM in hidden_NM.split(512)])
-        largest.max().item()  # waits for the device
-        tokens += len(inputs) * (sequence_length or inputs.shape[1])
-        elapsed = time.perf_counter() - start
-        if elapsed >= seconds:
-            return tokens / elapsed

@@ -16,12 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-from subquad.distill.ledger import TokenSource
+from subquad.converted import Converted
+from subquad.distill.batch import TokenSource
 from subquad.distill.loop import micro_rows, prepared
 from subquad.distill.passes import LogitsStore
 from subquad.roofline import clock
 from subquad.stage import Stage
-from subquad.student import Student
 
 SHORTEST = 64  # tokens of a row: shorter ones tell little of longer ones
 
@@ -48,7 +48,7 @@ def probe_stage(
     stage: Stage,
     *,
     index: int,
-    student: Student,
+    student: Converted,
     teacher_model: PreTrainedModel,
     corpus: TokenSource,
     seed: int,

@@ -1,6 +1,7 @@
-"""What a student is worth beside its teacher: likelihood, retrieval, tasks, memory, and text to read."""
+"""What a student is worth beside its teacher: likelihood, retrieval, tasks, memory, images, and text to read."""
 
 from subquad.evaluate.harness import harness
+from subquad.evaluate.images import likeness
 from subquad.evaluate.likelihood import likelihood, paired_gain
 from subquad.evaluate.memory import cache_table, held_cache_bytes
 from subquad.evaluate.retrieval import answers, retrieval, usable
@@ -12,6 +13,7 @@ __all__ = [
     "harness",
     "held_cache_bytes",
     "likelihood",
+    "likeness",
     "paired_gain",
     "paired_samples",
     "retrieval",

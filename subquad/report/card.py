@@ -9,6 +9,7 @@ from subquad.report import format as fmt
 from subquad.report.metrics import VARIANTS
 from subquad.report.page import templates, write_text
 from subquad.report.run import Run, read_run
+from subquad.tasks import TASKS, TEXT
 
 DEFAULT_TEACHER = {"base_model": "HuggingFaceTB/SmolLM2-135M-Instruct", "license": "apache-2.0"}
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -17,10 +18,11 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 def write_model_card(run_dir: Path | str) -> Path:
     """Writes the run folder's README.md. Raises `UserError` when the folder holds no run, or a damaged one."""
     run = read_run(run_dir)
+    task = TASKS[(run.settings or {}).get("task", TEXT)]  # older recipes name none
     teacher = _teacher(run)
     data = ModelCardData(
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag=task.name,
         tags=_tags(run),
         base_model=DEFAULT_TEACHER["base_model"] if teacher == "default" else _hub_id(teacher),
         license=DEFAULT_TEACHER["license"] if teacher == "default" else None,
@@ -31,6 +33,9 @@ def write_model_card(run_dir: Path | str) -> Path:
         metrics=run.metrics,
         variants=VARIANTS,
         quantised=teacher == "default",
+        auto=task.auto.__name__,
+        reader="AutoImageProcessor" if task.of_images else "AutoTokenizer",
+        of_images=task.of_images,
         folder=run.folder.name if run.folder.is_absolute() else run.folder.as_posix(),
         longest=fmt.context(max(run.metrics.contexts, default=0)),
     )  # fmt: skip

@@ -40,6 +40,11 @@ def percent(value: float, digits: int = 1) -> str:
     return f"{100 * value:.{digits}f}{NBSP}%" if math.isfinite(value) else DASH
 
 
+def of_image(measure: str, value: float) -> str:
+    """A measure of images: shares in percent, divergences and distances as they are."""
+    return nats(value) if measure in ("kl", "distance", "saliency") else percent(value)
+
+
 def measure(value: float, stderr: float) -> str:
     """A metric of a task with its standard error, where it has one."""
     if not math.isfinite(value):

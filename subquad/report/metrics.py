@@ -58,6 +58,32 @@ class Answer(BaseModel):
     by_depth: list[Band] = []
 
 
+class Likeness(BaseModel):
+    """What was measured on images; `kl`, `agreement` and `accuracy` of classifiers only."""
+
+    count: int = 0
+    accuracy: Number = NAN
+    accuracy_stderr: Number = NAN
+    agreement: Number = NAN
+    agreement_stderr: Number = NAN
+    kl: Number = NAN
+    kl_stderr: Number = NAN
+    distance: Number = NAN
+    distance_stderr: Number = NAN
+    saliency: Number = NAN
+    saliency_stderr: Number = NAN
+
+
+IMAGE_MEASURES = {
+    "accuracy": "accuracy",
+    "agreement": "same class as the teacher",
+    "kl": "KL to the teacher, nats",
+    "distance": "distance of features",
+    "saliency": "difference of saliency maps",
+}
+"""What images are measured by, with the headings of the tables."""
+
+
 class Measure(BaseModel):
     """One metric of a task; no standard error where lm-eval has none."""
 
@@ -76,6 +102,7 @@ class Variant(BaseModel):
     buckets: dict[int, Bucket] = {}
     retrieval: dict[str, dict[int, Answer]] = {}
     tasks: dict[str, dict[str, Measure]] = {}
+    images: Likeness | None = None
     cache_bytes: dict[int, Number] = {}
     attention_layers: list[int] = []
     plan_pattern: str | None = None
@@ -190,6 +217,21 @@ class Metrics(BaseModel):
                 if known:
                     tasks.setdefault(task, set()).update(known)
         return {task: sorted(contexts) for task, contexts in tasks.items()}
+
+    @property
+    def image_measures(self) -> dict[str, str]:
+        """What was measured on images, with its heading."""
+        found = [variant.images for variant in self.variants.values() if variant.images]
+        return {
+            measure: heading
+            for measure, heading in IMAGE_MEASURES.items()
+            if any(math.isfinite(getattr(one, measure)) for one in found)
+        }
+
+    @property
+    def image_count(self) -> int:
+        """Images that were measured on."""
+        return max((variant.images.count for variant in self.variants.values() if variant.images), default=0)
 
     @property
     def task_rows(self) -> dict[tuple[str, str], dict[str, Measure]]:

@@ -132,6 +132,12 @@ def facts(run: Run) -> dict[str, str]:
         if math.isfinite(ppl):
             against = f", teacher {fmt.perplexity(teacher.perplexity.get(context, NAN))}" if teacher else ""
             found[f"perplexity at {context}{against}"] = fmt.perplexity(ppl)
+    for measure, heading in metrics.image_measures.items():
+        if student and student.images:
+            value = getattr(student.images, measure)
+            theirs = getattr(teacher.images, measure) if measure == "accuracy" and teacher and teacher.images else NAN
+            against = f", teacher {fmt.of_image(measure, theirs)}" if math.isfinite(theirs) else ""
+            found[f"{heading}{against}"] = fmt.of_image(measure, value)
     longest = max(metrics.cache_contexts, default=0)
     if math.isfinite(metrics.cache_ratio(longest)):
         found[f"of the teacher’s cache at {fmt.context(longest)}"] = fmt.percent(metrics.cache_ratio(longest))

@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from subquad.errors import UserError
 from subquad.plan import Plan
 from subquad.report import format as fmt
-from subquad.report.metrics import AGAIN, Bench, Metrics, check, check_metrics
+from subquad.report.metrics import AGAIN, Bench, Likeness, Metrics, check, check_metrics
 from subquad.report.number import NAN, Number
 from subquad.report.scores import Scores
 
@@ -122,6 +122,8 @@ class Run:
         if math.isfinite(kl):
             distance = f"{fmt.nats(kl)} nats per token from its teacher (KL)"
             parts.append(f"on held-out text of {context} tokens the student is {distance}")
+        if metrics.student and metrics.student.images:
+            parts.append(_of_images(metrics.student.images))
         longest = max(metrics.cache_contexts, default=0)
         ratio = metrics.cache_ratio(longest)
         if math.isfinite(ratio):
@@ -129,6 +131,14 @@ class Run:
             parts.append(f"at {fmt.context(longest)} tokens of context its cache takes {share}")
         sentence = ", and ".join(parts)
         return f"{sentence[0].upper()}{sentence[1:]}." if sentence else ""
+
+
+def _of_images(images: Likeness) -> str:
+    if math.isfinite(images.agreement):
+        share = fmt.percent(images.agreement)
+        return f"of {images.count:,} held-out images the student puts {share} in the class that its teacher does"
+    distance = fmt.percent(images.distance)
+    return f"on {images.count:,} held-out images the student’s features are {distance} of their norm from its teacher’s"
 
 
 def read_run(folder: Path | str) -> Run:

@@ -1,5 +1,6 @@
 """The result in the terminal: held-out text, retrieval, tasks, the stages, what both models write, what was found."""
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -8,14 +9,14 @@ from rich.table import Table
 from rich.text import Text
 
 from subquad.report import format as fmt
-from subquad.report.metrics import Answer, Band, Measure, Metrics, Sample, Variant, check_metrics
+from subquad.report.metrics import Answer, Band, Likeness, Measure, Metrics, Sample, Variant, check_metrics
 from subquad.report.number import NAN
 
 
 def print_table(metrics: Mapping[str, Any], console: Console) -> None:
     """Prints the main rows of metrics.json. Raises `UserError` if `metrics` is not of that form."""
     checked = check_metrics(dict(metrics))
-    for table in (_variants, _buckets, _retrieval, _depths, _tasks, _stages):
+    for table in (_images, _variants, _buckets, _retrieval, _depths, _tasks, _stages):
         if (found := table(checked)).row_count:
             console.print(found)
     for sample in checked.samples:
@@ -37,7 +38,25 @@ def _style(name: str) -> str:
     return "bold" if name == "student" else ""
 
 
+def _images(metrics: Metrics) -> Table:
+    measures = metrics.image_measures
+    table = _table(f"{metrics.image_count:,} held-out images", ["", *measures.values()])
+    for name, variant in metrics.variants.items():
+        if variant.images:
+            cells = (_with_error(variant.images, measure) for measure in measures)
+            table.add_row(name, *cells, style=_style(name))
+    return table
+
+
+def _with_error(images: Likeness, measure: str) -> str:
+    value, error = getattr(images, measure), getattr(images, f"{measure}_stderr")
+    text = fmt.of_image(measure, value)
+    return f"{text} ± {fmt.of_image(measure, error)}" if math.isfinite(value) and error > 0 else text
+
+
 def _variants(metrics: Metrics) -> Table:
+    if not metrics.contexts:
+        return Table()
     contexts, headline = metrics.contexts, metrics.headline_context or 0
     longest = max(metrics.cache_contexts, default=0)
     headings = [*(f"KL {context}" for context in contexts), f"ppl {headline}", f"top-1 {headline}"]

@@ -16,20 +16,20 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from subquad.converted import Converted
 from subquad.distill.heads import final_hidden
 from subquad.distill.hidden import output_distance
 from subquad.interface import find_attention
 from subquad.select.board import Board
 from subquad.select.units import Unit, heads_of, layers_in
 from subquad.select.work import Bill, Work
-from subquad.student import Student
 
 
 def alignment_losses(board: Board, units: Sequence[Unit], text_NT: Tensor, work: Work) -> Tensor:
     """What the units are worth on every row of text, (N, U)."""
     packs = packed(units)
     plans = [board.keeping(heads_of(units, pack)) for pack in packs]
-    students = [Student.from_teacher(board.teacher, plan, mixers_from=board.student) for plan in plans]
+    students = [type(board.student).from_teacher(board.teacher, plan, mixers_from=board.student) for plan in plans]
     sites = [board.teacher.get_submodule(site.path) for site in find_attention(board.teacher)]
 
     @torch.no_grad()
@@ -60,7 +60,7 @@ def packed(units: Sequence[Unit]) -> list[list[int]]:
 
 
 def _distances(
-    students: Sequence[Student], teacher: PreTrainedModel, sites: Sequence[nn.Module], row_T: Tensor
+    students: Sequence[Converted], teacher: PreTrainedModel, sites: Sequence[nn.Module], row_T: Tensor
 ) -> list[list[float]]:
     """The distance of every layer of each student from the teacher's, given the teacher's input."""
     inside = [student.attention_modules() for student in students]

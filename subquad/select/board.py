@@ -13,10 +13,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from subquad.converted import Converted
 from subquad.plan import Plan, every_head
 from subquad.select.prefix import recorded, resumed, standing_in
 from subquad.select.units import Unit
-from subquad.student import Student
 
 T = TypeVar("T")
 Layer: TypeAlias = tuple[tuple[str, tuple[int, ...]], ...]  # a layer of a plan, to be looked up
@@ -29,7 +29,7 @@ class Board:
     """
 
     def __init__(
-        self, linear: Student, teacher: PreTrainedModel, alternatives: Mapping[str, Student] | None = None
+        self, linear: Converted, teacher: PreTrainedModel, alternatives: Mapping[str, Converted] | None = None
     ) -> None:
         self.student, self.teacher, self.linear = linear, teacher, linear.plan
         self.alternatives = dict(alternatives or {})
@@ -49,7 +49,7 @@ class Board:
         return every_head(self.linear.shapes)
 
     @contextmanager
-    def following(self, plan: Plan) -> Iterator[Student]:
+    def following(self, plan: Plan) -> Iterator[Converted]:
         """Within, the student has this plan."""
         self.prepare([plan])
         before = self.student.plan
@@ -65,7 +65,7 @@ class Board:
                 self.student.plan = before
 
     @torch.no_grad()
-    def shared(self, plans: Sequence[Plan], measure: Callable[[Student], T]) -> list[T]:
+    def shared(self, plans: Sequence[Plan], measure: Callable[[Converted], T]) -> list[T]:
         """What is measured of each plan, in evaluation mode, by one pass over always the same tokens.
 
         What lies below a plan's first difference from the first of them is computed once.
@@ -92,7 +92,7 @@ class Board:
             students = [self.student, *self.alternatives.values()]
             options = {name: given for one in students for name, given in one.plan.mixers.items()}
             plan = Plan(shapes=self.linear.shapes, mixers=options, layers=layers)
-            student = Student.from_teacher(self.teacher, plan, mixers_from=students)
+            student = type(self.student).from_teacher(self.teacher, plan, mixers_from=students)
             blocks = student.blocks()
             for layer, (key, _) in taken.items():
                 self._blocks[layer, key] = blocks[layer]

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from subquad.converted import Converted
 from subquad.data.text import Corpus
 from subquad.plan import ATTENTION, AttentionShape, Join, Plan, dtype_name
 from subquad.select.board import Board
@@ -17,7 +18,6 @@ from subquad.select.kl import Train
 from subquad.select.knapsack import solve
 from subquad.select.units import Unit, Wish, heads_of, kind_of, layers_in, units_of
 from subquad.select.work import Work
-from subquad.student import Student
 from subquad.teacher import Teacher
 
 FRONT_CONTEXT = 32768  # of the Pareto front, where the budget names no context
@@ -27,7 +27,7 @@ FRONT_CONTEXT = 32768  # of the Pareto front, where the budget names no context
 class Question:
     """What a selector may look at. `text_BT`: rows that neither training nor the final measurement sees."""
 
-    student: Student  # all-linear; aligned where the selector needs it
+    student: Converted  # all-linear; aligned where the selector needs it
     source: Teacher
     text_BT: Tensor
     budget: Budget
@@ -36,7 +36,7 @@ class Question:
     train: Train | None = None
     seed: int = 0
     work: Work = field(default_factory=Work)
-    alternatives: Mapping[str, Student] = field(default_factory=dict)  # all-linear too, with other mixers, by name
+    alternatives: Mapping[str, Converted] = field(default_factory=dict)  # all-linear too, with other mixers, by name
 
     @property
     def units(self) -> list[Unit]:
@@ -107,12 +107,12 @@ class Choice:
 
 
 def choose_plan(
-    student: Student,
+    student: Converted,
     budget: Budget,
     choice: Choice,
     join: Join = "split",
     decode_cost: Callable[[int], Cost] | None = None,
-    others: Mapping[str, Student] | None = None,
+    others: Mapping[str, Converted] | None = None,
 ) -> tuple[Plan, list[int]]:
     """The plan that keeps as much attention as the budget allows, and the indices of the units it keeps.
 
@@ -128,7 +128,7 @@ def choose_plan(
 
 
 def _with_alternatives(
-    student: Student, budget: Budget, choice: Choice, others: Mapping[str, Student]
+    student: Converted, budget: Budget, choice: Choice, others: Mapping[str, Converted]
 ) -> tuple[Plan, list[int]]:
     """Of every unit, whole layers, attention or the mixer that is worth the most within the budget."""
     units, worth = choice.units, {ATTENTION: choice.worth or [], **choice.alternatives}
@@ -160,7 +160,7 @@ def _with_alternatives(
 
 
 def _kept(
-    student: Student,
+    student: Converted,
     budget: Budget,
     choice: Choice,
     join: Join,
@@ -186,7 +186,7 @@ def _kept(
     return kept
 
 
-def pareto(student: Student, budget: Budget, choice: Choice, join: Join = "split") -> dict[str, Any]:
+def pareto(student: Converted, budget: Budget, choice: Choice, join: Join = "split") -> dict[str, Any]:
     """For scores.json: what share of the measured worth plans can keep, over the bytes of their cache."""
     if choice.worth is None:
         return {}

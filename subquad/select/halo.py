@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from subquad.converted import Converted
 from subquad.data.retrieval import Probe
 from subquad.distill.heads import final_hidden, head_logits
 from subquad.evaluate.retrieval import answers
@@ -22,7 +23,6 @@ from subquad.plan import Plan
 from subquad.select.board import Board, passes
 from subquad.select.task import TaskScore
 from subquad.select.work import Bill, Work
-from subquad.student import Student
 
 BOUND = 50.0
 EPS = 1e-10
@@ -49,7 +49,7 @@ def next_tokens_right(board: Board, plans: Sequence[Plan], text_NT: Tensor, work
     def piece(row: int) -> list[float]:
         ids_1T = text_NT[row : row + 1].to(board.student.device)
 
-        def right(student: Student) -> float:
+        def right(student: Converted) -> float:
             logits_1TV = head_logits(student, final_hidden(student, ids_1T)[:, :-1])
             return 100 * float((logits_1TV.argmax(-1) == ids_1T[:, 1:]).double().mean())
 

@@ -25,16 +25,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from subquad.converted import Converted
 from subquad.distill.heads import Head, final_hidden
 from subquad.distill.tokens import FromHidden, chunked_loss
 from subquad.plan import Plan
 from subquad.select.board import Board, passes, without
 from subquad.select.units import Unit
 from subquad.select.work import Bill, Work
-from subquad.student import Student
 
 Base: TypeAlias = Literal["restore", "remove"]
-Train: TypeAlias = Callable[[Student, int, str], None]  # (student, tokens, name): as the recipe would, on logits
+Train: TypeAlias = Callable[[Converted, int, str], None]  # (student, tokens, name): as the recipe would, on logits
 
 KEPT = 4  # of the candidates, one in so many goes to the next round, with so many times the tokens
 
@@ -62,7 +62,9 @@ def kl_without_training(board: Board, plans: Sequence[Plan], text_NT: Tensor, st
     return work.pieces(f"kl {stride}", len(text_NT), piece, each=each)
 
 
-def kl(student: Student, student_BTM: Tensor, teacher: PreTrainedModel, teacher_BTM: Tensor, stride: int = 1) -> Tensor:
+def kl(
+    student: Converted, student_BTM: Tensor, teacher: PreTrainedModel, teacher_BTM: Tensor, stride: int = 1
+) -> Tensor:
     """Nats per token, (), at every `stride`-th position, from the last hidden states."""
     return chunked_loss(
         student_BTM[:, ::stride],
@@ -138,7 +140,7 @@ def _trained(
     each = Bill(forward_tokens=2 * text_NT.numel(), training_tokens=tokens)
 
     def piece(_: int) -> list[float]:
-        student = Student.from_teacher(board.teacher, plan, mixers_from=board.student)
+        student = type(board.student).from_teacher(board.teacher, plan, mixers_from=board.student)
         if student.replaced_layers():
             train(student, tokens, f"candidate-{name}")
         with torch.no_grad():

@@ -1,0 +1,77 @@
+"""What models are for, by the names that the Hub gives tasks: how they load, and which students they become."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageClassification
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
+)
+
+from subquad.converted import Converted
+from subquad.images import ImageStudent
+from subquad.saliency import SaliencyConfig, SaliencyModel
+from subquad.student import Student
+
+TEXT = "text-generation"
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task: the auto class of its models, their classes by model type, their students, and words for people."""
+
+    name: str
+    auto: Any
+    families: Mapping[str, Any]
+    student: type[Converted]
+    what: str
+    wanted: str
+
+    @property
+    def student_type(self) -> str:
+        """The model type of a student's configuration."""
+        config: Any = self.student.config_class
+        return str(config.model_type)
+
+    @property
+    def of_images(self) -> bool:
+        return issubclass(self.student, ImageStudent)
+
+    def classes(self, model_type: str) -> list[str]:
+        """Names of the classes that a type of model has for this task; none where it cannot do it."""
+        known = self.families.get(model_type, [])
+        return [known] if isinstance(known, str) else [*known]
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task(
+            TEXT,
+            AutoModelForCausalLM,
+            MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+            Student,
+            "causal language model",
+            "a decoder-only language model",
+        ),
+        Task(
+            "image-classification",
+            AutoModelForImageClassification,
+            MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+            ImageStudent,
+            "model for image classification",
+            "one with a classifier, or set the task to image-feature-extraction",
+        ),
+        Task(
+            "image-feature-extraction",
+            AutoModel,
+            {**MODEL_MAPPING_NAMES, SaliencyConfig.model_type: SaliencyModel.__name__},
+            ImageStudent,
+            "image encoder without a head",
+            "an encoder, or set the task to image-classification",
+        ),
+    )
+}
