@@ -141,7 +141,7 @@ def train_vit(
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder to write to.")] = Path(
         "runs/small-vit"
     ),
-    epochs: Annotated[float, typer.Option("--epochs", help="Times that every image is read.")] = 8.0,
+    epochs: Annotated[float, typer.Option("--epochs", help="Times that every image is read.")] = 5.0,
     size: Annotated[int, typer.Option("--size", min=1, help="Height and width of the images, in pixels.")] = 28,
     patch: Annotated[int, typer.Option("--patch", min=1, help="Height and width of a patch, in pixels.")] = 4,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the weights and of the order of the images.")] = 0,

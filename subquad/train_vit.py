@@ -36,7 +36,7 @@ def train_vit(
     data: str,
     out: str | Path,
     *,
-    epochs: float = 8.0,
+    epochs: float = 5.0,
     size: int = 28,
     patch: int = 4,
     seed: int = 0,

@@ -5,11 +5,13 @@ import json
 import pytest
 import torch
 from rich.console import Console
+from test_image_pipeline import write_pictures
 
-from benchmarks.claims import cab, matrices, mohawk, retrieval_aware, selection
+from benchmarks.claims import cab, cab_vision, matrices, mohawk, retrieval_aware, selection
 from benchmarks.claims.bench import SMALL_TEACHER
 from benchmarks.claims.runs import Mean, Store
 from benchmarks.claims.tuning import lowest
+from subquad.train_vit import train_vit
 
 
 def test_finished_runs_are_not_run_again(tmp_path):
@@ -173,3 +175,25 @@ def test_cab_from_end_to_end(tmp_path, monkeypatch, capsys):
     assert "the teacher's perplexity is" in printed and "a step of 64 tokens" in printed
     cab.main(arguments)
     assert " s  stages" not in capsys.readouterr().out, "nothing is run twice"
+
+
+# CAB on images -------------------------------------------------------------------------------------------------------
+
+
+def test_cab_on_images(monkeypatch, tmp_path, capsys):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    write_pictures(folder)
+    teacher = train_vit(str(folder), tmp_path / "vit", epochs=30, size=32, patch=8)
+    monkeypatch.setattr(cab_vision, "QUICK", {**cab_vision.QUICK, "images": 16, "batch": 4, "test_images": 20})
+    arguments = ["--quick", "--teacher", str(tmp_path / "vit"), "--data", str(folder), "--work", str(tmp_path / "runs")]
+    arguments += ["--json", str(tmp_path / "a.json")]
+    cab_vision.main([*arguments, "--plot", str(tmp_path / "a.png")])
+    report = json.loads((tmp_path / "a.json").read_text())
+    assert report["teacher_accuracy"] == teacher["accuracy"] and report["train_images"] == 39
+    assert len(report["stages"]) == 6 and len(report["sides"]) == 4 and (tmp_path / "a.png").stat().st_size > 5000
+    names = [[stage["name"] for stage in cell["runs"][0]["stages"]] for cell in report["stages"]]
+    assert names[0] == ["labels"] and names[4] == ["matrix", "hidden", "soft"] and names[5] == ["bridged", "soft"]
+    shared = next(cell for cell in report["stages"] if cell["settings"]["way"] == "bridge")
+    assert shared == report["sides"][0] and all("kl" in cell["runs"][0] for cell in report["stages"])
+    assert "mean of 1 seeds" in capsys.readouterr().out

@@ -32,18 +32,20 @@ QUICK = [f"stages.{stage}.{key}" for stage in ("bridge", "distill") for key in (
 QUICK += ["evaluate.rows=20", "data.heldout_fraction=0.1"]
 
 
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
+def write_pictures(folder):
     """Idx files: images of noise around the brightness of their class."""
-    folder = tmp_path_factory.mktemp("pictures")
     rng = np.random.default_rng(0)
     for part, count in (("train", 40), ("t10k", 20)):
         labels = np.arange(count) % 4
-        write_idx(
-            folder / f"{part}-images-idx3-ubyte.gz", rng.integers(0, 60, (count, 32, 32)) + 60 * labels[:, None, None]
-        )
+        pixels = rng.integers(0, 60, (count, 32, 32)) + 60 * labels[:, None, None]
+        write_idx(folder / f"{part}-images-idx3-ubyte.gz", pixels)
         write_idx(folder / f"{part}-labels-idx1-ubyte.gz", labels)
     return str(folder)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return write_pictures(tmp_path_factory.mktemp("pictures"))
 
 
 def converted_classifier(folder):

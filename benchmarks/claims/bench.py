@@ -14,8 +14,10 @@ from transformers import PreTrainedModel
 
 from benchmarks.claims.runs import Result, Store
 from benchmarks.common import command_of, facts
+from subquad.converted import Converted
 from subquad.data.retrieval import Probe, make_probe
 from subquad.data.text import load_corpus
+from subquad.distill.batch import TokenSource
 from subquad.distill.loop import make_accelerator, run_stage
 from subquad.evaluate.retrieval import answers, usable
 from subquad.files import write_json
@@ -26,37 +28,24 @@ from subquad.plan import Plan
 from subquad.select.silence import Kind
 from subquad.stage import Stage
 from subquad.student import Student
+from subquad.tasks import TEXT
 from subquad.teacher import Teacher, load_teacher
 
 SMALL_TEACHER = "tests/assets/small-teacher"
 
 
-class Bench:
-    """A teacher, its text, and the runs; students of a small teacher learn from its own lessons, others from text."""
+class Base:
+    """A teacher, its students, what these learn from, and the runs."""
 
-    def __init__(self, teacher: str, store: Store) -> None:
+    lessons: TokenSource
+
+    def __init__(self, teacher: str, store: Store, task: str = TEXT) -> None:
         self.store = store
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.teacher: Teacher = load_teacher(teacher, device=self.device)
-        tokenizer: Any = self.teacher.tokenizer
-        self.corpus = load_corpus(None, tokenizer)
-        small = self.teacher.model.config.vocab_size < 10_000
-        self.lessons = Lessons(self.corpus, tokenizer) if small else self.corpus
+        self.teacher: Teacher = load_teacher(teacher, task=task, device=self.device)
         self.shapes = [site.shape for site in find_attention(self.teacher.model)]
 
-    def probe(self, task: str, context: int, rows: int, seed: int, text_BT: torch.Tensor) -> Probe:
-        return make_probe(task, self.teacher.tokenizer, context, rows, seed=seed, haystack_ids=text_BT)
-
-    def student(self, plan: Plan, seed: int, join_start: JoinStart = "identity") -> Student:
-        """A student with this plan, its mixers not yet calibrated."""
-        torch.manual_seed(seed)
-        return Student.from_teacher(self.teacher.model, plan, join_start=join_start)
-
-    def calibrate(self, student: Student, length: int, seed: int) -> None:
-        rows = self.corpus.batch(0, batch=1, sequence_length=length, seed=seed + 7)
-        student.calibrate(rows.to(student.device))
-
-    def train(self, student: Student, stages: Sequence[Stage], seed: int) -> list[Result]:
+    def train(self, student: Converted, stages: Sequence[Stage], seed: int) -> list[Result]:
         """What became of each stage."""
         results = []
         with tempfile.TemporaryDirectory() as folder:
@@ -74,6 +63,29 @@ class Bench:
                 )
                 results.append({k: v for k, v in result.as_dict().items() if k != "final_parts"})
         return results
+
+
+class Bench(Base):
+    """A language model and its text; students of a small teacher learn from its own lessons, others from text."""
+
+    def __init__(self, teacher: str, store: Store) -> None:
+        super().__init__(teacher, store)
+        tokenizer: Any = self.teacher.tokenizer
+        self.corpus = load_corpus(None, tokenizer)
+        small = self.teacher.model.config.vocab_size < 10_000
+        self.lessons = Lessons(self.corpus, tokenizer) if small else self.corpus
+
+    def probe(self, task: str, context: int, rows: int, seed: int, text_BT: torch.Tensor) -> Probe:
+        return make_probe(task, self.teacher.tokenizer, context, rows, seed=seed, haystack_ids=text_BT)
+
+    def student(self, plan: Plan, seed: int, join_start: JoinStart = "identity") -> Student:
+        """A student with this plan, its mixers not yet calibrated."""
+        torch.manual_seed(seed)
+        return Student.from_teacher(self.teacher.model, plan, join_start=join_start)
+
+    def calibrate(self, student: Student, length: int, seed: int) -> None:
+        rows = self.corpus.batch(0, batch=1, sequence_length=length, seed=seed + 7)
+        student.calibrate(rows.to(student.device))
 
 
 class Coverage:
@@ -102,12 +114,23 @@ class Coverage:
         return found | {"mean": statistics.fmean(found.values())}
 
 
-def parse(argv: Sequence[str] | None, module: str, about: str, parts: Sequence[str], plot: str) -> argparse.Namespace:
-    """The command line of a claim; `plot` says what its picture shows."""
+def parse(
+    argv: Sequence[str] | None,
+    module: str,
+    about: str,
+    parts: Sequence[str],
+    plot: str,
+    teacher: str = SMALL_TEACHER,
+    data: str | None = None,
+) -> argparse.Namespace:
+    """The command line of a claim; `plot` says what its picture shows, `data` is the set of images of one on images."""
     name = module.rpartition(".")[2].replace("_", "-")
     parser = argparse.ArgumentParser(prog=f"python -m {module}", description=about.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="one seed, little of everything, no tuning: minutes")
-    parser.add_argument("--teacher", default=SMALL_TEACHER, help="a folder, or default: SmolLM2-135M-Instruct")
+    what = "a folder, or default: SmolLM2-135M-Instruct" if data is None else "a folder"
+    parser.add_argument("--teacher", default=teacher, help=what)
+    if data is not None:
+        parser.add_argument("--data", default=data, metavar="SOURCE", help="a set of labelled images")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help=f"draw {plot}")
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts, metavar="PART", help=", ".join(parts))

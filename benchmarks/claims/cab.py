@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM
 from benchmarks.claims.bench import SMALL_TEACHER, parse, run_parts
 from benchmarks.claims.cab_report import draw, print_report
 from benchmarks.claims.runs import Result, Settings, Store
-from benchmarks.claims.tuning import Tuned
+from benchmarks.claims.tuning import TunedText
 from benchmarks.common import wide_console
 from subquad.distill.loop import make_accelerator
 from subquad.distill.probe import probe_stage
@@ -89,7 +89,7 @@ QUICK: dict[str, Any] = {
 }
 
 
-class Cab(Tuned):
+class Cab(TunedText):
     """The runs of these claims."""
 
     # ------------------------------------------------------------------ a student and its stages

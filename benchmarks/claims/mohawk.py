@@ -32,7 +32,7 @@ from benchmarks.claims import matrices
 from benchmarks.claims.bench import SMALL_TEACHER, parse, run_parts
 from benchmarks.claims.report import draw, print_report
 from benchmarks.claims.runs import Result, Settings, Store
-from benchmarks.claims.tuning import Tuned
+from benchmarks.claims.tuning import TunedText
 from benchmarks.common import wide_console
 from subquad.data.retrieval import make_probe
 from subquad.distill.hidden import attention_probabilities
@@ -119,7 +119,7 @@ LARGE: dict[str, Any] = {  # SmolLM2 on two cores
 }
 
 
-class Mohawk(Tuned):
+class Mohawk(TunedText):
     """The runs of these claims."""
 
     def __init__(self, setup: Setup, store: Store) -> None:

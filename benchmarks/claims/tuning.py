@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from benchmarks.claims.bench import Bench
+from benchmarks.claims.bench import Base, Bench
 from benchmarks.claims.runs import Result, Settings, Store
 from subquad.stage import Stage
 
@@ -14,22 +14,20 @@ KINDS: dict[str, dict[str, Any]] = {
     "logits": {"objective": "logits", "divergence": "soft_cross_entropy", "trainable": "all"},
     "labels": {"objective": "labels", "trainable": "all"},
     "distillation": {"objective": {"labels": 1.0, "logits": 0.5}, "trainable": "all"},
+    "soft": {"objective": {"labels": 1.0, "logits": 1.0}, "trainable": "all"},
+    "bridged": {"objective": {"labels": 1.0, "logits": 1.0, "bridge": 3.0}, "trainable": "all"},
 }
 
 
-class Tuned(Bench):
+class Tuned(Base):
     """Runs of `distilled`, whose settings name `seed`, `tokens`, and `rates`: of layers, and of logits.
 
     `setup` has the ladders `layer_rates` and `logit_rates`, the `first_rates` that tuning begins with, `budgets`,
-    `seeds` and the `tuning_seed`, and of the text `rows`, `sequence_length` and `batch`. Tuning first walks the ladder
-    of logits, then that of layers, while it gets better; a larger budget starts from the smaller one's best.
+    `seeds` and the `tuning_seed`, and `sequence_length` and `batch` of the stages. Tuning first walks the ladder of
+    logits, then that of layers, while it gets better; a larger budget starts from the smaller one's best.
     """
 
-    def __init__(self, setup: Any, store: Store) -> None:
-        super().__init__(setup.teacher, store)
-        self.setup = setup
-        rows, length = setup.rows, setup.sequence_length
-        self.test, self.tuning = (self.corpus.heldout_batch(rows, length, part=part) for part in ("test", "selection"))
+    setup: Any
 
     def stage(self, kind: str, tokens: int, rate: float, **more: Any) -> Stage:
         """A stage of `KINDS`; `more`: keys of it that differ."""
@@ -82,6 +80,16 @@ class Tuned(Bench):
             settings = {"teacher": self.teacher.fingerprint, "part": "stages", **settings}
             cells.append({"settings": settings, "runs": self.tuned(settings)})
         return cells
+
+
+class TunedText(Tuned, Bench):
+    """The same of language models, whose `setup` also has the `rows` that are measured, on text for each purpose."""
+
+    def __init__(self, setup: Any, store: Store) -> None:
+        super().__init__(setup.teacher, store)
+        self.setup = setup
+        rows, length = setup.rows, setup.sequence_length
+        self.test, self.tuning = (self.corpus.heldout_batch(rows, length, part=part) for part in ("test", "selection"))
 
 
 def lowest(ladder: Sequence[float], start: float, trial: Callable[[float], float]) -> float:
