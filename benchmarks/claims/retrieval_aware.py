@@ -13,8 +13,8 @@ Parts:
 
 Notable:
 - Retrieval coverage is the paper's measure: accuracy of the student over the teacher's, mean over the tasks. Where the
-  teacher fails a task (`usable`) it is left out; a teacher that fails all is measured by log-probability: what the
-  student loses of it, in nats per answer token.
+  teacher fails a task (`usable`) it is left out; a teacher that fails all, and any in little training, is measured by
+  log-probability: what the student loses of it, in nats per answer token.
 - All students get the same stages: block outputs, then logits. Rates are tuned once, on the student that keeps the
   middle number of heads, on a seed and on probes that nothing is reported of.
 - Finished runs are kept under --work: a script that was stopped goes on from there.
@@ -54,6 +54,7 @@ class Setup:
 
     teacher: str = SMALL_TEACHER
     mixer: str = "discrete_mamba2"
+    measure: Kind | None = None  # of coverage; none: accuracy where the teacher has any
     scored: tuple[str, ...] = ("dictionary",)
     tasks: tuple[str, ...] = ("copy", "dictionary", "passkey", "associative")
     context: int = 256  # of the probes
@@ -93,7 +94,8 @@ QUICK: dict[str, Any] = {
     "serving": (2048,),
     "serving_steps": 8,
 }
-LARGE: dict[str, Any] = {  # SmolLM2 on two cores
+LARGE: dict[str, Any] = {  # SmolLM2 on two cores, where so little training leaves no accuracy to compare
+    "measure": "logprob",
     "scored": ("passkey",),
     "tasks": ("copy", "passkey"),
     "probe_rows": 8,
@@ -102,7 +104,7 @@ LARGE: dict[str, Any] = {  # SmolLM2 on two cores
     "layers": (3,),
     "joined": (27,),
     "states": (64, 8),
-    "state_heads": (0, 27),
+    "state_heads": (27,),
     "hidden_tokens": 4_000,
     "logits_tokens": 8_000,
     "batch": 2,
@@ -121,7 +123,7 @@ class RetrievalAware(Bench):
         self.setup = setup
         self.text, selection = (self.corpus.heldout_batch(setup.rows, 256, part=part) for part in ("test", "selection"))
         self.everything = self.student(Plan.all_attention(self.shapes), 0)
-        self.test = self.coverage(setup.tasks, seed=0)
+        self.test = self.coverage(setup.tasks, seed=0, by=setup.measure)
         self.tuning = self.coverage([*self.test.probes], seed=1, by=self.test.by)
         settings = {"teacher": self.teacher.fingerprint, "part": "scores", "tasks": setup.scored}
         settings |= {"context": setup.context, "rows": setup.score_rows}
@@ -235,6 +237,8 @@ class RetrievalAware(Bench):
             "tokens": [self.setup.hidden_tokens, self.setup.logits_tokens],
             "seed": seed,
         }
+        if self.setup.measure is not None:
+            settings["measure"] = self.setup.measure
         if "rates" not in more:
             more["rates"] = self.rates
         if more.get("state_dim") == self.shapes[0].head_dim:  # which is the mixer's own
