@@ -29,6 +29,18 @@ from subquad.plan import ATTENTION, Plan
 REMOTE_FILE = "modeling_subquad.py"
 
 
+class ConvertedConfig(PreTrainedConfig):
+    """What a student's configuration says beyond its backbone's, which a subclass names.
+
+    `plan` is the plan's YAML text; `attention_paths` are module paths in the teacher, one a layer; `attention` is the
+    implementation (sdpa, eager, ...) of the heads that keep attention.
+    """
+
+    plan: str = ""
+    attention_paths: Sequence[str] = ()
+    attention: str = "sdpa"
+
+
 class Converted(PreTrainedModel):
     """Base of the students; a subclass names its configuration and makes its backbone. Make one with `from_teacher`."""
 

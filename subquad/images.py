@@ -8,7 +8,6 @@ Legend: B images, T tokens, M model width.
 """
 
 import inspect
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,14 +17,14 @@ from transformers.configuration_utils import SubConfigSpec
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
 from subquad.attention import Pass
-from subquad.converted import Converted, auto_map
+from subquad.converted import Converted, ConvertedConfig, auto_map
 from subquad.errors import UserError
 from subquad.interface import image_size, least_inputs, patch_grid
 from subquad.plan import ATTENTION, Plan
 
 
-class ImageStudentConfig(PreTrainedConfig):
-    """The teacher's configuration, the plan, and where the attention modules are (see `StudentConfig`).
+class ImageStudentConfig(ConvertedConfig):
+    """The teacher's configuration, the plan, and where the attention modules are.
 
     `classifies`: whether the teacher has a classifier on top. `prefix_tokens`: tokens before those of the patches.
     """
@@ -34,9 +33,6 @@ class ImageStudentConfig(PreTrainedConfig):
     sub_configs_defaults = {"vision_config": SubConfigSpec(config_class=AutoConfig, model_type="vit")}
 
     vision_config: dict | PreTrainedConfig | None = None
-    plan: str = ""
-    attention_paths: Sequence[str] = ()
-    attention: str = "sdpa"
     classifies: bool = False
     prefix_tokens: int = 0
 

@@ -164,6 +164,11 @@ def find_attention(model: PreTrainedModel) -> list[AttentionSite]:
     return sites
 
 
+def shapes_of(model: PreTrainedModel) -> list[AttentionShape]:
+    """The shapes of a model's attention, layer by layer. Raises UserError as `find_attention` does."""
+    return [site.shape for site in find_attention(model)]
+
+
 def least_inputs(model: PreTrainedModel) -> dict[str, Any]:
     """Keyword arguments of the model for the smallest pass that touches everything: two tokens, or an empty image."""
     place = next(model.parameters())

@@ -15,9 +15,9 @@ from subquad.errors import UserError
 from subquad.evaluate.harness import load_tasks
 from subquad.fresh import fresh_model
 from subquad.images import image_tokens
-from subquad.interface import find_attention
+from subquad.interface import find_attention, shapes_of
 from subquad.mixers import mixer_options
-from subquad.plan import ATTENTION, AttentionShape, Plan
+from subquad.plan import ATTENTION, Plan
 from subquad.recipe import NamedMixer, Recipe, load_recipe
 from subquad.run import Run
 from subquad.select import SELECTORS, Budget, check_alternatives, check_selector
@@ -131,10 +131,6 @@ def read_data(recipe: Recipe, source: Teacher) -> Data:
             "trained for, or set the task to image-feature-extraction"
         )
     return found
-
-
-def shapes_of(model: Any) -> list[AttentionShape]:
-    return [site.shape for site in find_attention(model)]
 
 
 def plan_of(model: Any) -> Plan:

@@ -20,7 +20,8 @@ from subquad.data.text import Corpus
 from subquad.distill.bare import bare_forward_speed
 from subquad.distill.log import StageProgress
 from subquad.errors import UserError
-from subquad.opening import Data, all_linear, mixers_of, open_data, open_teacher, settled, shapes_of
+from subquad.interface import shapes_of
+from subquad.opening import Data, all_linear, mixers_of, open_data, open_teacher, settled
 from subquad.plan import Plan
 from subquad.recipe import Recipe
 from subquad.run import Run, start_run

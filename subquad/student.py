@@ -7,7 +7,7 @@ the auto classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,26 +18,19 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from subquad.attention import Pass
 from subquad.cache import StudentCache
-from subquad.converted import Converted, auto_map
+from subquad.converted import Converted, ConvertedConfig, auto_map
 from subquad.errors import UserError
-from subquad.interface import find_attention
+from subquad.interface import shapes_of
 from subquad.plan import AttentionShape, Plan
 
 
-class StudentConfig(PreTrainedConfig):
-    """The teacher's configuration, the plan, and where the attention modules are.
-
-    `plan` is the plan's YAML text; `attention_paths` are module paths in the teacher, one a layer; `attention` is the
-    implementation (sdpa, eager, ...) of the heads that keep attention.
-    """
+class StudentConfig(ConvertedConfig):
+    """The teacher's configuration, the plan, and where the attention modules are."""
 
     model_type = "subquad"
     sub_configs_defaults = {"text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama")}
 
     text_config: dict | PreTrainedConfig | None = None
-    plan: str = ""
-    attention_paths: Sequence[str] = ()
-    attention: str = "sdpa"
     tie_word_embeddings: bool = False
 
 
@@ -83,7 +76,7 @@ class Student(Converted, GenerationMixin):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-            return cls.from_teacher(model, plan_of([site.shape for site in find_attention(model)]))
+            return cls.from_teacher(model, plan_of(shapes_of(model)))
 
     # ------------------------------------------------------------------ running
 

@@ -28,7 +28,7 @@ from subquad.distill.loop import run_stage
 from subquad.errors import UserError
 from subquad.evaluate import likelihood, retrieval
 from subquad.evaluate.retrieval import Score
-from subquad.interface import find_attention
+from subquad.interface import shapes_of
 from subquad.lessons import Lessons, shares, train_tokenizer
 from subquad.plan import Plan
 from subquad.recipe import DataConfig, Recipe
@@ -80,7 +80,7 @@ def train_teacher(
         corpus = load_corpus(data, tokenizer)
     torch.manual_seed(seed)
     fresh = new_model(tokenizer, layers).to(run.accelerator.device)
-    student = Student.from_teacher(fresh, Plan.all_attention([site.shape for site in find_attention(fresh)]))
+    student = Student.from_teacher(fresh, Plan.all_attention(shapes_of(fresh)))
     run.say(f"{fresh.num_parameters():,} weights, {len(corpus.train):,} tokens of text")
 
     rounds, scores = _climb(run, student, fresh, Lessons(corpus, tokenizer))

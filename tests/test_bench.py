@@ -28,7 +28,7 @@ from subquad.curves import (
 )
 from subquad.evaluate import held_cache_bytes
 from subquad.files import make_room, write_json
-from subquad.opening import shapes_of
+from subquad.interface import shapes_of
 from subquad.report import draw_bench, print_bench
 from subquad.report.bench import findings
 from subquad.roofline import Costs, Roof, Work, mixing_flops

@@ -18,9 +18,8 @@ from subquad.distill.bridge import SIDES, layer_map
 from subquad.distill.passes import make_pass
 from subquad.errors import UserError
 from subquad.fresh import take_weights
-from subquad.interface import watched_attention
+from subquad.interface import shapes_of, watched_attention
 from subquad.mixers import MIXERS, mixer_options
-from subquad.opening import shapes_of
 from subquad.plan import ATTENTION, Plan
 from subquad.recipe import Recipe
 from subquad.stage import Stage

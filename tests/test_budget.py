@@ -9,7 +9,7 @@ import torch
 from conftest import FAMILIES, tiny
 
 from subquad.errors import UserError
-from subquad.interface import find_attention
+from subquad.interface import shapes_of
 from subquad.plan import AttentionShape, Plan
 from subquad.select.budget import Budget, largest_within
 from subquad.select.cost import best_units, by_layers, front, groups_of
@@ -237,7 +237,7 @@ def test_the_front_rises_to_all_that_is_of_value(options, wish):
 
 
 def student_of(teacher, layers, mixer="gla"):
-    shapes = [site.shape for site in find_attention(teacher)]
+    shapes = shapes_of(teacher)
     return Student.from_teacher(teacher, Plan.by_layer(shapes, layers, mixer))
 
 

@@ -272,10 +272,10 @@ def test_importing_subquad_is_light():
 @pytest.fixture(scope="module")
 def student_folder(tmp_path_factory):
     from subquad import Plan, Student
-    from subquad.interface import find_attention
+    from subquad.interface import shapes_of
 
     teacher = tiny("llama")
-    shapes = [site.shape for site in find_attention(teacher)]
+    shapes = shapes_of(teacher)
     plan = Plan.by_layer(shapes, attention_layers=[1, 2], mixer="gla", options={})
     folder = tmp_path_factory.mktemp("student")
     student = Student.from_teacher(teacher, plan)

@@ -29,7 +29,7 @@ from subquad.distill.passes import TeacherForced
 from subquad.distill.schedule import learning_rate_factor, warmup_steps
 from subquad.distill.trainable import choose_parameters, make_optimizer
 from subquad.errors import UserError
-from subquad.interface import find_attention
+from subquad.interface import shapes_of
 from subquad.plan import Plan
 from subquad.stage import Stage
 from subquad.student import Student
@@ -58,7 +58,7 @@ class RandomText:
 
 
 def make_student(teacher, attention_layers=(1,), mixer="hedgehog"):
-    shapes = [site.shape for site in find_attention(teacher)]
+    shapes = shapes_of(teacher)
     options = WINDOW if mixer in ("hedgehog", "sliding_window") else {}
     torch.manual_seed(1)
     student = Student.from_teacher(teacher, Plan.by_layer(shapes, attention_layers, mixer, options))

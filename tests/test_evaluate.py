@@ -16,9 +16,10 @@ from transformers import DynamicCache, Gemma2Config, Gemma2ForCausalLM, LlamaCon
 from subquad.data.retrieval import TASKS, Probe, make_probe
 from subquad.errors import UserError
 from subquad.evaluate import answers, cache_table, held_cache_bytes, likelihood, retrieval, samples, usable
+from subquad.interface import find_attention, shapes_of
 from subquad.memory import peak_rss_bytes
 from subquad.plan import Plan
-from subquad.student import Student, find_attention
+from subquad.student import Student
 
 SIZES = dict(
     hidden_size=32,
@@ -95,7 +96,7 @@ def test_a_copy_of_the_teacher_has_exactly_no_kl():
 
 def test_students_are_measured_through_their_mixers():
     teacher = tiny()
-    shapes = [site.shape for site in find_attention(teacher)]
+    shapes = shapes_of(teacher)
     plan = Plan(
         shapes=shapes,
         mixers={"attention": {}, "sliding_window": {"window": 4, "sinks": 1}},

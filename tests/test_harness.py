@@ -20,7 +20,7 @@ from subquad.data.questions import read_questions
 from subquad.errors import UserError
 from subquad.evaluate import harness
 from subquad.evaluate.harness import load_tasks
-from subquad.interface import find_attention
+from subquad.interface import shapes_of
 from subquad.plan import Plan
 from subquad.recipe import Recipe
 from subquad.select.task import task_score
@@ -56,7 +56,7 @@ def tokenizer():
 def make_student(tokenizer, attention_layers, mixer="gla", **options):
     """A random teacher of bytes, and a student of it."""
     teacher = tiny("llama", vocab_size=len(tokenizer), pad_token_id=None, eos_token_id=tokenizer.eos_token_id)
-    shapes = [site.shape for site in find_attention(teacher)]
+    shapes = shapes_of(teacher)
     return teacher, Student.from_teacher(teacher, Plan.by_layer(shapes, attention_layers, mixer, options))
 
 

@@ -21,7 +21,7 @@ from subquad.distill.loop import run_stage
 from subquad.distill.passes import make_pass
 from subquad.errors import UserError
 from subquad.images import ImageStudent
-from subquad.opening import shapes_of
+from subquad.interface import shapes_of
 from subquad.plan import Plan
 from subquad.stage import Stage
 

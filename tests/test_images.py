@@ -11,8 +11,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 from subquad.attention import Pass, to_front, to_middle
 from subquad.errors import UserError
 from subquad.images import ImageStudent
+from subquad.interface import shapes_of
 from subquad.mixers import MIXERS, mixer_options
-from subquad.opening import shapes_of
 from subquad.plan import Plan
 from subquad.student import Student
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from subquad.attention import Pass
 from subquad.errors import UserError
-from subquad.interface import find_attention
+from subquad.interface import shapes_of
 from subquad.join import EPS, RecolouringAdapter, output_projection
 from subquad.plan import Plan
 from subquad.student import Student
@@ -15,7 +15,7 @@ from subquad.testing import check_student
 
 
 def plan_of(teacher, heads=((0, 1), (0, 4), (2, 5)), join="parallel", mixer="gla"):
-    return Plan.by_head([site.shape for site in find_attention(teacher)], heads, mixer, join=join)
+    return Plan.by_head(shapes_of(teacher), heads, mixer, join=join)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

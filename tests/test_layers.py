@@ -16,7 +16,7 @@ from subquad.distill.hidden import matrix_distance, output_distance
 from subquad.distill.passes import FreeRunning, TeacherForced, layers_in_order, make_pass
 from subquad.distill.trainable import checkpointed_blocks, choose_parameters, make_optimizer, parameter_names
 from subquad.errors import UserError
-from subquad.interface import AttentionCall, find_attention, watched_attention
+from subquad.interface import AttentionCall, find_attention, shapes_of, watched_attention
 from subquad.mixers import MIXERS, HeadGroup, MixerInputs, mixer_options
 from subquad.plan import Plan
 from subquad.stage import Stage
@@ -277,7 +277,7 @@ def test_sets_of_parameters(family, mlp, kept):
         teacher = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **SIZES, **more)).eval()
     else:
         teacher = tiny(family)
-    shapes = [site.shape for site in find_attention(teacher)]
+    shapes = shapes_of(teacher)
     student = Student.from_teacher(teacher, Plan.by_layer(shapes, [1], "gla"))
     everything = {name for name, _ in student.named_parameters()}
     find = {wish: parameter_names(student, wish, stage()) for wish in ("mixers", "qkvo", "all", "all but mlp")}

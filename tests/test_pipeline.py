@@ -20,6 +20,7 @@ from subquad.data.text import load_corpus
 from subquad.errors import UserError
 from subquad.evaluate import cache_table
 from subquad.evaluate.retrieval import FLOORS
+from subquad.interface import shapes_of
 from subquad.plan import AttentionShape, Plan
 from subquad.recipe import Recipe, load_recipe
 from subquad.select import SELECTORS, Selector, units_of
@@ -106,7 +107,7 @@ def test_the_teacher_is_left_as_it_was(finished, teacher_folder, text, tmp_path)
     recipe.stages[1].trainable = "all"
     source = opening.load_teacher(teacher_folder)
     before = {name: parameter.clone() for name, parameter in source.model.named_parameters()}
-    plan = Plan.by_layer(opening.shapes_of(source.model), [1], "hedgehog", RECIPE["mixer"]["options"])
+    plan = Plan.by_layer(shapes_of(source.model), [1], "hedgehog", RECIPE["mixer"]["options"])
     run = pipeline.start_run(recipe, tmp_path / "run", resume=False, overwrite=False)
     corpus = load_corpus(text, source.tokenizer)
     student = Student.from_teacher(source.model, plan)
@@ -197,7 +198,7 @@ def test_the_command_in_two_processes_gives_the_same_losses(finished, teacher_fo
 
 
 def test_a_given_plan_is_used(teacher_folder, text, tmp_path):
-    shapes = opening.shapes_of(tiny("llama"))
+    shapes = shapes_of(tiny("llama"))
     Plan.by_layer(shapes, [0, 2], "gla").save(tmp_path / "mine.yaml")
     recipe = Recipe(**{**RECIPE, "mixer": {"name": "gla"}, "stages": RECIPE["stages"][1:]})
     student = pipeline.convert(teacher_folder, recipe, tmp_path / "run", plan=tmp_path / "mine.yaml", data=text)

@@ -6,7 +6,7 @@ from conftest import FAMILIES, tiny
 
 from subquad.errors import UserError
 from subquad.evaluate import held_cache_bytes
-from subquad.interface import find_attention
+from subquad.interface import shapes_of
 from subquad.plan import AttentionShape, Plan
 from subquad.student import Student
 
@@ -67,7 +67,7 @@ def test_cache_bytes_by_hand():
 def test_cache_bytes_are_those_held(family, dtype):
     """To the byte: after prefill, and again after decoding."""
     teacher = tiny(family, dtype=dtype)
-    shapes = [site.shape for site in find_attention(teacher)]
+    shapes = shapes_of(teacher)
     plan = mixed().model_copy(update={"shapes": shapes})
     if shapes[0].kv_heads != 2:
         plan.layers[2] = {"attention": [0, 4], "hedgehog": [1, 2], "gla": [3, 5]}

@@ -15,7 +15,7 @@ from subquad import pipeline, preview
 from subquad.distill.probe import Probe, TensorBytes, probe_stage, weights_of
 from subquad.errors import UserError
 from subquad.evaluate.retrieval import FLOORS
-from subquad.opening import shapes_of
+from subquad.interface import shapes_of
 from subquad.plan import Plan
 from subquad.preview import StagePreview
 from subquad.recipe import Recipe

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from subquad import jobs, pipeline
 from subquad.errors import UserError
 from subquad.evaluate.retrieval import FLOORS
-from subquad.interface import find_attention
+from subquad.interface import shapes_of
 from subquad.plan import Plan
 from subquad.recipe import Recipe, load_recipe, recipe_names
 from subquad.select import task
@@ -110,7 +110,7 @@ def test_mohawk_on_families(family, tmp_path):
     else:
         teacher = tiny(family)
     before = weights(teacher)
-    shapes = [site.shape for site in find_attention(teacher)]
+    shapes = shapes_of(teacher)
     student = Student.from_teacher(teacher, Plan.by_layer(shapes, [1], "discrete_mamba2"))
     student.calibrate(torch.randint(3, 97, (2, 32)))
     for index, stage in enumerate(load_recipe("mohawk").stages):

@@ -11,7 +11,7 @@ from subquad.attention import Pass
 from subquad.data.retrieval import Probe
 from subquad.errors import UserError
 from subquad.evaluate.retrieval import answers
-from subquad.interface import find_attention
+from subquad.interface import find_attention, shapes_of
 from subquad.join import output_projection
 from subquad.plan import Plan
 from subquad.select import Budget, Choice, Work, choose_plan, retrieval_scores, units_of
@@ -29,7 +29,7 @@ def probe_of(rows=6, length=24, seed=0, vocabulary=90):
 
 
 def silence_of(teacher, probe, top=1, unit="head", work=None):
-    shapes = [site.shape for site in find_attention(teacher)]
+    shapes = shapes_of(teacher)
     whole = {"copy": answers(teacher, probe)}
     return Silence(
         all_attention(teacher), units_of(shapes, unit), {"copy": probe}, whole, "logprob", top, work or Work(print)
@@ -37,7 +37,7 @@ def silence_of(teacher, probe, top=1, unit="head", work=None):
 
 
 def all_attention(teacher):
-    return Student.from_teacher(teacher, Plan.all_attention([site.shape for site in find_attention(teacher)]))
+    return Student.from_teacher(teacher, Plan.all_attention(shapes_of(teacher)))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

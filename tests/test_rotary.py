@@ -7,7 +7,7 @@ from conftest import FAMILIES, GROUPED, tiny
 from subquad import rotary
 from subquad.attention import Pass
 from subquad.errors import UserError
-from subquad.opening import shapes_of
+from subquad.interface import shapes_of
 from subquad.plan import Plan
 from subquad.rotary import Rotation
 from subquad.student import Student

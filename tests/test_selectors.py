@@ -9,7 +9,7 @@ from conftest import FAMILIES, tiny
 from subquad.attention import Pass
 from subquad.errors import UserError
 from subquad.evaluate import likelihood
-from subquad.interface import find_attention
+from subquad.interface import find_attention, shapes_of
 from subquad.plan import Plan
 from subquad.recipe import Recipe, SelectorConfig
 from subquad.select import (
@@ -44,7 +44,7 @@ quiet = {"say": lambda text: None}
 def linear_student(family="llama", mixer="hedgehog", options=None):
     """A teacher, and its all-linear student with mixers that differ from calibrated and from untouched ones."""
     teacher = tiny(family)
-    shapes = [site.shape for site in find_attention(teacher)]
+    shapes = shapes_of(teacher)
     student = Student.from_teacher(teacher, Plan.by_layer(shapes, [], mixer, options or {"window": 8, "sinks": 1}))
     torch.manual_seed(1)
     for _, parameter in student.mixer_parameters():
@@ -65,7 +65,7 @@ def text(rows=2, length=40):
 def ruined_layer(layer=1):
     """Layers that are linear for free, and one whose mixer sees next to nothing."""
     teacher = tiny("llama")
-    shapes = [site.shape for site in find_attention(teacher)]
+    shapes = shapes_of(teacher)
     student = Student.from_teacher(teacher, Plan.by_layer(shapes, [], "hedgehog", {"window": 48, "sinks": 0}))
     mixer = student.attention_modules()[layer].mixer["hedgehog"]
     mixer.options = mixer.options.model_copy(update={"window": 1})
@@ -81,7 +81,7 @@ def asked(student, teacher, by, budget="1", **options):
 
 
 def test_units():
-    shapes = [site.shape for site in find_attention(tiny("llama"))]
+    shapes = shapes_of(tiny("llama"))
     assert units_of(shapes, "layer")[1] == [(1, head) for head in range(6)]
     assert units_of(shapes, "head")[7] == [(1, 1)]
     assert [len(unit) for unit in units_of(shapes, 2)] == [12, 6]

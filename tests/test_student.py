@@ -6,7 +6,7 @@ from conftest import FAMILIES, tiny
 
 from subquad.attention import Pass
 from subquad.errors import UserError
-from subquad.interface import find_attention
+from subquad.interface import find_attention, shapes_of
 from subquad.mixers import MIXERS as ALL_MIXERS
 from subquad.plan import Plan
 from subquad.student import Student
@@ -25,10 +25,6 @@ MIXERS = {
     "kda": {},
     "rwkv7": {"rotary": False},
 }
-
-
-def shapes_of(teacher):
-    return [site.shape for site in find_attention(teacher)]
 
 
 def mixed_plan(shapes, mixer="hedgehog"):

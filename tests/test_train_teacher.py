@@ -18,7 +18,7 @@ from subquad.data.retrieval import FILLER, WORDS, make_probe
 from subquad.data.text import load_corpus
 from subquad.errors import UserError
 from subquad.evaluate import retrieval
-from subquad.interface import find_attention
+from subquad.interface import shapes_of
 from subquad.lessons import SHORTEST, TRAINING_SEEDS, VOCABULARY, Lessons, shares, train_tokenizer
 from subquad.plan import Plan
 from subquad.student import Student
@@ -204,7 +204,7 @@ def test_a_run_leaves_a_teacher_that_converts(tmp_path, text, small):
     assert "token budget spent" in (tmp_path / "run/README.md").read_text()
     teacher = load_teacher(str(tmp_path / "run"))
     assert teacher.model.num_parameters() == metrics["parameters"]
-    shapes = [site.shape for site in find_attention(teacher.model)]
+    shapes = shapes_of(teacher.model)
     assert len(shapes) == 4 and {(s.heads, s.kv_heads, s.head_dim, s.hidden_size) for s in shapes} == {(8, 8, 32, 128)}
     student = Student.from_teacher(teacher.model, Plan.by_layer(shapes, [1], "gla"))
     assert student(torch.arange(8)[None]).logits.isfinite().all()

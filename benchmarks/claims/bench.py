@@ -21,7 +21,7 @@ from subquad.distill.batch import TokenSource
 from subquad.distill.loop import make_accelerator, run_stage
 from subquad.evaluate.retrieval import answers, usable
 from subquad.files import write_json
-from subquad.interface import find_attention
+from subquad.interface import shapes_of
 from subquad.join import JoinStart
 from subquad.lessons import Lessons
 from subquad.plan import Plan
@@ -43,7 +43,7 @@ class Base:
         self.store = store
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.teacher: Teacher = load_teacher(teacher, task=task, device=self.device)
-        self.shapes = [site.shape for site in find_attention(self.teacher.model)]
+        self.shapes = shapes_of(self.teacher.model)
 
     def train(self, student: Converted, stages: Sequence[Stage], seed: int) -> list[Result]:
         """What became of each stage."""

@@ -37,7 +37,7 @@ from subquad.distill.loop import make_accelerator
 from subquad.distill.probe import probe_stage
 from subquad.evaluate import likelihood
 from subquad.fresh import take_weights
-from subquad.opening import shapes_of
+from subquad.interface import shapes_of
 from subquad.plan import Plan
 from subquad.student import Student
 

@@ -34,7 +34,7 @@ from benchmarks.common import wide_console
 from subquad.data.images import ImageSet, load_images, processed_size
 from subquad.evaluate import likeness
 from subquad.images import ImageStudent, image_tokens
-from subquad.opening import shapes_of
+from subquad.interface import shapes_of
 from subquad.plan import Plan
 from subquad.stage import Stage
 

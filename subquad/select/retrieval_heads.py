@@ -20,7 +20,7 @@ from subquad.distill.heads import final_hidden
 from subquad.distill.hidden import attention_probabilities
 from subquad.evaluate.likelihood import evaluating
 from subquad.evaluate.retrieval import answers
-from subquad.interface import find_attention, watched_attention
+from subquad.interface import shapes_of, watched_attention
 from subquad.plan import Plan
 from subquad.select.silence import Measure, Silence, measure_of, silence_bill
 from subquad.select.units import Unit, by_layer, units_of
@@ -84,7 +84,7 @@ def retrieval_scores(
     before the work begins, and shares it. Raises UserError where the model can be asked nothing: no task is left.
     """
     work = work or Work()
-    shapes = [site.shape for site in find_attention(model)]
+    shapes = shapes_of(model)
     heads = units_of(shapes, "head")
     units = heads if units is None else list(units)
     top = max(1, round(len(units) / 50)) if top is None else top
