@@ -145,6 +145,7 @@ class Selection(Bench):
             asked = [self.probe(task, setup.sequence_length, setup.score_rows, 77, scored) for task in probes]
             scored = torch.cat([scored, *(probe.input_ids for probe in asked)])
         self.scored_rows = scored
+        self.plain_rows = scored[: setup.score_rows]
 
     # ------------------------------------------------------------------ students
 
@@ -226,10 +227,14 @@ class Selection(Bench):
             worth = choice.worth or [-order.index(unit) for unit in range(len(order))]  # its ranks
             return {"worth": list(worth), "order": order, **work.report()}
 
-        settings = self.about(seed) | {"part": "scores", "by": by, "with": options, "rows": len(self.scored_rows)}
+        settings = self.about(seed) | {"part": "scores", "by": by, "with": options, "rows": len(self.rows_for(by))}
         if options.get("retrain_tokens"):
             settings["rate"] = self.rate
         return self.store.run(settings, job)
+
+    def rows_for(self, by: str) -> torch.Tensor:
+        """What a selector scores on; HALO sets recall against what needs none, so it gets text alone."""
+        return self.plain_rows if by == "halo" else self.scored_rows
 
     def choice(self, student: Student, by: str, options: dict[str, Any], seed: int, work: Work) -> Choice:
         def train(candidate: Student, tokens: int, name: str) -> None:
@@ -237,7 +242,7 @@ class Selection(Bench):
 
         budget = Budget.parse(str(self.count(0.25)))
         question = Question(
-            student, self.teacher, self.scored_rows, budget, self.setup.unit, self.lessons, train, seed, work
+            student, self.teacher, self.rows_for(by), budget, self.setup.unit, self.lessons, train, seed, work
         )
         return SELECTORS[by].choose(question, **options)
 
