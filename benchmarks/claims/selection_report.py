@@ -112,30 +112,48 @@ def greedy_table(task: str, runs: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def draw(report: Mapping[str, Any], path: Path) -> None:
-    """Left, agreement over cost; right, KL over the share of attention kept."""
+    """Left, what each selector's student is worth over what selecting cost; right, KL over the attention kept."""
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(9.6, 3.8), layout="constrained")
-        left, right = figure.subplots(1, 2)
-        _draw_agreement(left, report["estimators"])
-        if "budgets" in report:
-            _draw_budgets(right, report["budgets"])
+        figure = Figure(figsize=(10.4, 4.2), layout="constrained")
+        panels = [_draw_worth] + ([_draw_budgets] if "budgets" in report else [])
+        axes = figure.subplots(1, len(panels), squeeze=False)[0]
+        for ax, panel, part in zip(axes, panels, ("estimators", "budgets"), strict=False):
+            panel(ax, report[part])
         save_png(figure, path, dpi=150)
 
 
-def _draw_agreement(ax: Axes, cells: Sequence[Mapping[str, Any]]) -> None:
+def _draw_worth(ax: Axes, cells: Sequence[Mapping[str, Any]]) -> None:
+    """A selector that measures nothing is a line. Names stand to the right of their marks, in the order of height."""
     full = fmean(map(forward_equivalent, cells[0]["selections"]))
+    spots = []
     for cell in cells:
-        if not cell["spearman"]:
+        found = Mean.of([run["kl"] for run in cell["runs"]])
+        if not cell["selections"]:
+            ax.axhline(found.mean, color="#7d8794", linewidth=0.8, linestyle=":")
+            ax.annotate(cell["name"], (1, found.mean), xycoords=("axes fraction", "data"), ha="right", va="bottom")
             continue
-        cost, found = fmean(map(forward_equivalent, cell["selections"])) / full, Mean.of(cell["spearman"])
+        cost = fmean(map(forward_equivalent, cell["selections"])) / full
         ax.errorbar(cost, found.mean, found.spread, color="#4f7fcf", marker="o", markersize=4, capsize=2)
-        ax.annotate(cell["name"], (cost, found.mean), xytext=(5, 3), textcoords="offset points", fontsize=7)
-    ax.axvline(0.1, color=STYLE["text.color"], linewidth=0.6, linestyle=":")
+        spots.append((found.mean, cost, cell["name"]))
     ax.set_xscale("log")
+    ax.set_yscale("log")
+    ax.set_xlim(0.004, 3)
+    low, high = ax.get_ylim()
+    gap = (high / low) ** 0.042  # between two names, on a logarithmic scale
+    height = 0.0
+    for kl, cost, name in sorted(spots):
+        height = max(kl, height * gap)
+        here = {"fontsize": 7, "va": "center", "ha": "right" if cost > 0.3 or cost < 0.015 else "left"}
+        side = cost * (1.18 if here["ha"] == "left" else 0.85)
+        ax.annotate(name, (cost, kl), xytext=(side, height), arrowprops={"arrowstyle": "-", "lw": 0.3}, **here)
+    ax.axvline(0.1, color=STYLE["text.color"], linewidth=0.6, linestyle=":")
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}%"))
-    ax.set_xlabel("cost, of retraining every candidate")
-    ax.set_ylabel("rank correlation with that")
-    ax.margins(x=0.25)
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.yaxis.set_minor_formatter(
+        FuncFormatter(lambda value, _: f"{value:g}" if round(10 * value) in (2, 3, 4, 6) else "")
+    )
+    ax.set_xlabel("cost of selecting, of retraining every candidate")
+    ax.set_ylabel("held-out KL of the student (nats per token)")
     ax.grid()
 
 
