@@ -91,8 +91,11 @@ class Run:
         if not mixers:
             return f"All {all_of_them} {what} keep attention."
         names = " and ".join(mixers)
-        kept_words = f"{kept} of {all_of_them} {what} keep attention"
-        return f"{kept_words}; the other {what} run {names}, whose cost per token does not grow with context."
+        longer = "the number of patches" if self.metrics.image_measures else "context"
+        gain = f"run {names}, whose cost per token does not grow with {longer}."
+        if kept == 0:
+            return f"None of {all_of_them} {what} keeps attention: all {gain}"
+        return f"{kept} of {all_of_them} {what} keep attention; the other {what} {gain}"
 
     def plan_summary(self) -> str:
         """The same in a few words: `15 of 30 layers, hedgehog`; empty without a plan."""
