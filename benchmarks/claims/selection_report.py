@@ -1,5 +1,6 @@
 """The tables and the picture of selection's claims."""
 
+from bisect import bisect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -137,15 +138,16 @@ def _draw_worth(ax: Axes, cells: Sequence[Mapping[str, Any]]) -> None:
         spots.append((found.mean, cost, cell["name"]))
     ax.set_xscale("log")
     ax.set_yscale("log")
-    ax.set_xlim(0.004, 3)
+    ax.set_xlim(0.0012, 30)
     low, high = ax.get_ylim()
-    gap = (high / low) ** 0.042  # between two names, on a logarithmic scale
-    height = 0.0
+    gap = (high / low) ** 0.035  # between two names on one side, on a logarithmic scale
+    heights: dict[int, float] = {}  # of the last name, by column: the cheap, the others, the dear
     for kl, cost, name in sorted(spots):
-        height = max(kl, height * gap)
-        here = {"fontsize": 7, "va": "center", "ha": "right" if cost > 0.3 or cost < 0.015 else "left"}
-        side = cost * (1.18 if here["ha"] == "left" else 0.85)
-        ax.annotate(name, (cost, kl), xytext=(side, height), arrowprops={"arrowstyle": "-", "lw": 0.3}, **here)
+        column, align = bisect((0.05, 0.2), cost), "right" if cost < 0.05 else "left"
+        height = heights[column] = max(kl, heights.get(column, 0.0) * gap)
+        spot = cost * (1.25 if align == "left" else 0.8), height
+        look = {"arrowprops": {"arrowstyle": "-", "lw": 0.3}, "fontsize": 7, "va": "center", "ha": align}
+        ax.annotate(name, (cost, kl), xytext=spot, **look)
     ax.axvline(0.1, color=STYLE["text.color"], linewidth=0.6, linestyle=":")
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}%"))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
