@@ -8,12 +8,13 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 from test_report import Page, make_metrics, make_plan, make_run
 
 from subquad.errors import UserError
 from subquad.plan import Plan
 from subquad.report import format as fmt
-from subquad.report import write_report
+from subquad.report import plots, write_report
 from subquad.report.overview import draw_overview, overview
 from subquad.report.plots import picture, stage_picture
 from subquad.report.retrieval_plots import depth_picture
@@ -242,3 +243,12 @@ def test_the_ledger_has_the_selection(three):
     assert (rows["selection"].tokens, rows["selection"].tokens_per_second) == (8192, 128)
     Plan.all_attention(make_plan().shapes).save(three[0] / "plan.yaml")
     assert read_run(three[0]).plan_summary() == "30 of 30 layers"
+
+
+def test_bytes_have_few_ticks_and_none_below_nothing():
+    ax = Figure().subplots()
+    ax.plot([1, 2, 400], [0, 1, 1])  # most of what is drawn lies far from the rest
+    plots.in_bytes(ax)
+    low, high = ax.get_xlim()
+    assert low == 0 and high > 400
+    assert 3 <= len([tick for tick in ax.get_xticks() if low <= tick <= high]) <= 8

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, MultipleLocator
 
 from subquad.report import format as fmt
 from subquad.report.metrics import Variant
 from subquad.report.number import NAN
-from subquad.report.plots import STUDENT, TEACHER, legend_above
+from subquad.report.plots import STUDENT, TEACHER, in_bytes, legend_above
 from subquad.report.run import Run
 
 
@@ -123,9 +122,7 @@ def draw_overview(ax: Axes, found: Overview) -> None:
     ax.plot(teachers, [0.0] * len(teachers), label="teacher", **look)
     ax.margins(x=0.1)
     ax.set_ylim(0, 1.15 * max(one.kl for one in found.comparable) or 1)
-    low, high = ax.get_xlim()
-    ax.xaxis.set_major_locator(MultipleLocator(2 ** math.ceil(math.log2((high - low) / 6))))
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: fmt.size(value)))
+    in_bytes(ax)
     ax.grid()
     ax.set_xlabel(f"cache of one sequence at {fmt.context(found.cache_context)} tokens")
     ax.set_ylabel(f"KL at {fmt.context(found.context)} tokens (nats)")

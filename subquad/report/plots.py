@@ -20,7 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, PathPatch
 from matplotlib.path import Path as Outline
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, MultipleLocator, NullLocator
 
 from subquad.errors import UserError
 from subquad.plan import Plan
@@ -277,6 +277,14 @@ def _plan_height(plan: Plan, width: float, tallest: float) -> float:
     cell = min(0.92 * width / max(len(table), 1), 0.3)
     cells = min(max(cell * max(map(len, table), default=1), 1.0), tallest)
     return cells + 0.55 + 0.17 * math.ceil(len(mixer_colours(plan)) / 2)
+
+
+def in_bytes(ax: Axes) -> None:
+    """The horizontal axis counts bytes, of which there are none below 0: about six ticks at a power of two."""
+    low, high = ax.get_xlim()
+    ax.set_xlim(left=max(low, 0.0))
+    ax.xaxis.set_major_locator(MultipleLocator(2 ** math.ceil(math.log2((high - max(low, 0.0)) / 6))))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: fmt.size(value)))
 
 
 def legend_above(ax: Axes, handles: list) -> None:

@@ -7,11 +7,21 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
-from matplotlib.ticker import FuncFormatter, MaxNLocator, MultipleLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from subquad.report import format as fmt
 from subquad.report.number import NAN
-from subquad.report.plots import INK, MIXER_COLOURS, SPARE_COLOURS, STUDENT, TEACHER, WIDTH, legend_above, picture
+from subquad.report.plots import (
+    INK,
+    MIXER_COLOURS,
+    SPARE_COLOURS,
+    STUDENT,
+    TEACHER,
+    WIDTH,
+    in_bytes,
+    legend_above,
+    picture,
+)
 from subquad.report.scores import Picked, ReplacementPath, Scores
 
 SCORED = {
@@ -121,8 +131,7 @@ def draw_front(ax: Axes, scores: Scores, cost: float) -> None:
     if math.isfinite(cost):
         look: dict[str, Any] = {"color": STUDENT, "marker": "D", "linestyle": "none", "markersize": 6}
         ax.plot(cost, scores.kept_share, **look, label="the plan chosen")
-    ax.xaxis.set_major_locator(MultipleLocator(2 ** math.ceil(math.log2((costs[-1] - costs[0]) / 6))))
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: fmt.size(value)))
+    in_bytes(ax)
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: fmt.percent(value, 0)))
     ax.grid()
     ax.set_xlabel(f"cache of one sequence at {fmt.context(scores.front_context)} tokens")
