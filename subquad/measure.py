@@ -49,7 +49,7 @@ def measured_rows(
 
         if isinstance(data, ImageSet):
             per_image = data.tokens
-            images = data.heldout(config.rows)
+            images = data.heldout_batches(config.rows)
             found = likeness(models, source.model, images, tick=lambda count: tick(per_image * count))
             rows: dict[str, dict[str, Any]] = {name: {"images": measures} for name, measures in found.items()}
         else:
@@ -83,7 +83,7 @@ def _on_text(
 def check_heldout(config: EvaluateConfig, source: Teacher, data: Corpus | ImageSet) -> None:
     """Raises UserError where there is less held-out data than is to be measured on."""
     if isinstance(data, ImageSet):
-        data.heldout(config.rows)
+        data.heldout_batches(config.rows)
     else:
         questions(config, source, data)
 

@@ -37,9 +37,12 @@ def settled(recipe: Recipe | str | Path, teacher: str, data: list[str] | None) -
     if data:
         recipe.data.sources = data
     streamed = [source for source in recipe.data.sources or [] if not Path(source).exists()]
-    if TASKS[recipe.task].of_images:
-        _check_images(recipe)
-    elif streamed and recipe.data.max_tokens is None:  # a stream has no end: take what the stages will read
+    of_images = TASKS[recipe.task].of_images
+    if not of_images and recipe.data.max_images is not None:
+        raise UserError("data.max_images counts images, and the recipe is for text: give data.max_tokens")
+    if (
+        not of_images and streamed and recipe.data.max_tokens is None
+    ):  # a stream has no end: take what the stages will read
         read = sum(stage.tokens for stage in recipe.stages)
         recipe.data.max_tokens = max(1, round(1.1 * read))
     for name, options in mixers_of(recipe).items():
@@ -47,6 +50,8 @@ def settled(recipe: Recipe | str | Path, teacher: str, data: list[str] | None) -
     if recipe.mixer.name == ATTENTION:
         raise UserError("the recipe's mixer is attention itself, so there is nothing to convert: choose another mixer")
     check_selector(recipe.selector)
+    if of_images:
+        _check_images(recipe)
     if recipe.student is not None and SELECTORS[recipe.selector.by].text:
         raise UserError(
             f"selector '{recipe.selector.by}' asks what the teacher's attention does in the student, which has a model "
@@ -72,8 +77,14 @@ def _check_images(recipe: Recipe) -> None:
             f"the budget '{recipe.selector.budget}' is of a cache or of decoding, and a model of images has neither: "
             "give a number of layers or heads, or a share of them"
         )
-    if recipe.tied_embeddings != "keep":
-        raise UserError("tied_embeddings is of language models: leave it out")
+    for key, given in (
+        ("tied_embeddings is", recipe.tied_embeddings != "keep"),
+        ("evaluate.tasks are", bool(recipe.evaluate.tasks)),
+    ):
+        if given:
+            raise UserError(f"{key} of language models: leave it out")
+    if recipe.data.max_tokens is not None:
+        raise UserError("data.max_tokens counts text: give data.max_images")
     for stage in recipe.stages:
         if stage.teacher_cache is not None:
             raise UserError(f"stage '{stage.name}' has a teacher_cache, which holds answers to text: leave it out")

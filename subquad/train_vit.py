@@ -145,8 +145,8 @@ def new_vit(images: ImageSet, patch: int) -> ViTForImageClassification:
 
 def _measured(run: Run, model: ViTForImageClassification, images: ImageSet, result: StageResult) -> dict[str, Any]:
     """metrics.json: the accuracy on all test images, and what it took."""
-    test = images.heldout(len(images.parts["test"]))
-    measured = likeness({}, model.eval(), test, batch=256)["teacher"]
+    test = images.heldout_batches(len(images.parts["test"]), batch=256)
+    measured = likeness({}, model.eval(), test)["teacher"]
     return {
         "accuracy": measured["accuracy"],
         "accuracy_stderr": measured["accuracy_stderr"],

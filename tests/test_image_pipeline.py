@@ -18,7 +18,7 @@ from subquad.data.images import ImageBatch
 from subquad.errors import UserError
 from subquad.evaluate import likeness
 from subquad.images import ImageStudent
-from subquad.opening import plan_of
+from subquad.opening import plan_of, settled
 from subquad.plan import Plan
 from subquad.recipe import load_recipe, recipe_names
 from subquad.report import write_report
@@ -199,6 +199,9 @@ REFUSED = {
     ),
     "direction": ("pictures", ["mixer.options.bidirectional=false"], "looks back only, and ViTForImageClassification"),
     "task": ("pictures", ["task=image-feature-extraction"], "is no image encoder without a head but a ViTFor"),
+    "selector's name": ("pictures", ["selector.by=uniforn"], "unknown selector 'uniforn'"),
+    "tokens": ("pictures", ["data.max_tokens=1k"], "data.max_tokens counts text: give data.max_images"),
+    "tasks": ("pictures", ["evaluate.tasks=[arc_easy]"], "evaluate.tasks are of language models"),
     "rows": ("pictures", ["evaluate.rows=21"], "21 images are wanted of the part 'test', which has 20"),
 }
 
@@ -235,7 +238,9 @@ def test_likeness_is_what_it_says(pictures, classifier_folder):
     plan = Plan.by_layer(shapes, [0], "gla", {"bidirectional": True})
     student = ImageStudent.from_teacher(teacher, plan)
     pixels, labels = torch.randn(5, 3, 32, 32), torch.tensor([0, 1, 2, -100, 3])
-    found = likeness({"student": student}, teacher, ImageBatch(pixels, labels), batch=2)["student"]
+    found = likeness(
+        {"student": student}, teacher, [ImageBatch(pixels[:3], labels[:3]), ImageBatch(pixels[3:], labels[3:])]
+    )["student"]
     with torch.no_grad():
         mine, theirs = student(pixels).logits.log_softmax(-1), teacher(pixels).logits.log_softmax(-1)
     kl = (theirs.exp() * (theirs - mine)).sum(-1)
@@ -311,3 +316,8 @@ def test_models_without_a_map_are_refused(encoder_folder, pictures, tmp_path):
         UserError, match="'saliency', and Dinov2WithRegistersModel makes no saliency map: choose features"
     ):
         pipeline.convert(encoder_folder, recipe, tmp_path / "run", data=[pictures])
+
+
+def test_text_has_no_images():
+    with pytest.raises(UserError, match="data.max_images counts images, and the recipe is for text"):
+        settled(load_recipe("quick", ["data.max_images=5"]), "default", None)

@@ -103,9 +103,9 @@ class CabVision(Tuned):
             setup.data, reader, channels=model.config.num_channels, tokens=tokens, heldout_fraction=0.02
         )
         self.lessons = self.images
-        self.test = self.images.heldout(min(setup.test_images, len(self.images.parts["test"])))
-        self.tuning = self.images.heldout(len(self.images.parts["selection"]), "selection")
-        self.accuracy = likeness({}, model, self.test, batch=256)["teacher"]["accuracy"]
+        self.test = [*self.images.heldout_batches(min(setup.test_images, len(self.images.parts["test"])), batch=256)]
+        self.tuning = [*self.images.heldout_batches(len(self.images.parts["selection"]), "selection", batch=256)]
+        self.accuracy = likeness({}, model, self.test)["teacher"]["accuracy"]
 
     # ------------------------------------------------------------------ a student and its stages
 
@@ -147,7 +147,7 @@ class CabVision(Tuned):
         student = self.fresh(settings)
         results = self.train(student, self.stages_of(settings), seed)
         shown = self.tuning if seed == setup.tuning_seed else self.test
-        found = likeness({"student": student}, self.teacher.model, shown, batch=256)["student"]
+        found = likeness({"student": student}, self.teacher.model, shown)["student"]
         found.pop("samples")
         return found | {"stages": results}
 

@@ -7,7 +7,7 @@ Legend: B images of a batch, C channels, H height, W width.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -81,10 +81,16 @@ class ImageSet:
 
     def heldout(self, count: int, part: Part = "test") -> ImageBatch:
         """The first images of a part that training never sees. Raises UserError where it has not as many."""
+        [images] = self.heldout_batches(count, part, batch=count)
+        return images
+
+    def heldout_batches(self, count: int, part: Part = "test", batch: int = 64) -> Iterator[ImageBatch]:
+        """The same in batches, so that no more are in memory at once. Raises UserError as `heldout` does."""
         pictures = self.parts[part]
         if count > len(pictures):
             raise UserError(f"{count} images are wanted of the part '{part}', which has {len(pictures)}: ask for fewer")
-        return self._read(pictures.at(range(count)))
+        starts = range(0, count, batch)
+        return (self._read(pictures.at(range(start, min(start + batch, count)))) for start in starts)
 
     @property
     def amount(self) -> str:

@@ -4,7 +4,7 @@ Shapes: B images, T tokens, M model width, V classes.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,12 +25,11 @@ GROUPS = 32  # of images, whose means are the samples of a comparison
 def likeness(
     models: Mapping[str, PreTrainedModel],
     teacher: PreTrainedModel,
-    images: ImageBatch,
+    batches: Iterable[ImageBatch],
     *,
-    batch: int = 64,
     tick: Callable[[int], object] = lambda images: None,
 ) -> dict[str, dict[str, Any]]:
-    """Compare every model of `models` with its teacher on these images.
+    """Compare every model of `models` with its teacher on the images of these batches.
 
     Returns, for "teacher" and for each name, means over the images with standard errors (`..._stderr`): `distance`, of
     the last hidden states (of a classifier: of what it reads) from the teacher's, as a share of the norm of those; and
@@ -42,8 +41,7 @@ def likeness(
     everyone = {"teacher": teacher, **models}
     values: dict[str, dict[str, list[Tensor]]] = {name: {} for name in everyone}
     with evaluating(*everyone.values()):
-        for start in range(0, len(images), batch):
-            some = images[start : start + batch]
+        for some in batches:
             answers = {
                 name: _answer(model, some.pixels_BCHW.to(model.device)).to(teacher.device)
                 for name, model in everyone.items()
