@@ -122,7 +122,7 @@ def test_it_is_measured_again(converted, capsys):
     before = json.loads((converted / "metrics.json").read_text())
     again = jobs.evaluate_model(converted, json_path=converted / "eval.json")
     for measure, value in before["student"]["images"].items():
-        assert again["student"]["images"][measure] == pytest.approx(value, rel=1e-5)
+        assert again["student"]["images"][measure] == pytest.approx(value, rel=1e-4, abs=1e-6)  # float32
     write_report(converted)
     assert read_run(converted).evaluation.student.images.count == 20
     ran = CliRunner().invoke(app, ["eval", str(converted)])
