@@ -21,6 +21,7 @@ from subquad.converted import Converted, ConvertedConfig, auto_map
 from subquad.errors import UserError
 from subquad.interface import image_size, least_inputs, patch_grid
 from subquad.plan import ATTENTION, Plan
+from subquad.saliency import SaliencyModel
 
 
 class ImageStudentConfig(ConvertedConfig):
@@ -117,7 +118,7 @@ def read_by_head(model: Any, pixels_BCHW: Tensor, **how: Any) -> Tensor:
     """
     head, how = classifier(model), {**_positions(model, pixels_BCHW), **how}
     if head is None:
-        hidden: Tensor = model(pixels_BCHW, **how).last_hidden_state
+        hidden: Tensor = _encoder(model)(pixels_BCHW, **how).last_hidden_state  # and no decoder on top of it
         return hidden
     read: list[Tensor] = []
     hook = head.register_forward_pre_hook(lambda module, args: read.append(args[0]))
@@ -135,8 +136,8 @@ def _classifies(model: Any) -> bool:
 
 
 def _encoder(model: Any) -> Any:
-    """The model without its classifier."""
-    return model.base_model if _classifies(model) else model
+    """The model without its classifier or its decoder of saliency."""
+    return model.base_model if _classifies(model) or isinstance(model, SaliencyModel) else model
 
 
 def register() -> None:

@@ -62,9 +62,10 @@ class StoredPictures:
 
     def read(self) -> tuple[Tensor, Tensor]:
         """Bytes (N, C, H, W) and classes (N,), `UNLABELLED` where there are none."""
-        pictures = [picture.convert("RGB") for picture in self.rows[:][self.image]]
+        rows = self.rows[:]  # once, for this decodes
+        pictures = [picture.convert("RGB") for picture in rows[self.image]]
         pixels_NCHW = self.processor(pictures, do_rescale=False, do_normalize=False, return_tensors="pt").pixel_values
-        labels = [UNLABELLED] * len(pictures) if self.label is None else self.rows[:][self.label]
+        labels = [UNLABELLED] * len(pictures) if self.label is None else rows[self.label]
         return pixels_NCHW.float().round().clamp(0, 255).to(torch.uint8), torch.tensor(labels)
 
 
