@@ -31,11 +31,14 @@ all: .venv/.installed
 convert: .venv/.installed
 	$(BIN)/subquad convert --recipe quick --out runs/quick $(ARGS)
 
+# Two processes of one thread each: the models are tiny. Files stay together, for what their tests share.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+
 test: .venv/.installed
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-slow: .venv/.installed
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(PYTEST) -m slow $(ARGS)
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

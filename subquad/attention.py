@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from subquad.cache import StudentCache
+from subquad.cache import StudentCache, append
 from subquad.interface import attention_function, set_attention
 from subquad.join import Branch, JoinStart, RecolouringAdapter, output_projection, projected
 from subquad.mixers import MIXERS, HeadGroup, Mixer, MixerInputs, mixer_options
@@ -158,7 +158,7 @@ def mixed_attention(
     )
     cached = None if student_pass.cache is None else student_pass.cache.layers[layer.layer]
     if cached is not None:
-        whole = replace(whole, past=cached.tokens - query.shape[2])
+        whole = replace(whole, past=cached.tokens - query.shape[2], append=append)
 
     def turned(inputs: MixerInputs) -> MixerInputs:
         if rotary is None:

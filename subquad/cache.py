@@ -8,11 +8,44 @@ way.
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from subquad.mixers import State
+from subquad.mixers.base import joined
 from subquad.plan import Plan
+
+SPARE = 16  # room for new keys and values is at most this fraction of the old ones
+
+
+def append(old_BGLD: Tensor, new_BGTD: Tensor) -> Tensor:
+    """Both along time: the new written into the room behind the old, or both into a tensor that has room behind.
+
+    Only for a state that nothing else goes on from: what another call wrote behind it is written over. Where gradients
+    are wanted, or in another inference mode than before, both are copied.
+    """
+    B, G, L, D = old_BGLD.shape
+    after = L + new_BGTD.shape[2]
+    if torch.is_grad_enabled() and (old_BGLD.requires_grad or new_BGTD.requires_grad):
+        return joined(old_BGLD, new_BGTD)
+    rows = old_BGLD.stride(1) // D  # of each head, where it lies in a tensor with room
+    strided = old_BGLD.stride() == (G * rows * D, rows * D, D, 1)
+    whole = _memory(old_BGLD) == B * G * rows * D * old_BGLD.itemsize
+    writable = old_BGLD.is_inference() == torch.is_inference_mode_enabled()
+    if strided and whole and writable and old_BGLD.storage_offset() // D + after <= rows:
+        both_BGLD = old_BGLD.as_strided((B, G, after, D), old_BGLD.stride())
+    else:
+        room = after // (SPARE + 1)  # so that a window, which leaves its oldest behind, stays within a sixteenth too
+        both_BGLD = old_BGLD.new_empty(B, G, after + room, D)[:, :, :after]
+        both_BGLD[:, :, :L] = old_BGLD
+    both_BGLD[:, :, L:] = new_BGTD
+    return both_BGLD
+
+
+def _memory(tensor: Tensor) -> int:
+    """Bytes that stay in memory with it."""
+    return tensor.untyped_storage().nbytes()
 
 
 class StudentCacheLayer(CacheLayerMixin):
@@ -48,15 +81,15 @@ class StudentCacheLayer(CacheLayerMixin):
         return past + query_length, self.tokens - past
 
     def store(self, mixer: str, state: State) -> None:
-        """Keeps a mixer's new state. A short view of a long tensor is copied, or it would keep all of it in memory."""
+        """Keeps a mixer's new state. A view is copied where it would keep more in memory than itself and its room."""
         self.states[mixer] = {
-            key: tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+            key: tensor.clone() if SPARE * (_memory(tensor) - tensor.nbytes) > tensor.nbytes else tensor
             for key, tensor in state.items()
         }
 
     def nbytes(self) -> int:
-        """Bytes of memory behind all tensors held."""
-        return sum(tensor.untyped_storage().nbytes() for state in self.states.values() for tensor in state.values())
+        """Bytes of all tensors held; the room behind them is not counted."""
+        return sum(tensor.nbytes for state in self.states.values() for tensor in state.values())
 
     def reset(self) -> None:
         self.tokens, self.states, self.is_initialized = 0, {}, False
@@ -77,7 +110,10 @@ class StudentCacheLayer(CacheLayerMixin):
 
 
 class StudentCache(Cache):
-    """A cache for a plan; `nbytes()` equals `plan.cache_bytes` at the same context, batch and dtype."""
+    """A cache for a plan; `nbytes()` equals `plan.cache_bytes` at the same context, batch and dtype.
+
+    In memory it may be a sixteenth more: room behind keys and values, so that not every token copies all before it.
+    """
 
     layers: list[StudentCacheLayer]  # type: ignore[assignment]
 
@@ -85,5 +121,5 @@ class StudentCache(Cache):
         super().__init__(layers=[StudentCacheLayer(shape.window) for shape in plan.shapes])
 
     def nbytes(self) -> int:
-        """Bytes of memory behind all tensors held."""
+        """Bytes of all tensors held; the room behind them is not counted."""
         return sum(layer.nbytes() for layer in self.layers)

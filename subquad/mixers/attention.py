@@ -3,7 +3,6 @@
 Legend: B batch, H query heads, G key/value heads, T new tokens, L cached and new tokens, D head width.
 """
 
-import torch
 from torch import Tensor
 
 from subquad.mixers.base import HeadGroup, Held, Mixer, MixerInputs, Options, State
@@ -20,7 +19,7 @@ class Attention(Mixer):
         assert inputs.attend is not None
         k_BGLD, v_BGLD = inputs.k_BGTD, inputs.v_BGTD
         if state:
-            k_BGLD, v_BGLD = torch.cat([state["k"], k_BGLD], 2), torch.cat([state["v"], v_BGLD], 2)
+            k_BGLD, v_BGLD = inputs.append(state["k"], k_BGLD), inputs.append(state["v"], v_BGLD)
         kept = slice(None) if self.group.window is None else slice(-self.group.window + 1, None)
         y_BHTD = inputs.attend(inputs.q_BHTD, self.expand(k_BGLD), self.expand(v_BGLD))
         return y_BHTD, {"k": k_BGLD[:, :, kept], "v": v_BGLD[:, :, kept]}

@@ -11,7 +11,7 @@ from subquad.errors import UserError
 from subquad.mixers.base import HeadGroup, Held, Mixer, MixerInputs, State
 from subquad.mixers.parts import FeatureMap
 from subquad.mixers.sliding_window import WindowOptions, window_held, window_of
-from subquad.ops import WindowSum, decay_chunk, decay_step
+from subquad.ops import WindowSum, decay_chunk, decay_read
 from subquad.ops.common import wide
 from subquad.ops.window import first_real
 
@@ -58,27 +58,33 @@ class Hedgehog(Mixer):
         Between calls the state holds every token that the *next* query no longer sees in its window. The first new
         query therefore reads it as it is, and each later one after one more token has left the window.
         """
-        B, G, T, _ = inputs.k_BGTD.shape
+        B, _, T, _ = inputs.k_BGTD.shape
         window = self.options.window - 1
         if state:
-            k = torch.cat([state["window_k"], inputs.k_BGTD], 2)[:, :, :T]
-            v = torch.cat([state["window_v"], inputs.v_BGTD], 2)[:, :, :T]
+            k, v = (
+                torch.cat([old[:, :, :T], new[:, :, : max(0, T - window)]], 2)
+                for old, new in ((state["window_k"], inputs.k_BGTD), (state["window_v"], inputs.v_BGTD))
+            )
         else:
             k, v = (nn.functional.pad(x, (0, 0, window, 0))[:, :, :T] for x in (inputs.k_BGTD, inputs.v_BGTD))
-        columns_T = torch.arange(inputs.past - window, inputs.past - window + T, device=k.device)
-        start_B = first_real(inputs.padding_BL, B, k.device)
-        leaving_BT = columns_T >= start_B[:, None] + self.options.sinks
-        if inputs.padding_BL is not None:
-            leaving_BT = leaving_BT & inputs.padding_BL[:, columns_T.clamp_min(0)]
-        k_BGTF = self.key_map(k) * leaving_BT[:, None, :, None]
-        v_BGTP = wide(torch.cat([v, torch.ones_like(v[..., :1])], -1))
+        k_BGTF = self.key_map(k)
+        if inputs.padding_BL is not None or inputs.past < window + self.options.sinks:
+            columns_T = torch.arange(inputs.past - window, inputs.past - window + T, device=k.device)
+            start_B = first_real(inputs.padding_BL, B, k.device)
+            leaving_BT = columns_T >= start_B[:, None] + self.options.sinks
+            if inputs.padding_BL is not None:
+                leaving_BT = leaving_BT & inputs.padding_BL[:, columns_T.clamp_min(0)]
+            k_BGTF = k_BGTF * leaving_BT[:, None, :, None]
+        v_BGTP = nn.functional.pad(wide(v), (0, 1), value=1.0)
         q_BHTF = self.query_map(inputs.q_BHTD)
 
         last_k, last_v = k_BGTF[:, :, -1:], v_BGTP[:, :, -1:]
-        k_BGTF, v_BGTP = (nn.functional.pad(x, (0, 0, 1, -1)) for x in (k_BGTF, v_BGTP))
-        form = decay_step if T == 1 else decay_chunk
-        y_BHTP, far_state = form(q_BHTF, k_BGTF, v_BGTP, None, state.get("far"))
-        return y_BHTP, far_state + last_k.transpose(-1, -2) @ last_v
+        if state and T == 1:  # the only query reads the state as it is
+            y_BHTP, far_state = decay_read(q_BHTF, state["far"]), state["far"]
+        else:
+            k_BGTF, v_BGTP = (nn.functional.pad(x, (0, 0, 1, -1)) for x in (k_BGTF, v_BGTP))
+            y_BHTP, far_state = decay_chunk(q_BHTF, k_BGTF, v_BGTP, None, state.get("far"))
+        return y_BHTP, torch.addcmul(far_state, last_k.transpose(-1, -2), last_v)
 
     def joined(self, near: WindowSum, far_BHTP: Tensor) -> Tensor:
         """Both sums under one denominator, divided by the scale of the larger, so that nothing over- or underflows."""

@@ -10,7 +10,7 @@ and prefill) and `*_step` (one token). On a GPU the chunk form is flash-linear-a
 extra is installed (`ops.triton`). Ops know nothing of mixers.
 """
 
-from subquad.ops.decay import decay_chunk, decay_loop, decay_step
+from subquad.ops.decay import decay_chunk, decay_loop, decay_read, decay_step
 from subquad.ops.delta import delta_chunk, delta_loop, delta_step
 from subquad.ops.dplr import dplr_chunk, dplr_loop, dplr_step
 from subquad.ops.window import WindowSum, window_sum
@@ -19,6 +19,7 @@ __all__ = [
     "WindowSum",
     "decay_chunk",
     "decay_loop",
+    "decay_read",
     "decay_step",
     "delta_chunk",
     "delta_loop",

@@ -34,9 +34,14 @@ def decay_step(
     state = initial_state(state_BGNP, k_BG1N, v_BG1P)
     state = state.clone() if log_a is None else decayed(state, log_a)
     state.addcmul_(wide(k_BG1N).transpose(-1, -2), wide(v_BG1P))
-    q_BGRN = wide(q_BH1N).squeeze(2).unflatten(1, (k_BG1N.shape[1], -1))
-    y_BGRP = q_BGRN @ state
-    return y_BGRP.flatten(1, 2).unsqueeze(2).to(v_BG1P.dtype), state
+    return decay_read(q_BH1N, state).to(v_BG1P.dtype), state
+
+
+@full_precision
+def decay_read(q_BH1N: Tensor, state_BGNP: Tensor) -> Tensor:
+    """What one query reads in a state, (B, H, 1, P)."""
+    q_BGRN = wide(q_BH1N).squeeze(2).unflatten(1, (state_BGNP.shape[1], -1))
+    return (q_BGRN @ state_BGNP).flatten(1, 2).unsqueeze(2)
 
 
 def decay_loop(

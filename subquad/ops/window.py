@@ -77,54 +77,103 @@ def window_sum(
     padding_BL: Tensor | None = None,
 ) -> WindowSum:
     """Attention of each query to its last `window` keys and the first `sinks`; see the module's docstring."""
-    B, G, T, _ = k_BGTD.shape
-    device = k_BGTD.device
-    start_B = first_real(padding_BL, B, device)
-    sink_columns_BS = start_B[:, None] + torch.arange(sinks, device=device)
+    B, _, T, _ = k_BGTD.shape
+    columns_BS = first_real(padding_BL, B, k_BGTD.device)[:, None] + torch.arange(sinks, device=k_BGTD.device)
     old: dict[str, Tensor | None] = {**state} if state else dict.fromkeys(("window_k", "window_v", "sink_k", "sink_v"))
     k_BGED, v_BGED = _extended(k_BGTD, old["window_k"], window), _extended(v_BGTD, old["window_v"], window)
-    new_state = {
-        "window_k": k_BGED[:, :, T:],
-        "window_v": v_BGED[:, :, T:],
-        "sink_k": _sinks(k_BGTD, old["sink_k"], sink_columns_BS - past),
-        "sink_v": _sinks(v_BGTD, old["sink_v"], sink_columns_BS - past),
-    }
+    held = {"window_k": k_BGED[:, :, T:], "window_v": v_BGED[:, :, T:]}
+    if state and padding_BL is None and past >= sinks:
+        held |= {name: state[name] for name in ("sink_k", "sink_v")}
+    else:
+        new = {"sink_k": k_BGTD, "sink_v": v_BGTD}
+        held |= {name: _sinks(x_BGTD, old[name], columns_BS - past) for name, x_BGTD in new.items()}
+    seen = Seen(window, past, padding_BL, columns_BS, scale, softcap)
+    form = _step if T == 1 else _blocks
+    return WindowSum(*form(q_BHTD, k_BGED, v_BGED, held["sink_k"], held["sink_v"], seen), held)
 
-    # One block of one query when decoding, else blocks of W queries; each block sees its own and the W - 1 keys before.
-    rows = 1 if T == 1 else window
-    blocks = -(-T // rows)
-    span = window - 1 + rows
-    end = blocks * rows - T
-    q_BGRKQD = pad(q_BHTD, (0, 0, 0, end)).unflatten(2, (blocks, rows)).unflatten(1, (G, -1))
+
+@dataclass
+class Seen:
+    """Which keys the queries see, and how they score them."""
+
+    window: int
+    past: int
+    padding_BL: Tensor | None
+    sink_columns_BS: Tensor
+    scale: float
+    softcap: float | None
+
+    @property
+    def all_of_them(self) -> bool:
+        """Whether every query sees all sinks, and all keys of its window."""
+        return self.padding_BL is None and self.past >= self.sink_columns_BS.shape[1] + self.window - 1
+
+    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+        """Of queries (..., D) for keys (..., D)."""
+        s = wide(q @ k.transpose(-1, -2)) * self.scale
+        return s if self.softcap is None else self.softcap * torch.tanh(s / self.softcap)
+
+
+# A row that sees nothing (a pad) keeps the finite minimum as its peak: a harmless mean, never a NaN.
+
+
+def _step(
+    q_BH1D: Tensor, k_BGWD: Tensor, v_BGWD: Tensor, sink_k_BGSD: Tensor, sink_v_BGSD: Tensor, seen: Seen
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One query: numerator, denominator and peak."""
+    (B, G, W, _), S = k_BGWD.shape, sink_k_BGSD.shape[2]
+    q_BGRD = q_BH1D.squeeze(2).unflatten(1, (G, -1))
+    s_BGRK = torch.cat([seen.scores(q_BGRD, sink_k_BGSD), seen.scores(q_BGRD, k_BGWD)], -1)
+    if not seen.all_of_them:
+        columns_W = torch.arange(seen.past - W + 1, seen.past + 1, device=k_BGWD.device)
+        far_BS = seen.past - seen.sink_columns_BS >= W
+        visible_BK = torch.cat([far_BS, _valid(seen.padding_BL, columns_W).expand(B, -1)], 1)
+        s_BGRK = s_BGRK.masked_fill(~visible_BK[:, None, None], torch.finfo(s_BGRK.dtype).min)
+    peak_BGR1 = s_BGRK.detach().amax(-1, keepdim=True)
+    weight_BGRK = (s_BGRK - peak_BGR1).exp()
+    far_BGRS, near_BGRW = weight_BGRK.to(v_BGWD.dtype).split([S, W], -1)
+    numerator_BGRD = near_BGRW @ v_BGWD + far_BGRS @ sink_v_BGSD
+    denominator_BGR1 = weight_BGRK.sum(-1, keepdim=True)
+
+    def per_head(x_BGR_: Tensor) -> Tensor:
+        return x_BGR_.flatten(1, 2).unsqueeze(2)
+
+    return per_head(numerator_BGRD), per_head(denominator_BGR1), per_head(peak_BGR1)
+
+
+def _blocks(
+    q_BHTD: Tensor, k_BGED: Tensor, v_BGED: Tensor, sink_k_BGSD: Tensor, sink_v_BGSD: Tensor, seen: Seen
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Blocks of W queries, each with its own keys and the W - 1 before: numerator, denominator and peak."""
+    T, G, W, device = q_BHTD.shape[2], k_BGED.shape[1], seen.window, q_BHTD.device
+    blocks = -(-T // W)
+    span = 2 * W - 1
+    end = blocks * W - T
+    q_BGRKQD = pad(q_BHTD, (0, 0, 0, end)).unflatten(2, (blocks, W)).unflatten(1, (G, -1))
     k_BGKUD, v_BGKUD = (
-        pad(x, (0, 0, 0, end)).unfold(2, span, rows).transpose(-1, -2) for x in (k_BGED, v_BGED)
+        pad(x, (0, 0, 0, end)).unfold(2, span, W).transpose(-1, -2) for x in (k_BGED, v_BGED)
     )  # views: overlapping spans of keys
-    row, seen = torch.arange(rows, device=device), torch.arange(span, device=device)
-    in_window_QU = (seen >= row[:, None]) & (seen < row[:, None] + window)
-    columns_KU = past - (window - 1) + torch.arange(blocks, device=device)[:, None] * rows + seen
-    valid_BKU = _valid(padding_BL, columns_KU.flatten().clamp(max=past + T - 1)).unflatten(1, (blocks, span))
+    row, key = torch.arange(W, device=device), torch.arange(span, device=device)
+    in_window_QU = (key >= row[:, None]) & (key < row[:, None] + W)
+    columns_KU = seen.past - (W - 1) + torch.arange(blocks, device=device)[:, None] * W + key
+    valid_BKU = _valid(seen.padding_BL, columns_KU.flatten().clamp(max=seen.past + T - 1)).unflatten(1, (blocks, span))
     visible = (in_window_QU & valid_BKU[:, :, None])[:, None, None]
-    query_columns_KQ = past + torch.arange(blocks * rows, device=device).unflatten(0, (blocks, rows))
-    sink_visible = (query_columns_KQ[None, :, :, None] - sink_columns_BS[:, None, None] >= window)[:, None, None]
+    query_columns_KQ = seen.past + torch.arange(blocks * W, device=device).unflatten(0, (blocks, W))
+    far_visible = (query_columns_KQ[None, :, :, None] - seen.sink_columns_BS[:, None, None] >= W)[:, None, None]
 
-    def scores(keys: Tensor, mask: Tensor) -> Tensor:
-        s = wide(q_BGRKQD @ keys.transpose(-1, -2)) * scale
-        s = s if softcap is None else softcap * torch.tanh(s / softcap)
-        return s.masked_fill(~mask, torch.finfo(s.dtype).min)
+    def masked(scores: Tensor, mask: Tensor) -> Tensor:
+        return scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
 
-    # A row that sees nothing (a pad) keeps the finite minimum as its peak: a harmless mean, never a NaN.
-    near = scores(k_BGKUD[:, :, None], visible)
-    far = scores(new_state["sink_k"][:, :, None, None], sink_visible)
+    near = masked(seen.scores(q_BGRKQD, k_BGKUD[:, :, None]), visible)
+    far = masked(seen.scores(q_BGRKQD, sink_k_BGSD[:, :, None, None]), far_visible)
     peak = near.detach().amax(-1, keepdim=True)
-    if sinks:
+    if sink_k_BGSD.shape[2]:
         peak = torch.maximum(peak, far.detach().amax(-1, keepdim=True))
     near, far = (near - peak).exp(), (far - peak).exp()
-    numerator = (
-        near.to(v_BGTD.dtype) @ v_BGKUD[:, :, None] + far.to(v_BGTD.dtype) @ new_state["sink_v"][:, :, None, None]
-    )
+    numerator = near.to(v_BGED.dtype) @ v_BGKUD[:, :, None] + far.to(v_BGED.dtype) @ sink_v_BGSD[:, :, None, None]
     denominator = near.sum(-1, keepdim=True) + far.sum(-1, keepdim=True)
 
     def per_token(x: Tensor) -> Tensor:
         return x.flatten(3, 4)[:, :, :, :T].flatten(1, 2)
 
-    return WindowSum(per_token(numerator), per_token(denominator), per_token(peak), new_state)
+    return per_token(numerator), per_token(denominator), per_token(peak)
