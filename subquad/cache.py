@@ -13,10 +13,11 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from subquad.mixers import State
-from subquad.mixers.base import joined
+from subquad.ops.common import joined
 from subquad.plan import Plan
 
-SPARE = 16  # room for new keys and values is at most this fraction of the old ones
+ROOM = 16  # behind keys and values is room for this fraction of them
+SPARE = 8  # and at most this fraction of a state stays in memory besides: room, and what has left a window
 
 
 def append(old_BGLD: Tensor, new_BGTD: Tensor) -> Tensor:
@@ -36,8 +37,7 @@ def append(old_BGLD: Tensor, new_BGTD: Tensor) -> Tensor:
     if strided and whole and writable and old_BGLD.storage_offset() // D + after <= rows:
         both_BGLD = old_BGLD.as_strided((B, G, after, D), old_BGLD.stride())
     else:
-        room = after // (SPARE + 1)  # so that a window, which leaves its oldest behind, stays within a sixteenth too
-        both_BGLD = old_BGLD.new_empty(B, G, after + room, D)[:, :, :after]
+        both_BGLD = old_BGLD.new_empty(B, G, after + after // ROOM, D)[:, :, :after]
         both_BGLD[:, :, :L] = old_BGLD
     both_BGLD[:, :, L:] = new_BGTD
     return both_BGLD
@@ -81,7 +81,7 @@ class StudentCacheLayer(CacheLayerMixin):
         return past + query_length, self.tokens - past
 
     def store(self, mixer: str, state: State) -> None:
-        """Keeps a mixer's new state. A view is copied where it would keep more in memory than itself and its room."""
+        """Keeps a mixer's new state. A view is copied where it would keep much more in memory than itself."""
         self.states[mixer] = {
             key: tensor.clone() if SPARE * (_memory(tensor) - tensor.nbytes) > tensor.nbytes else tensor
             for key, tensor in state.items()
@@ -112,7 +112,8 @@ class StudentCacheLayer(CacheLayerMixin):
 class StudentCache(Cache):
     """A cache for a plan; `nbytes()` equals `plan.cache_bytes` at the same context, batch and dtype.
 
-    In memory it may be a sixteenth more: room behind keys and values, so that not every token copies all before it.
+    In memory it may be a sixteenth more, in short windows an eighth: room behind keys and values, so that not every
+    token copies all before it.
     """
 
     layers: list[StudentCacheLayer]  # type: ignore[assignment]

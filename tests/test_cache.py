@@ -28,7 +28,7 @@ def test_appending_is_joining(heads, window, mode):
                 held, wanted = held[:, :, -window:], wanted[:, :, -window:]
             assert torch.equal(held, wanted)
     assert 2 <= copies < 20
-    assert held.untyped_storage().nbytes() <= held.nbytes * 1.08
+    assert held.untyped_storage().nbytes() <= held.nbytes * 9 / 8
 
 
 def test_gradients_pass_through():
@@ -41,8 +41,8 @@ def test_gradients_pass_through():
 def test_a_copied_prefix_goes_on_by_itself():
     """Two continuations of one prompt, each with its own copy of the cache; and one that changes inference mode."""
     teacher = tiny("llama")
-    student = Student.from_teacher(teacher, Plan.by_layer(shapes_of(teacher), [0, 2], "sliding_window", {"window": 9}))
-    prompt, one, other = torch.randint(3, 97, (3, 1, 40)).unbind(0)
+    student = Student.from_teacher(teacher, Plan.by_layer(shapes_of(teacher), [0, 2], "hedgehog", {"window": 33}))
+    prompt, one, other = torch.randint(3, 97, (3, 1, 50)).unbind(0)
     cache = student.new_cache()
     student(prompt, past_key_values=cache)
     student(one[:, :1], past_key_values=cache)  # which makes room
@@ -50,7 +50,7 @@ def test_a_copied_prefix_goes_on_by_itself():
     logits = {}
     for step in range(1, 6):
         for name, tokens, held in (("one", one, cache), ("other", other, copy)):
-            with torch.inference_mode(step % 2 == 0):
+            with (torch.no_grad, torch.inference_mode)[step % 2]():
                 logits[name] = student(tokens[:, step : step + 1], past_key_values=held).logits[:, -1]
     for name, tokens in (("one", one), ("other", other)):
         whole = student(torch.cat([prompt, one[:, :1], tokens[:, 1:6]], 1)).logits[:, -1]

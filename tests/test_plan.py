@@ -65,7 +65,7 @@ def test_cache_bytes_by_hand():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_cache_bytes_are_those_held(family, dtype):
-    """To the byte: after prefill, and again after decoding, by when a sixteenth more may be room for what comes."""
+    """To the byte: after prefill, and again after decoding, when an eighth more may be room for what comes."""
     teacher = tiny(family, dtype=dtype)
     shapes = shapes_of(teacher)
     plan = mixed().model_copy(update={"shapes": shapes})
@@ -80,7 +80,7 @@ def test_cache_bytes_are_those_held(family, dtype):
     for t in range(37, 40):
         student(tokens[:, t : t + 1], past_key_values=cache, use_cache=True)
     assert cache.nbytes() == plan.cache_bytes(40, 2, name)
-    assert cache.nbytes() <= held_cache_bytes(cache) <= cache.nbytes() * 17 / 16
+    assert cache.nbytes() <= held_cache_bytes(cache) <= cache.nbytes() * 9 / 8
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ Notable:
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
@@ -34,7 +34,7 @@ from subquad.evaluate import likelihood
 from subquad.plan import Plan
 from subquad.select import SELECTORS, Board, Budget, Choice, Question, Work
 from subquad.select.board import without
-from subquad.select.task import task_score
+from subquad.select.task import TaskScore, task_score
 from subquad.select.units import Wish, heads_of, units_of
 from subquad.stage import Stage
 from subquad.student import Student
@@ -281,50 +281,68 @@ class Selection(Bench):
 
     def greedy(self) -> list[Result]:
         """Test scores, with no training after alignment, when shares of the units are replaced."""
-        return [
-            self.store.run(
-                self.about(seed) | {"part": "greedy", "task": task, "rows": self.setup.greedy_rows}, self.paths
-            )
-            for seed in self.setup.seeds
-            for task in self.setup.greedy_tasks
-        ]
+        found = []
+        for seed in self.setup.seeds:
+            for task in self.setup.greedy_tasks:
+                settings = self.about(seed) | {"task": task, "rows": self.setup.greedy_rows}
+                path = self.store.run(settings | {"part": "greedy"}, self.path)
+                static = self.store.run(settings | {"part": "static"}, self.static)
+                found.append(static | path | {"scores": {"greedy": path["scores"]["greedy"], **static["scores"]}})
+        return found
 
-    def paths(self, settings: Settings) -> Result:
-        setup, seed, name = self.setup, settings["seed"], settings["task"]
-        student = self.aligned(seed)
-        board, tokenizer = Board(student, self.teacher.model), self.teacher.tokenizer
-        task = task_score(name, limit=setup.greedy_rows, context=setup.context, text_BT=self.text)
-        counts = [self.count(share) for share in setup.replaced]
+    @property
+    def counts(self) -> list[int]:
+        return [self.count(share) for share in self.setup.replaced]
+
+    def task(self, name: str) -> TaskScore:
+        return task_score(name, limit=self.setup.greedy_rows, context=self.setup.context, text_BT=self.text)
+
+    def scorer(self, settings: Settings) -> Callable[[Sequence[int], str], float]:
+        """The score of the aligned student with these units replaced, on the documents of a part."""
+        board = Board(self.aligned(settings["seed"]), self.teacher.model)
+        task = self.task(settings["task"])
 
         def score(gone: Sequence[int], part: str) -> float:
             left = without(board.everything, heads_of(self.units, gone))
             with board.following(board.keeping(left)) as following:
-                return float(getattr(task, part)(following, tokenizer))
+                return float(getattr(task, part)(following, self.teacher.tokenizer))
 
-        alone = [score([unit], "validation") for unit in range(len(self.units))]
-        work = Work(say=lambda text: None)
-        options = {"task": name, "limit": setup.greedy_rows, "context": setup.context}
-        question = Question(
-            student,
-            self.teacher,
-            self.text,
-            Budget.parse(str(len(self.units) - max(counts))),
-            setup.unit,
-            work=work,
-        )
-        path = SELECTORS["greedy"].choose(question, **options).report["path"]
-        by_kl = self.choice(student, "kl-removal", {}, seed, Work(say=lambda text: None)).report["order"]
-        orders = {
-            "greedy": [step["unit"] for step in path["steps"]],
-            "static, by the task": sorted(range(len(alone)), key=alone.__getitem__, reverse=True),
-            "static, by kl-removal": by_kl[::-1],
-            "random": random.Random(f"gone {seed}").sample(range(len(alone)), len(alone)),
-        }
-        scores = {
-            way: [{part: score(order[:count], part) for part in ("validation", "test")} for count in counts]
+        return score
+
+    def scored(self, orders: Mapping[str, Sequence[int]], score: Callable[[Sequence[int], str], float]) -> Result:
+        return {
+            way: [{part: score(order[:count], part) for part in ("validation", "test")} for count in self.counts]
             for way, order in orders.items()
         }
-        return {"counts": counts, "base": score([], "test"), "scores": scores, "path": path}
+
+    def path(self, settings: Settings) -> Result:
+        """Distill-then-Replace's path, to the largest count."""
+        setup, score = self.setup, self.scorer(settings)
+        budget = Budget.parse(str(len(self.units) - max(self.counts)))
+        work = Work(say=lambda text: None)
+        question = Question(self.aligned(settings["seed"]), self.teacher, self.text, budget, setup.unit, work=work)
+        options = {"task": settings["task"], "limit": setup.greedy_rows, "context": setup.context}
+        path = SELECTORS["greedy"].choose(question, **options).report["path"]
+        order = [step["unit"] for step in path["steps"]]
+        return {"scores": self.scored({"greedy": order}, score), "path": path}
+
+    def static(self, settings: Settings) -> Result:
+        """Orders that are found once. By the task: each unit replaced alone; equals as in the path, the later first."""
+        seed, score = settings["seed"], self.scorer(settings)
+        units = range(len(self.units))
+        alone = [score([unit], "validation") for unit in units]
+        by_kl = self.choice(self.aligned(seed), "kl-removal", {}, seed, Work(say=lambda text: None)).report["order"]
+        orders = {
+            "static, by the task": sorted(units, key=lambda unit: (alone[unit], unit), reverse=True),
+            "static, by kl-removal": by_kl[::-1],
+            "random": random.Random(f"gone {seed}").sample(units, len(units)),
+        }
+        return {
+            "counts": self.counts,
+            "base": score([], "test"),
+            "alone": alone,
+            "scores": self.scored(orders, score),
+        }
 
 
 # Comparing -----------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from subquad.errors import UserError
+from subquad.ops.common import Append, joined
 
 State = dict[str, Tensor]
 
@@ -86,11 +87,6 @@ class Held(NamedTuple):
     wide: bool = False  # float32 or wider, whatever the model's dtype
 
 
-def joined(old_BGLD: Tensor, new_BGTD: Tensor) -> Tensor:
-    """Both along time, in a tensor of their own."""
-    return torch.cat([old_BGLD, new_BGTD], 2)
-
-
 @dataclass
 class MixerInputs:
     """What a mixer is given for T new tokens."""
@@ -104,7 +100,7 @@ class MixerInputs:
     padding_BL: Tensor | None = None  # True at real tokens, past and new; None: no padding
     past: int = 0  # tokens before these
     attend: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None  # the teacher's own attention (q, k, v) -> y
-    append: Callable[[Tensor, Tensor], Tensor] = joined  # new keys or values behind old ones; a cache keeps room there
+    append: Append = joined  # new keys or values behind old ones; a cache keeps room there
 
     @property
     def real_BT(self) -> Tensor | None:

@@ -12,7 +12,7 @@ from subquad.mixers.base import HeadGroup, Held, Mixer, MixerInputs, State
 from subquad.mixers.parts import FeatureMap
 from subquad.mixers.sliding_window import WindowOptions, window_held, window_of
 from subquad.ops import WindowSum, decay_chunk, decay_read
-from subquad.ops.common import wide
+from subquad.ops.common import joined, wide
 from subquad.ops.window import first_real
 
 CAUTION = 2.0  # subtracted from log c at the start, see `Hedgehog.calibrate`
@@ -60,11 +60,11 @@ class Hedgehog(Mixer):
         """
         B, _, T, _ = inputs.k_BGTD.shape
         window = self.options.window - 1
-        if state:
-            k, v = (
-                torch.cat([old[:, :, :T], new[:, :, : max(0, T - window)]], 2)
-                for old, new in ((state["window_k"], inputs.k_BGTD), (state["window_v"], inputs.v_BGTD))
-            )
+        if state and window >= T:
+            k, v = state["window_k"][:, :, :T], state["window_v"][:, :, :T]
+        elif state:
+            k = joined(state["window_k"], inputs.k_BGTD)[:, :, :T]
+            v = joined(state["window_v"], inputs.v_BGTD)[:, :, :T]
         else:
             k, v = (nn.functional.pad(x, (0, 0, window, 0))[:, :, :T] for x in (inputs.k_BGTD, inputs.v_BGTD))
         k_BGTF = self.key_map(k)

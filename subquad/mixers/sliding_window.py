@@ -28,6 +28,7 @@ def window_of(inputs: MixerInputs, state: State, options: WindowOptions) -> Wind
         state=state or None,
         past=inputs.past,
         padding_BL=inputs.padding_BL,
+        append=inputs.append,
     )
 
 

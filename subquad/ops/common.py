@@ -13,11 +13,17 @@ from torch.nn.functional import pad
 
 P = ParamSpec("P")
 R = TypeVar("R")
+Append = Callable[[Tensor, Tensor], Tensor]  # old and new keys or values (B, G, time, D) -> both along time
 
 
 def wide(x: Tensor) -> Tensor:
     """At least float32: decays and states lose too much in half precision."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def joined(old_BGLD: Tensor, new_BGTD: Tensor) -> Tensor:
+    """Both along time, in a tensor of their own."""
+    return torch.cat([old_BGLD, new_BGTD], 2)
 
 
 def full_precision(form: Callable[P, R]) -> Callable[P, R]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from subquad.ops.common import wide
+from subquad.ops.common import Append, joined, wide
 
 
 @dataclass
@@ -50,11 +50,6 @@ def _valid(padding_BL: Tensor | None, columns: Tensor) -> Tensor:
     return inside[None] & padding_BL[:, columns.clamp(0, padding_BL.shape[1] - 1)]
 
 
-def _extended(new: Tensor, old: Tensor | None, window: int) -> Tensor:
-    """The new keys or values behind the window's, zeros at the start of a sequence."""
-    return pad(new, (0, 0, window - 1, 0)) if old is None else torch.cat([old, new], 2)
-
-
 def _sinks(new: Tensor, old: Tensor | None, index_BS: Tensor) -> Tensor:
     """The sinks' keys or values (B, G, S, D), with those that are among the new tokens written in."""
     B, G, T, D = new.shape
@@ -75,12 +70,20 @@ def window_sum(
     state: dict[str, Tensor] | None = None,
     past: int = 0,
     padding_BL: Tensor | None = None,
+    append: Append = joined,
 ) -> WindowSum:
-    """Attention of each query to its last `window` keys and the first `sinks`; see the module's docstring."""
+    """Attention of each query to its last `window` keys and the first `sinks`; see the module's docstring.
+
+    `append` puts the new keys and values behind those of the state.
+    """
+
+    def extended(new: Tensor, old: Tensor | None) -> Tensor:
+        return pad(new, (0, 0, window - 1, 0)) if old is None else append(old, new)
+
     B, _, T, _ = k_BGTD.shape
     columns_BS = first_real(padding_BL, B, k_BGTD.device)[:, None] + torch.arange(sinks, device=k_BGTD.device)
     old: dict[str, Tensor | None] = {**state} if state else dict.fromkeys(("window_k", "window_v", "sink_k", "sink_v"))
-    k_BGED, v_BGED = _extended(k_BGTD, old["window_k"], window), _extended(v_BGTD, old["window_v"], window)
+    k_BGED, v_BGED = extended(k_BGTD, old["window_k"]), extended(v_BGTD, old["window_v"])
     held = {"window_k": k_BGED[:, :, T:], "window_v": v_BGED[:, :, T:]}
     if state and padding_BL is None and past >= sinks:
         held |= {name: state[name] for name in ("sink_k", "sink_v")}
