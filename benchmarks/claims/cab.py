@@ -10,8 +10,8 @@ Parts:
 - cost: seconds and activations of a stage with the bridge and of one with matrices, over the length of its sequences.
 
 Notable:
-- Rates are tuned for every combination and budget alone (tuning.py). Three tenths of the tokens go to the stages before
-  the last, as for MOHAWK; the last is cross-entropy + 0.5 KL, CAB's own.
+- Rates are tuned for every way, start and budget alone (tuning.py), with all layers; half of them use the same. Three
+  tenths of the tokens go to the stages before the last, as for MOHAWK; the last is cross-entropy + 0.5 KL, CAB's own.
 - The student is Discrete Mamba-2 in all layers, without rotary embedding. The teacher's bytes decide nothing here, so
   the student's width is the teacher's.
 - Finished runs are kept under --work: a script that was stopped goes on from there.
@@ -68,7 +68,7 @@ class Setup:
     layers: tuple[int, ...] = (4, 2)
     sequence_length: int = 256
     batch: int = 8
-    budgets: tuple[int, ...] = (30_000, 100_000, 300_000)
+    budgets: tuple[int, ...] = (20_000, 60_000, 200_000)
     seeds: tuple[int, ...] = (0, 1, 2)
     tuning_seed: int = 100
     layer_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
@@ -129,6 +129,10 @@ class Cab(TunedText):
         measured = likelihood({"student": student}, self.teacher.model, text, [at])
         found = {key: measured["student"][key][at] for key in ("kl", "top1", "perplexity")}
         return found | {"teacher_perplexity": measured["teacher"]["perplexity"][at], "stages": results}
+
+    def best_rates(self, settings: dict[str, Any]) -> tuple[float, float]:
+        """Of a student with all layers."""
+        return super().best_rates(settings | {"layers": len(self.shapes)})
 
     # ------------------------------------------------------------------ parts
 

@@ -67,8 +67,8 @@ class Setup:
     data: str = DATA
     shares: tuple[float, ...] = (0.01, 0.05, 0.1, 0.2, 1.0)
     tuned_share: float = 0.1
-    images: int = 12_800  # seen in a run, at every share
-    batch: int = 64
+    images: int = 8_000  # seen in a run, at every share: 200 steps
+    batch: int = 40
     seeds: tuple[int, ...] = (0, 1, 2)
     tuning_seed: int = 100
     layer_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2)
