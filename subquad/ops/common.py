@@ -33,6 +33,8 @@ def full_precision(form: Callable[P, R]) -> Callable[P, R]:
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         q = args[0]
         assert isinstance(q, Tensor)
+        if not torch.is_autocast_enabled(q.device.type):  # in a step, the context would cost as much as the products
+            return form(*args, **kwargs)
         with torch.autocast(q.device.type, enabled=False):
             return form(*args, **kwargs)
 

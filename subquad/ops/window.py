@@ -13,6 +13,7 @@ K blocks, D head width, E = W - 1 + T the window's past and the new tokens.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -80,8 +81,8 @@ def window_sum(
     def extended(new: Tensor, old: Tensor | None) -> Tensor:
         return pad(new, (0, 0, window - 1, 0)) if old is None else append(old, new)
 
-    B, _, T, _ = k_BGTD.shape
-    columns_BS = first_real(padding_BL, B, k_BGTD.device)[:, None] + torch.arange(sinks, device=k_BGTD.device)
+    T = k_BGTD.shape[2]
+    seen = Seen(window, sinks, past, padding_BL, len(k_BGTD), k_BGTD.device, scale, softcap)
     old: dict[str, Tensor | None] = {**state} if state else dict.fromkeys(("window_k", "window_v", "sink_k", "sink_v"))
     k_BGED, v_BGED = extended(k_BGTD, old["window_k"]), extended(v_BGTD, old["window_v"])
     held = {"window_k": k_BGED[:, :, T:], "window_v": v_BGED[:, :, T:]}
@@ -89,8 +90,7 @@ def window_sum(
         held |= {name: state[name] for name in ("sink_k", "sink_v")}
     else:
         new = {"sink_k": k_BGTD, "sink_v": v_BGTD}
-        held |= {name: _sinks(x_BGTD, old[name], columns_BS - past) for name, x_BGTD in new.items()}
-    seen = Seen(window, past, padding_BL, columns_BS, scale, softcap)
+        held |= {name: _sinks(x_BGTD, old[name], seen.sink_columns_BS - past) for name, x_BGTD in new.items()}
     form = _step if T == 1 else _blocks
     return WindowSum(*form(q_BHTD, k_BGED, v_BGED, held["sink_k"], held["sink_v"], seen), held)
 
@@ -100,16 +100,24 @@ class Seen:
     """Which keys the queries see, and how they score them."""
 
     window: int
+    sinks: int
     past: int
     padding_BL: Tensor | None
-    sink_columns_BS: Tensor
+    batch: int
+    device: torch.device
     scale: float
     softcap: float | None
+
+    @cached_property
+    def sink_columns_BS(self) -> Tensor:
+        """The columns of the first real tokens."""
+        start_B = first_real(self.padding_BL, self.batch, self.device)
+        return start_B[:, None] + torch.arange(self.sinks, device=self.device)
 
     @property
     def all_of_them(self) -> bool:
         """Whether every query sees all sinks, and all keys of its window."""
-        return self.padding_BL is None and self.past >= self.sink_columns_BS.shape[1] + self.window - 1
+        return self.padding_BL is None and self.past >= self.sinks + self.window - 1
 
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
         """Of queries (..., D) for keys (..., D)."""
