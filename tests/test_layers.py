@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import tiny
 from test_distill import ALIGN, T, make_student
 from torch import nn
@@ -325,3 +326,32 @@ def test_checkpointed_blocks_change_nothing():
     student.backbone.model.layers = nn.ModuleList()
     with pytest.raises(UserError, match="Llama.* has no gradient checkpointing"), checkpointed_blocks(student, True):
         pass
+
+
+# The output head -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("objective", ["logits", "labels", {"labels": 1.0, "logits": 0.5}], ids=str)
+@pytest.mark.parametrize("classes", [97, 91, 101], ids="teacher of {} tokens".format)
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_all_weights_get_the_gradient_of_the_whole_model(tied, classes, objective):
+    """Of the loss as it stands, through the model's own logits: the output head's too, whoever the teacher is."""
+    teacher = tiny("llama", torch.float64, vocab_size=classes, tie_word_embeddings=tied)
+    student = make_student(tiny("llama", torch.float64, tie_word_embeddings=tied), attention_layers=(1,), mixer="gla")
+    settings = stage(objective=objective, trainable="all", teacher_forced=False)
+    rows_BT = tokens() % 91
+    _, grads = gradients(student, make_pass(settings, student, teacher), settings, rows_BT)
+    student.zero_grad()
+
+    logits_BTV, theirs_BTV = student(rows_BT, use_cache=False).logits, teacher(rows_BT).logits
+    both = min(97, classes) if "logits" in settings.weights else 97
+    log_q, log_p = logits_BTV[..., :both].log_softmax(-1), theirs_BTV[..., :both].log_softmax(-1)
+    losses = {"labels": F.cross_entropy(log_q[:, :-1].flatten(0, 1), rows_BT[:, 1:].flatten())}
+    if "logits" in settings.weights:
+        losses["logits"] = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+    sum(weight * losses[name] for name, weight in settings.weights.items()).backward()
+    wanted = {name: parameter.grad for name, parameter in student.named_parameters()}
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, wanted[name], rtol=1e-4, atol=1e-7, msg=lambda text, n=name: f"{n}: {text}")
+    head = "backbone.model.embed_tokens.weight" if tied else "backbone.lm_head.weight"
+    assert grads[head].abs().max() > 0

@@ -253,7 +253,7 @@ class FreeRunning:
             theirs = within.enter_context(_outputs(watched))
             if self.bridge is not None:
                 calls = within.enter_context(watched_attention(self.teacher))
-            head, teacher, theirs_BTM = self._teacher(inputs)
+            theirs_BTM, teacher = self._teacher(inputs)
         with ExitStack() as within:
             mine = within.enter_context(_outputs({name: modules[1] for name, modules in self.modules.items()}))
             if self.bridge is not None:
@@ -278,7 +278,10 @@ class FreeRunning:
             )
             parts["saliency"] = saliency_distance(mine_BHW, theirs_BHW.detach().to(mine_BHW.device))
         total = sum((self.weights[part] * loss for part, loss in parts.items()), torch.zeros((), device=self.device))
-        if head is not None and not self.weights.keys().isdisjoint(OF_TOKENS):
+        if not self.weights.keys().isdisjoint(OF_TOKENS):
+            head = Head.of(self.student)
+            if isinstance(teacher, FromHidden):  # heads are padded to various sizes
+                head = head.first(len(teacher.head.weight_VM))
             loss = chunked_loss(
                 student_BTM,
                 head,
@@ -293,19 +296,16 @@ class FreeRunning:
         (total * share).backward()
         return {name: part.detach() for name, part in parts.items()}
 
-    def _teacher(self, inputs: Tensor) -> tuple[Head | None, TeacherLogits | None, Tensor | None]:
-        """The student's head, for the classes that both have, the teacher's distribution, and its last states."""
-        head = Head.of(self.student) if has_head(self.student) else None
+    def _teacher(self, inputs: Tensor) -> tuple[Tensor | None, TeacherLogits | None]:
+        """The teacher's last states, and its distribution over the classes that the student has too."""
         if self.weights.keys() == {"labels"}:
-            return head, None, None
+            return None, None
         if not isinstance(self.logits_from, PreTrainedModel):
-            return head, self.logits_from.lookup(inputs), None
+            return None, self.logits_from.lookup(inputs)
         hidden_BTM = final_hidden(self.logits_from, inputs.to(self.logits_from.device))
-        if head is None:
-            return None, None, hidden_BTM
-        teacher_head = Head.of(self.logits_from)
-        classes = min(len(head.weight_VM), len(teacher_head.weight_VM))  # heads are padded to various sizes
-        return head.first(classes), FromHidden(hidden_BTM, teacher_head.first(classes)), hidden_BTM
+        if not has_head(self.student):
+            return hidden_BTM, None
+        return hidden_BTM, FromHidden(hidden_BTM, Head.of(self.logits_from).first(len(Head.of(self.student).weight_VM)))
 
 
 def _check_outputs(stage: Stage, student: Converted, teacher: PreTrainedModel) -> None:
