@@ -40,9 +40,8 @@ def settled(recipe: Recipe | str | Path, teacher: str, data: list[str] | None) -
     of_images = TASKS[recipe.task].of_images
     if not of_images and recipe.data.max_images is not None:
         raise UserError("data.max_images counts images, and the recipe is for text: give data.max_tokens")
-    if (
-        not of_images and streamed and recipe.data.max_tokens is None
-    ):  # a stream has no end: take what the stages will read
+    if not of_images and streamed and recipe.data.max_tokens is None:
+        # A stream has no end: take what the stages will read.
         read = sum(stage.tokens for stage in recipe.stages)
         recipe.data.max_tokens = max(1, round(1.1 * read))
     for name, options in mixers_of(recipe).items():

@@ -151,12 +151,11 @@ class CabVision(Tuned):
         found.pop("samples")
         return found | {"stages": results}
 
-    # ------------------------------------------------------------------ parts
+    def best_rates(self, settings: dict[str, Any]) -> tuple[float, float]:
+        """Of the share that is tuned on."""
+        return super().best_rates(settings | {"share": self.setup.tuned_share})
 
-    def tuned(self, settings: dict[str, Any]) -> list[Result]:
-        """The runs of all seeds, at the rates that were best with the share that is tuned on."""
-        rates = [*self.best_rates(settings | {"share": self.setup.tuned_share})]
-        return [self.store.run(settings | {"seed": seed, "rates": rates}, self.distilled) for seed in self.setup.seeds]
+    # ------------------------------------------------------------------ parts
 
     def cells(self, combinations: Sequence[dict[str, Any]]) -> list[Result]:
         return super().cells(
