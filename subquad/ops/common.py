@@ -61,6 +61,11 @@ def into_chunks(x: Tensor, size: int, dim: int = 2) -> Tensor:
     return wide(pad(x, (0, 0) * (x.dim() - 1 - dim) + (0, extra))).unflatten(dim, (-1, size))
 
 
+def even_chunk(length: int, most: int) -> int:
+    """The size of chunks of at most `most` that leaves the least to fill up: as few as can be, all alike."""
+    return -(-length // -(-length // most))
+
+
 def pair_decay(c_BGKC: Tensor | None, like: Tensor) -> Tensor:
     """e^{c_i - c_j} where j <= i, else 0, from cumulated log decays; None: ones. (B, G, K, C, C) or (C, C).
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from subquad.ops import triton
-from subquad.ops.common import decayed, full_precision, initial_state, into_chunks, loop, pair_decay, wide
+from subquad.ops.common import decayed, even_chunk, full_precision, initial_state, into_chunks, loop, pair_decay, wide
 from subquad.ops.products import decayed_products, gradients
 
 SCALAR_CHUNK = 64
@@ -58,8 +58,8 @@ def decay_chunk(
     """The recurrence in parallel over chunks. Returns y (B, H, T, P) in v's dtype and the state (B, G, N, P)."""
     if triton.serves(q_BHTN):
         return triton.decay(q_BHTN, k_BGTN, v_BGTP, log_a, state_BGNP)
-    C = VECTOR_CHUNK if log_a is not None and log_a.dim() == 4 else SCALAR_CHUNK
     T, G = q_BHTN.shape[2], k_BGTN.shape[1]
+    C = VECTOR_CHUNK if log_a is not None and log_a.dim() == 4 else even_chunk(T, SCALAR_CHUNK)
     q_BGKRCN = into_chunks(q_BHTN, C).unflatten(1, (G, -1)).transpose(2, 3).contiguous()
     k_BGKCN, v_BGKCP = into_chunks(k_BGTN, C), into_chunks(v_BGTP, C)
     c = None if log_a is None else into_chunks(log_a, C).cumsum(3)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from subquad.ops import triton
-from subquad.ops.common import decayed, full_precision, initial_state, into_chunks, loop, pair_decay, wide
+from subquad.ops.common import decayed, even_chunk, full_precision, initial_state, into_chunks, loop, pair_decay, wide
 from subquad.ops.dplr import dplr_chunk
 
 CHUNK = 64
@@ -65,13 +65,14 @@ def delta_chunk(
         y_BHTP, state_BGNP = dplr_chunk(q_BHTN, k_BGTN, v, log_a, e_BGTN, b_BGT, state_BGNP)
         return y_BHTP.to(v_BGTP.dtype), state_BGNP
     T, G = q_BHTN.shape[2], k_BGTN.shape[1]
-    q_BGKRCN = into_chunks(q_BHTN, CHUNK).unflatten(1, (G, -1)).transpose(2, 3).contiguous()
+    C = even_chunk(T, CHUNK)
+    q_BGKRCN = into_chunks(q_BHTN, C).unflatten(1, (G, -1)).transpose(2, 3).contiguous()
     y_BGKRCP, state = _Delta.apply(
         q_BGKRCN,
-        into_chunks(k_BGTN, CHUNK),
-        into_chunks(v_BGTP, CHUNK),
-        into_chunks(log_a, CHUNK).cumsum(-1),
-        into_chunks(b_BGT, CHUNK),
+        into_chunks(k_BGTN, C),
+        into_chunks(v_BGTP, C),
+        into_chunks(log_a, C).cumsum(-1),
+        into_chunks(b_BGT, C),
         initial_state(state_BGNP, k_BGTN, v_BGTP),
     )
     return y_BGKRCP.transpose(2, 3).flatten(3, 4)[:, :, :, :T].flatten(1, 2).to(v_BGTP.dtype), state
@@ -105,7 +106,7 @@ class _Delta(torch.autograd.Function):
         scores_BGKRCC = (q_BGKRCN.flatten(3, 4) @ k_BGKCN.transpose(-1, -2)).unflatten(3, q_BGKRCN.shape[3:5])
         scores_BGKRCC *= weight_BGKCC.unsqueeze(3)
         overlap_BGKCC = (k_BGKCN @ k_BGKCN.transpose(-1, -2)).mul_(weight_BGKCC).tril_(-1)
-        eye_CC = torch.eye(CHUNK, dtype=k_BGKCN.dtype, device=k_BGKCN.device)
+        eye_CC = torch.eye(k_BGKCN.shape[3], dtype=k_BGKCN.dtype, device=k_BGKCN.device)
         x_BGKCC = torch.linalg.solve_triangular(overlap_BGKCC * b_BGKC1, eye_CC, upper=False, unitriangular=True)
 
         u_BGKCP = x_BGKCC @ (v_BGKCP * b_BGKC1)  # without what the state takes away: that is subtracted in the loop
