@@ -25,6 +25,7 @@ def test_finished_runs_are_not_run_again(tmp_path):
         result = store.run({"seed": seed, "way": "a"}, job)
         assert result["kl"] == seed / 2 and result["settings"] == {"seed": seed, "way": "a"}
     assert asked == [1, 2]
+    assert store.run({"timed": True}, lambda settings: {"seconds": 7.0})["seconds"] == 7.0  # and not of the whole run
     assert Mean.of([1.0, 3.0]).text(1) == "2.0 ± 1.4" and Mean.of([1.0]).text(1) == "1.0"
 
 
@@ -164,7 +165,7 @@ def test_cab_from_end_to_end(tmp_path, monkeypatch, capsys):
         *((layers, way) for layers in (4, 2) for way in ("labels", "distillation", "bridge")),
         (4, "matrix + hidden"),
     }
-    assert len(report["sides"]) == 4 and len(report["cost"]) == 4 and (tmp_path / "a.png").stat().st_size > 10_000
+    assert len(report["sides"]) == 6 and len(report["cost"]) == 4 and (tmp_path / "a.png").stat().st_size > 10_000
     reused, fresh = (
         next(c for c in report["stages"] if (c["settings"]["way"], c["settings"]["start"]) == ("distillation", start))
         for start in ("teacher", "fresh")

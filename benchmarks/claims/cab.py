@@ -6,7 +6,8 @@ Parts:
 - stages: at equal tokens and three budgets, a student that is trained on labels, distilled, bridged and distilled, from
   fresh weights and from the teacher's (weight reuse), and one with MOHAWK's stages; with as many layers as the teacher,
   and with half of them.
-- sides: the bridge to queries only, to keys only, to both; decays that begin near 1, or spread as Mamba-2's own.
+- sides: the bridge to queries only, to keys only, to both; decays that begin near 1, or spread as Mamba-2's own; the
+  bridge for a tenth of the tokens, which is the paper's share.
 - cost: seconds and activations of a stage with the bridge and of one with matrices, over the length of its sequences.
 
 Notable:
@@ -48,6 +49,7 @@ WAYS = {  # shares of the tokens
     "distillation": {"distillation": 1.0},
     "matrix + hidden": {"matrix": 0.1, "hidden": 0.2, "distillation": 0.7},
     "bridge": {"bridge": 0.3, "distillation": 0.7},
+    "short bridge": {"bridge": 0.1, "distillation": 0.9},
 }
 RIVALS = (  # way and weights that the student starts with
     ("labels", "fresh"),
@@ -68,7 +70,7 @@ class Setup:
     layers: tuple[int, ...] = (4, 2)
     sequence_length: int = 256
     batch: int = 8
-    budgets: tuple[int, ...] = (20_000, 60_000, 200_000)
+    budgets: tuple[int, ...] = (20_000, 60_000, 150_000)
     seeds: tuple[int, ...] = (0, 1, 2)
     tuning_seed: int = 100
     layer_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
@@ -149,9 +151,11 @@ class Cab(TunedText):
 
     def sides(self) -> list[Result]:
         setup = self.setup
-        common = {"tokens": setup.budgets[len(setup.budgets) // 2], "layers": len(self.shapes), "start": "fresh"}
-        variants = [("both", "long"), ("queries", "long"), ("keys", "long"), ("both", "spread")]
-        return self.cells([{**common, "way": "bridge", "sides": sides, "memory": memory} for sides, memory in variants])
+        base = {"tokens": setup.budgets[len(setup.budgets) // 2], "layers": len(self.shapes), "way": "bridge"}
+        base |= {"start": "fresh", "sides": "both", "memory": "long"}
+        changes = [{}, {"sides": "queries"}, {"sides": "keys"}, {"memory": "spread"}]
+        changes += [{"way": "short bridge", "start": start} for start in ("fresh", "teacher")]
+        return self.cells([base | change for change in changes])
 
     def cost(self) -> list[Result]:
         """Of a step of `batch` sequences, for as many tokens at every length."""

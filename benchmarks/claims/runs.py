@@ -28,14 +28,17 @@ class Store:
         self.folder, self.console = folder, console
 
     def run(self, settings: Settings, job: Callable[[Settings], Result]) -> Result:
-        """The result of `job(settings)`, from the folder if it is there; settings and seconds are added to it."""
+        """The result of `job(settings)`, from the folder if it is there, with its settings.
+
+        `seconds` is what the whole run took, where the job does not say what counts.
+        """
         text = json.dumps(settings, sort_keys=True)
         path = self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
         if path.is_file():
             return json.loads(path.read_text(encoding="utf-8"))
         started = time.perf_counter()
         result = job(settings)
-        result |= {"settings": dict(settings), "seconds": time.perf_counter() - started}
+        result = {"seconds": time.perf_counter() - started, **result, "settings": dict(settings)}
         write_json(path, result)
         shown = ", ".join(f"{value}" for key, value in settings.items() if key not in ("teacher", "rates"))
         self.console.print(f"[dim]{result['seconds']:6.1f} s[/]  {shown}", highlight=False)
