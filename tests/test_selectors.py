@@ -177,7 +177,7 @@ def test_candidates_are_trained_before_they_are_measured():
 def test_units_get_the_mixer_that_is_worth_its_bytes():
     """One layer is ruined in the first mixer, another in the alternative: each gets what serves it."""
     teacher, student = ruined_layer(1)
-    plan = Plan.by_layer(student.plan.shapes, [], "sliding_window", {"window": 48, "sinks": 0})
+    plan = Plan.by_layer(student.plan.shapes, [], "sliding_window", {"window": 32, "sinks": 0})  # of 48 tokens
     window = Student.from_teacher(teacher, plan)
     spoiled = window.attention_modules()[2].mixer["sliding_window"]
     spoiled.options = spoiled.options.model_copy(update={"window": 1})
