@@ -74,9 +74,10 @@ class Setup:
 
 QUICK: dict[str, Any] = {
     "align_tokens": 8_000,
-    "retrain_tokens": 2_000,
+    "retrain_tokens": 1_000,
     "logits_tokens": 8_000,
     "rates": (3e-3,),
+    "batch": 2,
     "probe_rows": 16,
     "score_rows": 2,
     "shares": (0.25,),
