@@ -175,12 +175,10 @@ def test_candidates_are_trained_before_they_are_measured():
 
 
 def test_units_get_the_mixer_that_is_worth_its_bytes():
-    """One layer is ruined in the first mixer, another in the alternative: each gets what serves it."""
+    """One layer is ruined in the first mixer and a window serves it; elsewhere a window sees less than the first."""
     teacher, student = ruined_layer(1)
-    plan = Plan.by_layer(student.plan.shapes, [], "sliding_window", {"window": 32, "sinks": 0})  # of 48 tokens
+    plan = Plan.by_layer(student.plan.shapes, [], "sliding_window", {"window": 16, "sinks": 0})  # of 40 tokens
     window = Student.from_teacher(teacher, plan)
-    spoiled = window.attention_modules()[2].mixer["sliding_window"]
-    spoiled.options = spoiled.options.model_copy(update={"window": 1})
     question = Question(
         student,
         SimpleNamespace(model=teacher),
@@ -191,7 +189,7 @@ def test_units_get_the_mixer_that_is_worth_its_bytes():
     )
     choice = SELECTORS["kl"].choose(question)
     gains = choice.alternatives["sliding_window"]
-    assert gains[1] > 0.1 * choice.worth[1] > gains[2]
+    assert choice.worth[1] > gains[1] > 0.1 * choice.worth[1] and gains[0] < 0 and gains[2] < 0
     wanted = Student.from_teacher(
         teacher, student.plan.with_layers("sliding_window", plan.mixers["sliding_window"], [1]), [student, window]
     )
@@ -202,7 +200,7 @@ def test_units_get_the_mixer_that_is_worth_its_bytes():
         others = {"sliding_window": window}
         return choose_plan(student, Budget.parse(budget), choice, others=others)[0]
 
-    assert [*chosen("0").layers[1]] == ["sliding_window"] and "sliding_window" not in chosen("0").layers[2]
+    assert [layer for layer in range(3) if "sliding_window" in chosen("0").layers[layer]] == [1]
     assert [*chosen("1").layers[1]] == ["attention"]
     least, most = student.plan.cache_bytes(4096), Plan.all_attention(plan.shapes).cache_bytes(4096)
     for share in (0.0, 0.3, 0.6, 1.0):
