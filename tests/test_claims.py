@@ -76,6 +76,8 @@ def test_rates_are_walked_to():
     assert [lowest(ladder, 3.0, trial(best)) for best in (1.0, 2.2, 3.0, 4.9)] == [1.0, 2.0, 3.0, 5.0]
     assert asked[:4] == [3.0, 4.0, 2.0, 1.0], "from the middle, the other way when the first is worse"
     assert lowest((7.0,), 7.0, trial(0.0)) == 7.0
+    valleys = {1.0: 1.0, 2.0: 3.0, 3.0: 2.0, 4.0: 5.0, 5.0: 9.0}.__getitem__
+    assert lowest(ladder, 3.0, valleys) == 3.0 and lowest(ladder, None, valleys) == 1.0, "without a start, of all"
 
 
 def test_mohawk_from_end_to_end(tmp_path, tiny_runs, capsys):

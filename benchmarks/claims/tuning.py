@@ -22,9 +22,10 @@ KINDS: dict[str, dict[str, Any]] = {
 class Tuned(Base):
     """Runs of `distilled`, whose settings name `seed`, `tokens`, and `rates`: of layers, and of logits.
 
-    `setup` has the ladders `layer_rates` and `logit_rates`, the `first_rates` that tuning begins with, `budgets`,
-    `seeds` and the `tuning_seed`, and `sequence_length` and `batch` of the stages. Tuning first walks the ladder of
-    logits, then that of layers, while it gets better; a larger budget starts from the smaller one's best.
+    `setup` has the ladders `layer_rates` and `logit_rates`, the `first_layer_rate` that tuning begins with, `budgets`,
+    `seeds` and the `tuning_seed`, and `sequence_length` and `batch` of the stages. With the smallest budget every rate
+    of logits is tried, for there can be two valleys: one where the student's weights are kept, and one where they are
+    as good as new. Then the ladder of layers is walked while it gets better; a larger budget walks both from there.
     """
 
     setup: Any
@@ -60,7 +61,9 @@ class Tuned(Base):
         """Of layers and of logits, for these settings and their budget."""
         setup = self.setup
         smaller = [tokens for tokens in setup.budgets if tokens < settings["tokens"]]
-        layers, logits = self.best_rates(settings | {"tokens": max(smaller)}) if smaller else setup.first_rates
+        layers, logits = setup.first_layer_rate, None
+        if smaller:
+            layers, logits = self.best_rates(settings | {"tokens": max(smaller)})
 
         def trial(layers: float, logits: float) -> float:
             tried = settings | {"seed": setup.tuning_seed, "rates": [layers, logits]}
@@ -92,11 +95,13 @@ class TunedText(Tuned, Bench):
         self.test, self.tuning = (self.corpus.heldout_batch(rows, length, part=part) for part in ("test", "selection"))
 
 
-def lowest(ladder: Sequence[float], start: float, trial: Callable[[float], float]) -> float:
-    """The rung at which a trial is lowest, walking up and down from `start` while it falls."""
-    at = ladder.index(start)
+def lowest(ladder: Sequence[float], start: float | None, trial: Callable[[float], float]) -> float:
+    """The rung at which a trial is lowest: walking up and down from `start` while it falls, or, without it, of all."""
     if len(ladder) == 1:
-        return start
+        return ladder[0]
+    if start is None:
+        return min(ladder, key=trial)
+    at = ladder.index(start)
     best = trial(start)
     for step in (1, -1):
         while 0 <= at + step < len(ladder) and (found := trial(ladder[at + step])) < best:
