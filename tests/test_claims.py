@@ -1,6 +1,7 @@
 """The scripts behind docs/claims: what they compute, and that they go on where they were stopped."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from test_image_pipeline import write_pictures
 from benchmarks.claims import cab, cab_vision, matrices, mohawk, retrieval_aware, selection
 from benchmarks.claims.bench import SMALL_TEACHER
 from benchmarks.claims.runs import Mean, Store
-from benchmarks.claims.tuning import lowest
+from benchmarks.claims.tuning import Tuned, lowest
 from subquad.train_vit import train_vit
 
 
@@ -76,8 +77,28 @@ def test_rates_are_walked_to():
     assert [lowest(ladder, 3.0, trial(best)) for best in (1.0, 2.2, 3.0, 4.9)] == [1.0, 2.0, 3.0, 5.0]
     assert asked[:4] == [3.0, 4.0, 2.0, 1.0], "from the middle, the other way when the first is worse"
     assert lowest((7.0,), 7.0, trial(0.0)) == 7.0
-    valleys = {1.0: 1.0, 2.0: 3.0, 3.0: 2.0, 4.0: 5.0, 5.0: 9.0}.__getitem__
-    assert lowest(ladder, 3.0, valleys) == 3.0 and lowest(ladder, None, valleys) == 1.0, "without a start, of all"
+
+
+@pytest.mark.parametrize("aligns", [True, False])
+def test_tuning_finds_the_deeper_of_two_valleys(aligns):
+    """Both rates low is best; with either of them high the other's lowest place is high, too."""
+    tuned, asked = Tuned.__new__(Tuned), []
+    tuned.setup = SimpleNamespace(
+        layer_rates=(1e-4, 1e-3, 1e-2), logit_rates=(1e-4, 1e-3, 1e-2), budgets=(10, 20), tuning_seed=9
+    )
+    tuned.store = SimpleNamespace(run=lambda settings, job: job(settings))
+    tuned.aligns = lambda settings: aligns
+
+    def distilled(settings):
+        layers, logits = settings["rates"]
+        asked.append((settings["tokens"], layers, logits))
+        kept = max(layers, logits) < 2e-4 if settings["tokens"] == 10 else max(layers, logits) < 2e-3 and logits > 2e-4
+        return {"kl": 1.0 if kept else 3.0 - 10 * max(layers, logits)}
+
+    tuned.distilled = distilled
+    assert tuned.best_rates({"tokens": 10}) == (1e-4, 1e-4)
+    assert tuned.best_rates({"tokens": 20}) == (1e-4, 1e-3), "the larger budget walks on from there"
+    assert aligns or {layers for _, layers, _ in asked} == {1e-4}
 
 
 def test_mohawk_from_end_to_end(tmp_path, tiny_runs, capsys):

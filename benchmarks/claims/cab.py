@@ -75,7 +75,6 @@ class Setup:
     tuning_seed: int = 100
     layer_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
     logit_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
-    first_layer_rate: float = 3e-3
     lengths: tuple[int, ...] = (256, 512, 1024, 2048)  # of the sequences whose stages are priced
     rows: int = 24
 

@@ -73,7 +73,6 @@ class Setup:
     tuning_seed: int = 100
     layer_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2)
     logit_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2)
-    first_layer_rate: float = 3e-3
     test_images: int = 5_000
     budgets: tuple[int, ...] = ()  # tuning knows one
     sequence_length: int = 0  # the teacher's: tokens of an image

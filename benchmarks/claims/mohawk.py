@@ -77,7 +77,6 @@ class Setup:
     tuning_seed: int = 100
     layer_rates: tuple[float, ...] = (1e-3, 5e-3, 2.5e-2, 0.125)
     logit_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
-    first_layer_rate: float = 5e-3  # that tuning begins with
     mixers: tuple[str, ...] = tuple(MIXERS)
     starts: tuple[str, ...] = ("teacher", "fresh")
     state_dims: tuple[int, ...] = (4, 8, 16, 32)
@@ -107,7 +106,6 @@ LARGE: dict[str, Any] = {  # SmolLM2 on two cores
     "budgets": (12_000,),
     "layer_rates": (1e-3,),
     "logit_rates": (1e-4, 3e-4, 1e-3),
-    "first_layer_rate": 1e-3,
     "mixers": ("without rotary",),
     "starts": ("teacher",),
     "seeds": (0,),

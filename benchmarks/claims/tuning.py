@@ -1,6 +1,7 @@
 """What claims about stages share: runs of several seeds, each at the rates that are best for its own settings."""
 
 from collections.abc import Callable, Sequence
+from math import log
 from typing import Any
 
 from benchmarks.claims.bench import Base, Bench
@@ -22,10 +23,11 @@ KINDS: dict[str, dict[str, Any]] = {
 class Tuned(Base):
     """Runs of `distilled`, whose settings name `seed`, `tokens`, and `rates`: of layers, and of logits.
 
-    `setup` has the ladders `layer_rates` and `logit_rates`, the `first_layer_rate` that tuning begins with, `budgets`,
-    `seeds` and the `tuning_seed`, and `sequence_length` and `batch` of the stages. With the smallest budget every rate
-    of logits is tried, for there can be two valleys: one where the student's weights are kept, and one where they are
-    as good as new. Then the ladder of layers is walked while it gets better; a larger budget walks both from there.
+    `setup` has the ladders `layer_rates` and `logit_rates`, `budgets`, `seeds` and the `tuning_seed`, and
+    `sequence_length` and `batch` of the stages. With the smallest budget all rates of logits are tried, those of layers
+    as near them as their ladder has it, for there can be two valleys: one where the student's first weights are kept,
+    and one where they are as good as new. From the best, and for a larger budget from the smaller one's best, the ladder
+    of logits is walked, then that of layers, while it gets better.
     """
 
     setup: Any
@@ -60,21 +62,20 @@ class Tuned(Base):
     def best_rates(self, settings: dict[str, Any]) -> tuple[float, float]:
         """Of layers and of logits, for these settings and their budget."""
         setup = self.setup
-        smaller = [tokens for tokens in setup.budgets if tokens < settings["tokens"]]
-        layers, logits = setup.first_layer_rate, None
-        if smaller:
-            layers, logits = self.best_rates(settings | {"tokens": max(smaller)})
 
         def trial(layers: float, logits: float) -> float:
             tried = settings | {"seed": setup.tuning_seed, "rates": [layers, logits]}
             return float(self.store.run(tried, self.distilled)["kl"])
 
-        if not self.aligns(settings):
-            layers = setup.layer_rates[0]  # which is not used
+        ladder = setup.layer_rates if self.aligns(settings) else setup.layer_rates[:1]  # which is not used
+        smaller = [tokens for tokens in setup.budgets if tokens < settings["tokens"]]
+        if smaller:
+            layers, logits = self.best_rates(settings | {"tokens": max(smaller)})
+        else:
+            pairs = [(min(ladder, key=lambda rung: abs(log(rung / rate))), rate) for rate in setup.logit_rates]
+            layers, logits = min(pairs, key=lambda pair: trial(*pair)) if len(pairs) > 1 else pairs[0]
         logits = lowest(setup.logit_rates, logits, lambda rate: trial(layers, rate))
-        if self.aligns(settings):
-            layers = lowest(setup.layer_rates, layers, lambda rate: trial(rate, logits))
-        return layers, logits
+        return lowest(ladder, layers, lambda rate: trial(rate, logits)), logits
 
     def cells(self, combinations: Sequence[dict[str, Any]]) -> list[Result]:
         """The runs of each of these settings, with what all have in common."""
@@ -95,13 +96,11 @@ class TunedText(Tuned, Bench):
         self.test, self.tuning = (self.corpus.heldout_batch(rows, length, part=part) for part in ("test", "selection"))
 
 
-def lowest(ladder: Sequence[float], start: float | None, trial: Callable[[float], float]) -> float:
-    """The rung at which a trial is lowest: walking up and down from `start` while it falls, or, without it, of all."""
-    if len(ladder) == 1:
-        return ladder[0]
-    if start is None:
-        return min(ladder, key=trial)
+def lowest(ladder: Sequence[float], start: float, trial: Callable[[float], float]) -> float:
+    """The rung at which a trial is lowest, walking up and down from `start` while it falls."""
     at = ladder.index(start)
+    if len(ladder) == 1:
+        return start
     best = trial(start)
     for step in (1, -1):
         while 0 <= at + step < len(ladder) and (found := trial(ladder[at + step])) < best:
