@@ -11,8 +11,9 @@ Parts:
 - cost: seconds and activations of a stage with the bridge and of one with matrices, over the length of its sequences.
 
 Notable:
-- Rates are tuned for every way, start and budget alone (tuning.py), with all layers; half of them use the same. Three
-  tenths of the tokens go to the stages before the last, as for MOHAWK; the last is cross-entropy + 0.5 KL, CAB's own.
+- Rates are tuned for every way, start and budget alone (tuning.py), with all layers and the whole bridge; half of the
+  layers, one side, and spread decays use the same. Three tenths of the tokens go to the stages before the last, as for
+  MOHAWK; the last is cross-entropy + 0.5 KL, CAB's own.
 - The student is Discrete Mamba-2 in all layers, without rotary embedding. The teacher's bytes decide nothing here, so
   the student's width is the teacher's.
 - Finished runs are kept under --work: a script that was stopped goes on from there.
@@ -59,6 +60,7 @@ RIVALS = (  # way and weights that the student starts with
     ("matrix + hidden", "teacher"),
     ("bridge", "teacher"),
 )
+WHOLE = {"sides": "both", "memory": "long"}  # bridge
 ALL_LAYERS = ("matrix + hidden",)  # ways that give every layer the teacher's input, so that there must be as many
 
 
@@ -132,8 +134,8 @@ class Cab(TunedText):
         return found | {"teacher_perplexity": measured["teacher"]["perplexity"][at], "stages": results}
 
     def best_rates(self, settings: dict[str, Any]) -> tuple[float, float]:
-        """Of a student with all layers."""
-        return super().best_rates(settings | {"layers": len(self.shapes)})
+        """Of a student with all layers and the whole bridge."""
+        return super().best_rates(settings | {"layers": len(self.shapes)} | WHOLE)
 
     # ------------------------------------------------------------------ parts
 
@@ -142,7 +144,7 @@ class Cab(TunedText):
         whole = len(self.shapes)
         return self.cells(
             [
-                {"tokens": tokens, "layers": layers, "way": way, "start": start, "sides": "both", "memory": "long"}
+                {"tokens": tokens, "layers": layers, "way": way, "start": start, **WHOLE}
                 for tokens, layers, (way, start) in itertools.product(setup.budgets, setup.layers, RIVALS)
                 if layers == whole or way not in ALL_LAYERS
             ]
@@ -151,7 +153,7 @@ class Cab(TunedText):
     def sides(self) -> list[Result]:
         setup = self.setup
         base = {"tokens": setup.budgets[len(setup.budgets) // 2], "layers": len(self.shapes), "way": "bridge"}
-        base |= {"start": "fresh", "sides": "both", "memory": "long"}
+        base |= {"start": "fresh", **WHOLE}
         changes = [{}, {"sides": "queries"}, {"sides": "keys"}, {"memory": "spread"}]
         changes += [{"way": "short bridge", "start": start} for start in ("fresh", "teacher")]
         return self.cells([base | change for change in changes])

@@ -13,7 +13,8 @@ Parts:
 
 Notable:
 - Rates are tuned for every way alone, with a tenth of the images and the part of them that selection sees; all shares
-  use what was found there. Three tenths of the steps go to the stages before the last, as for MOHAWK.
+  use what was found there, and one side and spread decays what was found for the whole bridge. Three tenths of the
+  steps go to the stages before the last, as for MOHAWK.
 - CAB here is the paper's for vision: soft distillation and three times the bridge, then soft distillation alone.
 - The student is Discrete Mamba-2 in all layers, scanning both ways, with the class token in the middle.
 - Finished runs are kept under --work: a script that was stopped goes on from there.
@@ -27,6 +28,7 @@ from typing import Any
 import torch
 
 from benchmarks.claims.bench import parse, run_parts
+from benchmarks.claims.cab import WHOLE
 from benchmarks.claims.cab_vision_report import draw, print_report
 from benchmarks.claims.runs import Result, Settings, Store
 from benchmarks.claims.tuning import Tuned
@@ -151,8 +153,8 @@ class CabVision(Tuned):
         return found | {"stages": results}
 
     def best_rates(self, settings: dict[str, Any]) -> tuple[float, float]:
-        """Of the share that is tuned on."""
-        return super().best_rates(settings | {"share": self.setup.tuned_share})
+        """Of the share that is tuned on, and of the whole bridge."""
+        return super().best_rates(settings | {"share": self.setup.tuned_share} | WHOLE)
 
     # ------------------------------------------------------------------ parts
 
@@ -164,7 +166,7 @@ class CabVision(Tuned):
     def stages(self) -> list[Result]:
         return self.cells(
             [
-                {"share": share, "way": way, "start": start, "sides": "both", "memory": "long"}
+                {"share": share, "way": way, "start": start, **WHOLE}
                 for share, (way, start) in itertools.product(self.setup.shares, RIVALS)
             ]
         )

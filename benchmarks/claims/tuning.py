@@ -26,8 +26,8 @@ class Tuned(Base):
     `setup` has the ladders `layer_rates` and `logit_rates`, `budgets`, `seeds` and the `tuning_seed`, and
     `sequence_length` and `batch` of the stages. With the smallest budget all rates of logits are tried, those of layers
     as near them as their ladder has it, for there can be two valleys: one where the student's first weights are kept,
-    and one where they are as good as new. From the best, and for a larger budget from the smaller one's best, the ladder
-    of logits is walked, then that of layers, while it gets better.
+    and one where they are as good as new. From the best, and for a larger budget from the smaller one's best, the
+    ladder of logits is walked, then that of layers, while it gets better.
     """
 
     setup: Any
