@@ -171,6 +171,22 @@ def test_selection_from_end_to_end(tmp_path, monkeypatch, capsys):
     assert "rank correlation" in capsys.readouterr().out
 
 
+def test_retraining_may_be_left_to_some_seeds():
+    claims = selection.Selection.__new__(selection.Selection)
+    claims.setup = selection.Setup(seeds=(0, 1), retrained_seeds=(0,))
+    claims.units = [[(0, head)] for head in range(8)]
+    claims.chosen = lambda by, options, seed, count: [0, 1]
+    claims.selected = lambda by, options, seed: {"worth": [float(seed + unit) for unit in range(8)]}
+    claims.run = lambda kept, seed: {"kl": 1.0}
+    cells = {cell["name"]: cell for cell in claims.estimators()}
+    assert {name for name, cell in cells.items() if len(cell["runs"]) == 1} == {
+        selection.FULL,
+        "kl, a quarter of the tokens",
+        "kl, three rounds",
+    }
+    assert cells["kl"]["spearman"] == [1.0, 1.0] and cells[selection.FULL]["spearman"] == []
+
+
 def test_rank_correlation():
     assert selection.spearman([1, 2, 3, 4], [10, 20, 30, 40]) == pytest.approx(1.0)
     assert selection.spearman([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx(-1.0)
