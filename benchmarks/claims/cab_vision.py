@@ -73,7 +73,7 @@ class Setup:
     batch: int = 40
     seeds: tuple[int, ...] = (0, 1, 2)
     tuning_seed: int = 100
-    layer_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2)
+    layer_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
     logit_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2)
     test_images: int = 5_000
     budgets: tuple[int, ...] = ()  # tuning knows one
