@@ -86,5 +86,5 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
             ax.set_xlabel("tokens, all stages together")
             ax.grid(True)
         axes[0].set_ylabel("held-out perplexity")
-        axes[0].legend(fontsize=7)
+        axes[0].legend(fontsize=7, handlelength=3.5)
     save_png(figure, path, dpi=150)

@@ -70,5 +70,5 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
         ax.set_xlabel("images to train on")
         ax.set_ylabel("test accuracy, %")
         ax.grid(True)
-        ax.legend(fontsize=7)
+        ax.legend(fontsize=7, handlelength=3.5)
     save_png(figure, path, dpi=150)
