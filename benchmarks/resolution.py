@@ -41,7 +41,7 @@ from subquad.report.plots import STYLE, save_png
 PATCH = 14
 SIDES = (16, 32, 64, 128)  # patches
 MIXERS = ("discrete_mamba2", "gated_deltanet", "gla")
-ROUNDS = 5
+ROUNDS = 3
 COLOURS = {"ViT": "#7d8794", "discrete_mamba2": "#d04f6b", "gated_deltanet": "#4f7fcf", "gla": "#2f93a8"}
 
 
