@@ -128,6 +128,7 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
         ):
             _lines(ax, report["rows"], value)
             ax.set_ylabel(label)
+        axes[1].set_yscale("log", base=2)
         axes[1].yaxis.set_major_formatter(FuncFormatter(lambda value, _: fmt.size(value)))
         axes[0].legend(fontsize=8)
     save_png(figure, path, dpi=150)
