@@ -27,6 +27,9 @@ def test_finished_runs_are_not_run_again(tmp_path):
         assert result["kl"] == seed / 2 and result["settings"] == {"seed": seed, "way": "a"}
     assert asked == [1, 2]
     assert store.run({"timed": True}, lambda settings: {"seconds": 7.0})["seconds"] == 7.0  # and not of the whole run
+    another = Store(tmp_path / "another", Console(quiet=True))
+    another.adopt({"settings": {"seeds": [1]}, "cells": [{"runs": [store.run({"seed": 1, "way": "a"}, job)]}]})
+    assert another.run({"seed": 1, "way": "a"}, job)["kl"] == 0.5 and asked == [1, 2], "it is known from the report"
     assert Mean.of([1.0, 3.0]).text(1) == "2.0 ± 1.4" and Mean.of([1.0]).text(1) == "1.0"
 
 

@@ -1,6 +1,7 @@
 """What the claims share: a command line, a teacher, its text, students of it, and stages that are run on them."""
 
 import argparse
+import json
 import statistics
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -132,6 +133,7 @@ def parse(
     if data is not None:
         parser.add_argument("--data", default=data, metavar="SOURCE", help="a set of labelled images")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers")
+    parser.add_argument("--known", type=Path, metavar="FILE", help="numbers of an earlier run, not to be run again")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help=f"draw {plot}")
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts, metavar="PART", help=", ".join(parts))
     parser.add_argument("--work", type=Path, default=Path(f"runs/claims-{name}"), help="folder of the finished runs")
@@ -150,6 +152,8 @@ def run_parts(
     drawn: str,
 ) -> None:
     """Runs what is not yet done, prints, and writes what was asked for; `drawn`: the part that the picture needs."""
+    if arguments.known:
+        bench.store.adopt(json.loads(arguments.known.read_text(encoding="utf-8")))
     report = facts(arguments.command, asdict(bench.setup), torch.device(bench.device))
     report |= {"teacher_name": bench.teacher.name, **more}
     for part in arguments.parts:

@@ -32,8 +32,7 @@ class Store:
 
         `seconds` is what the whole run took, where the job does not say what counts.
         """
-        text = json.dumps(settings, sort_keys=True)
-        path = self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
+        path = self._path(settings)
         if path.is_file():
             return json.loads(path.read_text(encoding="utf-8"))
         started = time.perf_counter()
@@ -43,6 +42,19 @@ class Store:
         shown = ", ".join(f"{value}" for key, value in settings.items() if key not in ("teacher", "rates"))
         self.console.print(f"[dim]{result['seconds']:6.1f} s[/]  {shown}", highlight=False)
         return result
+
+    def adopt(self, report: Any) -> None:
+        """Keeps the finished runs of an earlier report, wherever in it they stand, as if they had been run here."""
+        if isinstance(report, dict) and isinstance(report.get("settings"), dict) and "seconds" in report:
+            if not (path := self._path(report["settings"])).is_file():
+                write_json(path, report)
+        elif isinstance(report, (dict, list)):
+            for part in report.values() if isinstance(report, dict) else report:
+                self.adopt(part)
+
+    def _path(self, settings: Settings) -> Path:
+        text = json.dumps(settings, sort_keys=True)
+        return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
 
 
 class Mean(NamedTuple):
