@@ -10,6 +10,7 @@ from test_image_pipeline import write_pictures
 
 from benchmarks.claims import cab, cab_vision, matrices, mohawk, retrieval_aware, selection
 from benchmarks.claims.bench import SMALL_TEACHER
+from benchmarks.claims.rankings import overlap, spearman
 from benchmarks.claims.runs import Mean, Store
 from benchmarks.claims.tuning import Tuned, lowest
 from subquad.train_vit import train_vit
@@ -191,10 +192,10 @@ def test_retraining_may_be_left_to_some_seeds():
 
 
 def test_rank_correlation():
-    assert selection.spearman([1, 2, 3, 4], [10, 20, 30, 40]) == pytest.approx(1.0)
-    assert selection.spearman([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx(-1.0)
-    assert selection.spearman([1, 2, 2, 4], [1, 3, 2, 4]) == pytest.approx(0.9486833)
-    assert selection.overlap([5, 4, 1, 0], [5, 0, 4, 1], 2) == 0.5
+    assert spearman([1, 2, 3, 4], [10, 20, 30, 40]) == pytest.approx(1.0)
+    assert spearman([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx(-1.0)
+    assert spearman([1, 2, 2, 4], [1, 3, 2, 4]) == pytest.approx(0.9486833)
+    assert overlap([5, 4, 1, 0], [5, 0, 4, 1], 2) == 0.5
 
 
 def test_cab_from_end_to_end(tmp_path, monkeypatch, capsys):

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 
 from benchmarks.claims.bench import SMALL_TEACHER, Bench, Coverage, parse, run_parts
+from benchmarks.claims.rankings import overlap, spearman
 from benchmarks.claims.runs import Result, Settings, Store
 from benchmarks.claims.selection_report import draw, print_report
 from benchmarks.common import wide_console
@@ -366,26 +367,6 @@ def compare(cells: dict[str, Result], count: int) -> None:
             worths = []
         cell["spearman"] = [spearman(mine, other) for mine, other in zip(worths, others, strict=False)]
         cell["overlap"] = [overlap(mine, other, count) for mine, other in zip(worths, others, strict=False)]
-
-
-def spearman(one: Sequence[float], other: Sequence[float]) -> float:
-    """Rank correlation; equals share their mean rank."""
-    ranks = [_ranks(torch.tensor(values, dtype=torch.float64)) for values in (one, other)]
-    centred = [rank - rank.mean() for rank in ranks]
-    size = (centred[0].square().sum() * centred[1].square().sum()).sqrt()
-    return float((centred[0] * centred[1]).sum() / size) if size > 0 else 0.0
-
-
-def _ranks(values: torch.Tensor) -> torch.Tensor:
-    below = (values[:, None] > values).sum(1)
-    equal = (values[:, None] == values).sum(1)
-    return below + (equal + 1) / 2
-
-
-def overlap(one: Sequence[float], other: Sequence[float], count: int) -> float:
-    """Share of the first `count` that two rankings have in common."""
-    first = [set(sorted(range(len(values)), key=values.__getitem__, reverse=True)[:count]) for values in (one, other)]
-    return len(first[0] & first[1]) / count
 
 
 def main(argv: Sequence[str] | None = None) -> None:
