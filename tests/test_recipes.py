@@ -41,6 +41,8 @@ def shortened(name):
         recipe.selector.budget = "1"
     if "feature_dim" in recipe.mixer.options:
         recipe.mixer.options["feature_dim"] = 4
+    if recipe.mixer.options.get("window", 0) >= 48:  # the length of the text, all of which it would see
+        recipe.mixer.options["window"] = 16
     recipe.data.max_tokens = None
     recipe.evaluate = Recipe(**RECIPE).evaluate
     return recipe
@@ -57,7 +59,7 @@ def test_every_recipe_of_text_runs(name, teacher_folder, text, tmp_path, monkeyp
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert [stage["name"] for stage in metrics["stages"]] == [stage.name for stage in recipe.stages]
     assert all(stage["tokens"] == 128 and stage["peak_memory_bytes"] > 0 for stage in metrics["stages"])
-    assert metrics["student"]["kl"]["48"] > -1e-6 and "teacher" in metrics  # 0 but for rounding in a window of 48
+    assert metrics["student"]["kl"]["48"] > 0 and "teacher" in metrics
     loaded = Student.from_pretrained(tmp_path / "run")
     ids_BT = torch.randint(3, 97, (2, 20))
     with torch.no_grad():
