@@ -169,8 +169,13 @@ def check_safetensors(file: Path) -> None:
 
 
 def fingerprint_of(folder: Path, weights: list[Path], layers: int | None) -> str:
-    """Hex SHA-256 of the config, the number of layers kept, and the sizes and samples of the weights."""
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    """Hex SHA-256 of the config, the number of layers kept, and the sizes and samples of the weights.
+
+    Not of the release that wrote the config: the same weights, converted by another one, are the same teacher.
+    """
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config.pop("transformers_version", None)
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     digest.update(f"layers={layers}".encode())
     for file in weights:
         size = file.stat().st_size

@@ -92,6 +92,13 @@ def test_fingerprint_tells_a_fine_tuned_model_from_its_base(folder):
     assert load_teacher(str(folder)).fingerprint != before
 
 
+def test_fingerprint_is_of_the_model_and_not_of_the_release_that_saved_it(folder):
+    before, config = load_teacher(str(folder)).fingerprint, json.loads((folder / "config.json").read_text())
+    for changes, same in (({"transformers_version": "4.0.0"}, True), ({"rms_norm_eps": 1e-3}, False)):
+        (folder / "config.json").write_text(json.dumps(config | changes))
+        assert (load_teacher(str(folder)).fingerprint == before) is same
+
+
 def test_dtype_and_device(folder):
     assert load_teacher(str(folder), dtype="bfloat16").model.dtype == torch.bfloat16
     assert load_teacher(str(folder), dtype=torch.float64, device="cpu").model.dtype == torch.float64
