@@ -118,11 +118,21 @@ def test_mohawk_from_end_to_end(tmp_path, tiny_runs, capsys):
     assert all(run["after"] < run["before"] for run in report["matrices"]["trained"])
     assert (tmp_path / "a.png").stat().st_size > 10_000
     assert report["command"].endswith("a.png") and report["settings"]["teacher"] == SMALL_TEACHER
+    assert all(len(source["sha256"]) == 64 for source in report["sources"]) and len(report["sources"]) >= 2
     shown = capsys.readouterr().out
     assert "matrix + hidden + logits" in shown and "toeplitz" in shown
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "work").iterdir()}
-    mohawk.main(arguments)
+    mohawk.main([*arguments, "--known", str(tmp_path / "a.json")])
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "work").iterdir()}
+
+
+def test_known_numbers_that_cannot_be_read(tmp_path, capsys):
+    (tmp_path / "a.png").write_bytes(b"no numbers")
+    for file, why in (("nowhere.json", "No such file"), ("a.png", "Expecting value")):
+        with pytest.raises(SystemExit) as stopped:
+            mohawk.main(["--known", str(tmp_path / file)])
+        assert stopped.value.code == 2
+        assert f"{file} cannot be read" in (said := capsys.readouterr().err) and why in said
 
 
 def test_retrieval_aware_from_end_to_end(tmp_path, monkeypatch, capsys):
@@ -175,20 +185,18 @@ def test_selection_from_end_to_end(tmp_path, monkeypatch, capsys):
     assert "rank correlation" in capsys.readouterr().out
 
 
-def test_retraining_may_be_left_to_some_seeds():
+def test_rankings_of_the_full_procedure_are_set_against_its_other_seeds():
     claims = selection.Selection.__new__(selection.Selection)
-    claims.setup = selection.Setup(seeds=(0, 1), retrained_seeds=(0,))
+    claims.setup = selection.Setup(seeds=(0, 1))
     claims.units = [[(0, head)] for head in range(8)]
     claims.chosen = lambda by, options, seed, count: [0, 1]
-    claims.selected = lambda by, options, seed: {"worth": [float(seed + unit) for unit in range(8)]}
+    turned = {0: 1.0, 1: -1.0}  # the seeds rank the units the other way round
+    claims.selected = lambda by, options, seed: {"worth": [turned[seed] * unit + 0.5 * unit for unit in range(8)]}
     claims.run = lambda kept, seed: {"kl": 1.0}
     cells = {cell["name"]: cell for cell in claims.estimators()}
-    assert {name for name, cell in cells.items() if len(cell["runs"]) == 1} == {
-        selection.FULL,
-        "kl, a quarter of the tokens",
-        "kl, three rounds",
-    }
-    assert cells["kl"]["spearman"] == [1.0, 1.0] and cells[selection.FULL]["spearman"] == []
+    assert cells[selection.FULL]["spearman"] == [-1.0, -1.0]  # each with the other
+    assert cells["kl"]["spearman"] == [1.0, -1.0], "with the mean of both"
+    assert cells["kl"]["overlap"] == [1.0, 0.0] and cells["uniform"]["spearman"] == []
 
 
 def test_rank_correlation():

@@ -21,7 +21,7 @@ from subquad.data.text import load_corpus
 from subquad.distill.batch import TokenSource
 from subquad.distill.loop import make_accelerator, run_stage
 from subquad.evaluate.retrieval import answers, usable
-from subquad.files import write_json
+from subquad.files import first_line, write_json
 from subquad.interface import shapes_of
 from subquad.join import JoinStart
 from subquad.lessons import Lessons
@@ -39,6 +39,7 @@ class Base:
     """A teacher, its students, what these learn from, and the runs."""
 
     lessons: TokenSource
+    sources: list[dict[str, str]]  # name and hash of what these were made from
 
     def __init__(self, teacher: str, store: Store, task: str = TEXT) -> None:
         self.store = store
@@ -73,6 +74,7 @@ class Bench(Base):
         super().__init__(teacher, store)
         tokenizer: Any = self.teacher.tokenizer
         self.corpus = load_corpus(None, tokenizer)
+        self.sources = self.corpus.sources
         small = self.teacher.model.config.vocab_size < 10_000
         self.lessons = Lessons(self.corpus, tokenizer) if small else self.corpus
 
@@ -133,7 +135,7 @@ def parse(
     if data is not None:
         parser.add_argument("--data", default=data, metavar="SOURCE", help="a set of labelled images")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers")
-    parser.add_argument("--known", type=Path, metavar="FILE", help="numbers of an earlier run, not to be run again")
+    parser.add_argument("--known", type=written, metavar="FILE", help="numbers of an earlier run, not to be run again")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help=f"draw {plot}")
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts, metavar="PART", help=", ".join(parts))
     parser.add_argument("--work", type=Path, default=Path(f"runs/claims-{name}"), help="folder of the finished runs")
@@ -141,6 +143,14 @@ def parse(
     arguments.command = command_of(module, argv)
     arguments.parts = [part for part in parts if part in arguments.parts]
     return arguments
+
+
+def written(file: str) -> Any:
+    """The numbers that an earlier run wrote."""
+    try:
+        return json.loads(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"{file} cannot be read ({first_line(error)})") from error
 
 
 def run_parts(
@@ -153,9 +163,9 @@ def run_parts(
 ) -> None:
     """Runs what is not yet done, prints, and writes what was asked for; `drawn`: the part that the picture needs."""
     if arguments.known:
-        bench.store.adopt(json.loads(arguments.known.read_text(encoding="utf-8")))
+        bench.store.adopt(arguments.known)
     report = facts(arguments.command, asdict(bench.setup), torch.device(bench.device))
-    report |= {"teacher_name": bench.teacher.name, **more}
+    report |= {"teacher_name": bench.teacher.name, "sources": bench.sources, **more}
     for part in arguments.parts:
         report[part] = getattr(bench, part)()
     print_report(report, bench.store.console)

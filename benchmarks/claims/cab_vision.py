@@ -103,7 +103,7 @@ class CabVision(Tuned):
         self.images = load_images(
             setup.data, reader, channels=model.config.num_channels, tokens=tokens, heldout_fraction=0.02
         )
-        self.lessons = self.images
+        self.lessons, self.sources = self.images, self.images.sources
         self.test = [*self.images.heldout_batches(min(setup.test_images, len(self.images.parts["test"])), batch=256)]
         self.tuning = [*self.images.heldout_batches(len(self.images.parts["selection"]), "selection", batch=256)]
         self.accuracy = likeness({}, model, self.test)["teacher"]["accuracy"]

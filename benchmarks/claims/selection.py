@@ -69,7 +69,6 @@ class Setup:
     greedy_rows: int = 24
     replaced: tuple[float, ...] = (0.33, 0.5, 0.75)
     seeds: tuple[int, ...] = (0, 1, 2)
-    retrained_seeds: tuple[int, ...] = (0, 1, 2)  # of which candidates are retrained, too
     tuning_seed: int = 100
     rows: int = 16
 
@@ -106,7 +105,6 @@ LARGE: dict[str, Any] = {  # SmolLM2 on two cores
     "greedy_tasks": ("passkey", "copy"),
     "greedy_rows": 4,
     "replaced": (0.33,),
-    "retrained_seeds": (0,),
     "rows": 4,
 }
 
@@ -262,8 +260,6 @@ class Selection(Bench):
         count = self.count(0.25)
         for seed in self.setup.seeds:
             for name, (by, options) in names.items():
-                if options.get("retrain_tokens") and seed not in self.setup.retrained_seeds:
-                    continue
                 if by not in ("uniform", "random"):
                     cells[name]["selections"].append(self.selected(by, options, seed))
                 cells[name]["runs"].append(self.run(self.chosen(by, options, seed, count), seed))
