@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
+from subquad.cache import CACHE
 from subquad.curves import Curve, Forecast, Point, Spread, expected, fit, forecast, forecast_beside, overtaking, spread
 from subquad.errors import UserError
 from subquad.evaluate import held_cache_bytes
@@ -53,7 +54,7 @@ def decode(subject: Subject, tokens_BT: Tensor) -> Turn:
     def turn() -> tuple[dict[str, float], None]:
         start = clock(tokens_BT.device)
         for _ in range(STEPS):
-            subject.model(last_B1, past_key_values=cache, use_cache=True)
+            subject.model(last_B1, use_cache=True, **{CACHE: cache})
         return {"decode": (clock(tokens_BT.device) - start) / STEPS}, None
 
     return turn
@@ -64,7 +65,7 @@ def prefill(subject: Subject, tokens_BT: Tensor) -> Turn:
 
     def turn() -> tuple[dict[str, float], Cache]:
         start = clock(tokens_BT.device)
-        cache = subject.model(tokens_BT, use_cache=True, logits_to_keep=1).past_key_values
+        cache = subject.model(tokens_BT, use_cache=True, logits_to_keep=1)[CACHE]
         return {"prefill": clock(tokens_BT.device) - start}, cache
 
     return turn

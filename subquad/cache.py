@@ -11,11 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from subquad.mixers import State
 from subquad.ops.common import joined
 from subquad.plan import Plan
 
+# What transformers' models call the cache that they take and return, since 5.24 and before.
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 ROOM = 16  # behind keys and values is room for this fraction of them
 SPARE = 8  # and at most this fraction of a state stays in memory besides: room, and what has left a window
 

@@ -17,7 +17,7 @@ from transformers.configuration_utils import SubConfigSpec
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from subquad.attention import Pass
-from subquad.cache import StudentCache
+from subquad.cache import CACHE, StudentCache
 from subquad.converted import Converted, ConvertedConfig, auto_map
 from subquad.errors import UserError
 from subquad.interface import shapes_of
@@ -90,26 +90,30 @@ class Student(Converted, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        cache: StudentCache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Like any causal language model of transformers; `attention_mask` is (B, past + new), 0 at pads.
 
+        `cache` is the name that `past_key_values` has since transformers 5.24; either is taken, whatever the release.
+
         Raises ValueError for a cache that is not a `StudentCache` (see `new_cache`).
         """
+        cache = past_key_values if cache is None else cache
         if use_cache is None:
-            use_cache = past_key_values is not None or (not self.training and labels is None)
-        if use_cache and past_key_values is None:
-            past_key_values = self.new_cache()
+            use_cache = cache is not None or (not self.training and labels is None)
+        if use_cache and cache is None:
+            cache = self.new_cache()
         return self.backbone(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             labels=labels,
             use_cache=use_cache,
             logits_to_keep=logits_to_keep,
-            student_pass=self._pass(attention_mask, past_key_values),
+            student_pass=self._pass(attention_mask, cache),
+            **{CACHE: cache},
             **kwargs,
         )
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from subquad import Plan, Student, UserError, bench, memory, roofline, subjects
+from subquad.cache import CACHE
 from subquad.cli import app
 from subquad.cli_bench import numbers
 from subquad.curves import (
@@ -295,9 +296,9 @@ def test_without_a_recipe_there_is_no_other_model(folders):
 def test_a_made_cache_is_like_one_that_was_read(family, context):
     subject = subject_of(tiny(family))
     tokens = torch.zeros(2, context, dtype=torch.long)
-    read, made = subject.model(tokens, use_cache=True).past_key_values, cache_of(subject, 2, context)
+    read, made = subject.model(tokens, use_cache=True)[CACHE], cache_of(subject, 2, context)
     for cache in (read, made):
-        subject.model(tokens[:, :1], past_key_values=cache, use_cache=True)
+        subject.model(tokens[:, :1], use_cache=True, **{CACHE: cache})
     assert made.get_seq_length() == read.get_seq_length() == context + 1
     assert [layer.keys.shape for layer in made.layers] == [layer.keys.shape for layer in read.layers]
     assert [layer.get_mask_sizes(1) for layer in made.layers] == [layer.get_mask_sizes(1) for layer in read.layers]

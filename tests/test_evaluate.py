@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from test_retrieval import byte_tokenizer, task_probe
 from transformers import DynamicCache, Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from subquad.cache import CACHE
 from subquad.data.retrieval import TASKS, Probe, make_probe
 from subquad.errors import UserError
 from subquad.evaluate import answers, cache_table, held_cache_bytes, likelihood, retrieval, samples, usable
@@ -305,7 +306,7 @@ def test_facts_cannot_be_exchanged_in_one_row():
 
 def test_held_cache_bytes_counts_every_tensor_once():
     model = tiny()
-    cache = model(rows(2, 10), use_cache=True).past_key_values
+    cache = model(rows(2, 10), use_cache=True)[CACHE]
     per_layer = 2 * 2 * 2 * 10 * 8 * 4  # keys and values, batch, kv heads, tokens, head_dim, float32
     assert held_cache_bytes(cache) == 2 * per_layer
     cache.layers[0].keys = cache.layers[0].keys[:, :, -1:]  # a short view saves nothing

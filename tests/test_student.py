@@ -240,5 +240,20 @@ def test_foreign_caches_are_refused():
 
     teacher = tiny("llama")
     student = Student.from_teacher(teacher, mixed_plan(shapes_of(teacher)))
-    with pytest.raises(ValueError, match="new_cache"):
-        student(torch.tensor([[3, 4]]), past_key_values=DynamicCache())
+    for name in ("past_key_values", "cache"):
+        with pytest.raises(ValueError, match="new_cache"):
+            student(torch.tensor([[3, 4]]), **{name: DynamicCache()})
+
+
+@torch.no_grad()
+def test_the_cache_has_two_names():  # transformers' generate says the one before 5.24, the other since
+    teacher = tiny("llama")
+    student = Student.from_teacher(teacher, mixed_plan(shapes_of(teacher)))
+    tokens = torch.tensor([[3, 4, 5, 6]])
+    whole = student(tokens).logits[:, -1]
+    for name in ("past_key_values", "cache"):
+        held = student.new_cache()
+        student(tokens[:, :3], **{name: held})
+        assert held.get_seq_length() == 3
+        torch.testing.assert_close(student(tokens[:, 3:], **{name: held}).logits[:, -1], whole)
+        assert held.get_seq_length() == 4
