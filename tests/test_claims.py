@@ -31,7 +31,7 @@ def test_finished_runs_are_not_run_again(tmp_path):
     another = Store(tmp_path / "another", Console(quiet=True))
     another.adopt({"settings": {"seeds": [1]}, "cells": [{"runs": [store.run({"seed": 1, "way": "a"}, job)]}]})
     assert another.run({"seed": 1, "way": "a"}, job)["kl"] == 0.5 and asked == [1, 2], "it is known from the report"
-    assert Mean.of([1.0, 3.0]).text(1) == "2.0 ± 1.4" and Mean.of([1.0]).text(1) == "1.0"
+    assert Mean.of([1.0, 3.0]).text(1) == "2.0 ± 1.4" and Mean.of([1.0]).text(1, signed=True) == "+1.0"
 
 
 def attention(count=3, T=24, N=4):
@@ -182,7 +182,8 @@ def test_selection_from_end_to_end(tmp_path, monkeypatch, capsys):
     (path,) = report["greedy"]
     assert path["counts"] == [1] and path["scores"].keys() >= {"greedy", "random"}
     assert (tmp_path / "a.png").stat().st_size > 10_000
-    assert "rank correlation" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "rank correlation" in shown and "less full's" in shown
 
 
 def test_rankings_of_the_full_procedure_are_set_against_its_other_seeds():

@@ -68,7 +68,7 @@ class Mean(NamedTuple):
     def of(cls, values: Sequence[float]) -> "Mean":
         return cls(fmean(values), stdev(values) if len(values) > 1 else 0.0, len(values))
 
-    def text(self, digits: int = 3) -> str:
+    def text(self, digits: int = 3, *, signed: bool = False) -> str:
         """As in a table."""
         spread = f" ± {self.spread:.{digits}f}" if self.count > 1 else ""
-        return f"{self.mean:.{digits}f}{spread}"
+        return f"{self.mean:{'+' if signed else ''}.{digits}f}{spread}"

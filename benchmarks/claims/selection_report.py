@@ -46,13 +46,13 @@ def forward_equivalent(selection: Mapping[str, Any]) -> float:
 
 
 def estimators_table(cells: Sequence[Mapping[str, Any]], measure: str) -> Table:
-    """Agreement, cost, and what the plan is worth."""
+    """Agreement, cost, and what the plan is worth: its KL, and how that differs from the full procedure's, by seed."""
     seeds = len(cells[0]["runs"])
     title = f"selectors against the full procedure: mean of {seeds} seeds ± spread of one"
     table = Table(title=title, title_justify="left")
-    headings = ("rank correlation", "first quarter", "tokens, as forward", "of full", "seconds", "KL", what(measure))
+    agreement, cost = ("rank correlation", "first quarter"), ("tokens, as forward", "of full", "seconds")
     table.add_column("selector")
-    for heading in headings:
+    for heading in (*agreement, *cost, "KL", "KL, less full's", what(measure)):
         table.add_column(heading, justify="right")
     full = fmean(map(forward_equivalent, cells[0]["selections"]))
     for cell in cells:
@@ -65,8 +65,10 @@ def estimators_table(cells: Sequence[Mapping[str, Any]], measure: str) -> Table:
             row[0] = Mean.of(cell["spearman"]).text(2)
             row[1] = fmt.percent(fmean(cell["overlap"]), 0)
         runs = cell["runs"]
-        quality = Mean.of([run["kl"] for run in runs]).text(), text_of([r["coverage"]["mean"] for r in runs], measure)
-        table.add_row(cell["name"], *row, *quality)
+        beside = Mean.of([run["kl"] - full_run["kl"] for run, full_run in zip(runs, cells[0]["runs"], strict=True)])
+        kl = Mean.of([run["kl"] for run in runs]).text()
+        coverage = text_of([run["coverage"]["mean"] for run in runs], measure)
+        table.add_row(cell["name"], *row, kl, "" if cell is cells[0] else beside.text(signed=True), coverage)
     return table
 
 
