@@ -46,7 +46,7 @@ def change(folder, how):
 
 def said(found: Comparison) -> str:
     out = io.StringIO()
-    print_comparison(found, Console(file=out, width=150))
+    print_comparison(found, Console(file=out, width=250))
     return out.getvalue()
 
 
