@@ -56,4 +56,4 @@ def modified_files() -> list[str]:
 def wide_console() -> Console:
     """Where tables are printed: a file has room; 80 columns would break every cell."""
     console = Console()
-    return console if console.is_terminal else Console(width=140)
+    return console if console.is_terminal else Console(width=180)

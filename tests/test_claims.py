@@ -186,18 +186,21 @@ def test_selection_from_end_to_end(tmp_path, monkeypatch, capsys):
     assert "rank correlation" in shown and "less full's" in shown
 
 
-def test_rankings_of_the_full_procedure_are_set_against_its_other_seeds():
+def test_rankings_are_set_against_the_full_procedures_and_their_own_of_other_seeds():
     claims = selection.Selection.__new__(selection.Selection)
     claims.setup = selection.Setup(seeds=(0, 1))
     claims.units = [[(0, head)] for head in range(8)]
     claims.chosen = lambda by, options, seed, count: [0, 1]
-    turned = {0: 1.0, 1: -1.0}  # the seeds rank the units the other way round
-    claims.selected = lambda by, options, seed: {"worth": [turned[seed] * unit + 0.5 * unit for unit in range(8)]}
+    turned = {0: 1.5, 1: -0.5}  # the seeds rank the units the other way round
+    claims.selected = lambda by, options, seed: {"worth": [turned[seed] * unit for unit in range(8)]}
     claims.run = lambda kept, seed: {"kl": 1.0}
     cells = {cell["name"]: cell for cell in claims.estimators()}
-    assert cells[selection.FULL]["spearman"] == [-1.0, -1.0]  # each with the other
-    assert cells["kl"]["spearman"] == [1.0, -1.0], "with the mean of both"
-    assert cells["kl"]["overlap"] == [1.0, 0.0] and cells["uniform"]["spearman"] == []
+    assert cells[selection.FULL]["spearman"] == [] and cells["uniform"]["repeats"] == []
+    assert cells["kl"]["spearman"] == [1.0, -1.0] and cells["kl"]["overlap"] == [1.0, 0.0]
+    assert all(cells[name]["repeats"] == [-1.0, -1.0] for name in (selection.FULL, "kl"))
+    one_seed = {name: {"selections": cell["selections"][:1]} for name, cell in cells.items()}
+    selection.compare(one_seed, 2)
+    assert one_seed["kl"]["spearman"] == [1.0] and one_seed["kl"]["repeats"] == []
 
 
 def test_rank_correlation():

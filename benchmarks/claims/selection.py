@@ -350,19 +350,21 @@ class Selection(Bench):
 
 
 def compare(cells: dict[str, Result], count: int) -> None:
-    """Adds to each cell how its rankings agree with those of the full procedure, of all seeds together and by seed."""
-    full = [selection["worth"] for selection in cells[FULL]["selections"]]
-    mean = [fmean(worths) for worths in zip(*full, strict=True)]
+    """Adds to each cell how its ranking of each seed agrees with the full procedure's (the mean of its seeds), and with
+    its own of the other seeds."""
+    worths = {name: [selection["worth"] for selection in cell["selections"]] for name, cell in cells.items()}
+    full = mean_of(worths[FULL])
     for name, cell in cells.items():
-        worths = [selection["worth"] for selection in cell["selections"]]
-        others = [
-            [fmean(values) for values in zip(*(full[:i] + full[i + 1 :]), strict=True)] if name == FULL else mean
-            for i in range(len(worths))
-        ]
-        if name == FULL and len(full) < 2:
-            worths = []
-        cell["spearman"] = [spearman(mine, other) for mine, other in zip(worths, others, strict=False)]
-        cell["overlap"] = [overlap(mine, other, count) for mine, other in zip(worths, others, strict=False)]
+        mine = worths[name]
+        theirs = [] if name == FULL else mine
+        cell["spearman"] = [spearman(worth, full) for worth in theirs]
+        cell["overlap"] = [overlap(worth, full, count) for worth in theirs]
+        others = [mean_of(mine[:i] + mine[i + 1 :]) for i in range(len(mine))] if len(mine) > 1 else []
+        cell["repeats"] = [spearman(worth, other) for worth, other in zip(mine, others, strict=False)]
+
+
+def mean_of(worths: Sequence[Sequence[float]]) -> list[float]:
+    return [fmean(values) for values in zip(*worths, strict=True)]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

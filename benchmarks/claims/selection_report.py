@@ -50,20 +50,22 @@ def estimators_table(cells: Sequence[Mapping[str, Any]], measure: str) -> Table:
     seeds = len(cells[0]["runs"])
     title = f"selectors against the full procedure: mean of {seeds} seeds ± spread of one"
     table = Table(title=title, title_justify="left")
-    agreement, cost = ("rank correlation", "first quarter"), ("tokens, as forward", "of full", "seconds")
+    agreement, cost = ("rank correlation", "first quarter", "with itself"), ("tokens, as forward", "of full", "seconds")
     table.add_column("selector")
     for heading in (*agreement, *cost, "KL", "KL, less full's", what(measure)):
         table.add_column(heading, justify="right")
     full = fmean(map(forward_equivalent, cells[0]["selections"]))
     for cell in cells:
-        row = ["", "", "", "", ""]
+        row = [""] * 6
         if cell["selections"]:
             cost = fmean(map(forward_equivalent, cell["selections"]))
             seconds = fmean(selection["seconds"] for selection in cell["selections"])
-            row[2:] = f"{cost:,.0f}", fmt.percent(cost / full), f"{seconds:,.0f}"
+            row[3:] = f"{cost:,.0f}", fmt.percent(cost / full), f"{seconds:,.0f}"
         if cell["spearman"]:
             row[0] = Mean.of(cell["spearman"]).text(2)
             row[1] = fmt.percent(fmean(cell["overlap"]), 0)
+        if cell["repeats"]:
+            row[2] = Mean.of(cell["repeats"]).text(2)
         runs = cell["runs"]
         beside = Mean.of([run["kl"] - full_run["kl"] for run, full_run in zip(runs, cells[0]["runs"], strict=True)])
         kl = Mean.of([run["kl"] for run in runs]).text()
