@@ -116,49 +116,54 @@ def greedy_table(task: str, runs: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def draw(report: Mapping[str, Any], path: Path) -> None:
-    """Left, what each selector's student is worth over what selecting cost; right, KL over the attention kept."""
+    """What students are worth over what selecting cost, in KL and in retrieval; KL over attention kept."""
+    cells, measure = report["estimators"], report["measure"]
+    full = [run["kl"] for run in cells[0]["runs"]]
+    differences = [[run["kl"] - kl for run, kl in zip(cell["runs"], full, strict=True)] for cell in cells]
+    scale = 100.0 if measure == "accuracy" else 1.0
+    coverage = [[scale * run["coverage"]["mean"] for run in cell["runs"]] for cell in cells]
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(10.4, 4.2), layout="constrained")
-        panels = [_draw_worth] + ([_draw_budgets] if "budgets" in report else [])
-        axes = figure.subplots(1, len(panels), squeeze=False)[0]
-        for ax, panel, part in zip(axes, panels, ("estimators", "budgets"), strict=False):
-            panel(ax, report[part])
+        figure = Figure(figsize=(15.6 if "budgets" in report else 10.4, 4.2), layout="constrained")
+        kl_axes, retrieval_axes, *others = figure.subplots(1, 3 if "budgets" in report else 2)
+        _draw_worth(kl_axes, cells, differences)
+        kl_axes.set_ylabel("held-out KL, less the full procedure's of the same seed")
+        _draw_worth(retrieval_axes, cells, coverage)
+        retrieval_axes.set_ylabel(what(measure) + (" (%)" if measure == "accuracy" else ""))
+        for ax in others:
+            _draw_budgets(ax, report["budgets"])
         save_png(figure, path, dpi=150)
 
 
-def _draw_worth(ax: Axes, cells: Sequence[Mapping[str, Any]]) -> None:
-    """A selector that measures nothing is a line. Names stand to the right of their marks, in the order of height."""
+def _draw_worth(ax: Axes, cells: Sequence[Mapping[str, Any]], values: Sequence[Sequence[float]]) -> None:
+    """Values of every cell over its cost; a selector that measures nothing is a line.
+
+    Names stand beside their marks, in the order of height.
+    """
     full = fmean(map(forward_equivalent, cells[0]["selections"]))
     spots = []
-    for cell in cells:
-        found = Mean.of([run["kl"] for run in cell["runs"]])
+    for cell, of_seeds in zip(cells, values, strict=True):
+        found = Mean.of(of_seeds)
         if not cell["selections"]:
             ax.axhline(found.mean, color="#7d8794", linewidth=0.8, linestyle=":")
             ax.annotate(cell["name"], (1, found.mean), xycoords=("axes fraction", "data"), ha="right", va="bottom")
             continue
         cost = fmean(map(forward_equivalent, cell["selections"])) / full
-        ax.errorbar(cost, found.mean, found.spread, color="#4f7fcf", marker="o", markersize=4, capsize=2)
+        ax.errorbar(cost, found.mean, found.spread, color="#4f7fcf", marker="o", markersize=4, linewidth=1, capsize=2)
         spots.append((found.mean, cost, cell["name"]))
     ax.set_xscale("log")
-    ax.set_yscale("log")
-    ax.set_xlim(0.0012, 30)
+    ax.set_xlim(0.0005, 60)
     low, high = ax.get_ylim()
-    gap = (high / low) ** 0.035  # between two names on one side, on a logarithmic scale
+    gap = (high - low) * 0.035  # between two names on one side
     heights: dict[int, float] = {}  # of the last name, by column: the cheap, the others, the dear
-    for kl, cost, name in sorted(spots):
+    for height, cost, name in sorted(spots):
         column, align = bisect((0.05, 0.2), cost), "right" if cost < 0.05 else "left"
-        height = heights[column] = max(kl, heights.get(column, 0.0) * gap)
-        spot = cost * (1.25 if align == "left" else 0.8), height
+        heights[column] = max(height, heights.get(column, -float("inf")) + gap)
+        spot = cost * (1.3 if align == "left" else 0.77), heights[column]
         look = {"arrowprops": {"arrowstyle": "-", "lw": 0.3}, "fontsize": 7, "va": "center", "ha": align}
-        ax.annotate(name, (cost, kl), xytext=spot, **look)
+        ax.annotate(name, (cost, height), xytext=spot, **look)
     ax.axvline(0.1, color=STYLE["text.color"], linewidth=0.6, linestyle=":")
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}%"))
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    ax.yaxis.set_minor_formatter(
-        FuncFormatter(lambda value, _: f"{value:g}" if round(10 * value) in (2, 3, 4, 6) else "")
-    )
     ax.set_xlabel("cost of selecting, of retraining every candidate")
-    ax.set_ylabel("held-out KL of the student (nats per token)")
     ax.grid()
 
 
