@@ -356,14 +356,15 @@ def compare(cells: dict[str, Result], count: int) -> None:
     full = mean_of(worths[FULL])
     for name, cell in cells.items():
         mine = worths[name]
-        theirs = [] if name == FULL else mine
-        cell["spearman"] = [spearman(worth, full) for worth in theirs]
-        cell["overlap"] = [overlap(worth, full, count) for worth in theirs]
-        others = [mean_of(mine[:i] + mine[i + 1 :]) for i in range(len(mine))] if len(mine) > 1 else []
-        cell["repeats"] = [spearman(worth, other) for worth, other in zip(mine, others, strict=False)]
+        compared = [] if name == FULL else mine
+        cell["spearman"] = [spearman(worth, full) for worth in compared]
+        cell["overlap"] = [overlap(worth, full, count) for worth in compared]
+        repeated = mine if len(mine) > 1 else []
+        cell["repeats"] = [spearman(worth, mean_of(mine[:i] + mine[i + 1 :])) for i, worth in enumerate(repeated)]
 
 
 def mean_of(worths: Sequence[Sequence[float]]) -> list[float]:
+    """What the units are worth, in the mean of several seeds."""
     return [fmean(values) for values in zip(*worths, strict=True)]
 
 

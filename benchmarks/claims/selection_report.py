@@ -45,6 +45,12 @@ def forward_equivalent(selection: Mapping[str, Any]) -> float:
     return float(spent["forward_tokens"] + TRAINING * spent["training_tokens"])
 
 
+def less_full(cells: Sequence[Mapping[str, Any]]) -> list[list[float]]:
+    """The KL of every cell's students less that of the full procedure's, seed by seed."""
+    full = [run["kl"] for run in cells[0]["runs"]]
+    return [[run["kl"] - kl for run, kl in zip(cell["runs"], full, strict=True)] for cell in cells]
+
+
 def estimators_table(cells: Sequence[Mapping[str, Any]], measure: str) -> Table:
     """Agreement, cost, and what the plan is worth: its KL, and how that differs from the full procedure's, by seed."""
     seeds = len(cells[0]["runs"])
@@ -55,7 +61,7 @@ def estimators_table(cells: Sequence[Mapping[str, Any]], measure: str) -> Table:
     for heading in (*agreement, *cost, "KL", "KL, less full's", what(measure)):
         table.add_column(heading, justify="right")
     full = fmean(map(forward_equivalent, cells[0]["selections"]))
-    for cell in cells:
+    for cell, differences in zip(cells, less_full(cells), strict=True):
         row = [""] * 6
         if cell["selections"]:
             cost = fmean(map(forward_equivalent, cell["selections"]))
@@ -67,10 +73,9 @@ def estimators_table(cells: Sequence[Mapping[str, Any]], measure: str) -> Table:
         if cell["repeats"]:
             row[2] = Mean.of(cell["repeats"]).text(2)
         runs = cell["runs"]
-        beside = Mean.of([run["kl"] - full_run["kl"] for run, full_run in zip(runs, cells[0]["runs"], strict=True)])
         kl = Mean.of([run["kl"] for run in runs]).text()
-        coverage = text_of([run["coverage"]["mean"] for run in runs], measure)
-        table.add_row(cell["name"], *row, kl, "" if cell is cells[0] else beside.text(signed=True), coverage)
+        less = "" if cell is cells[0] else Mean.of(differences).text(signed=True)
+        table.add_row(cell["name"], *row, kl, less, text_of([run["coverage"]["mean"] for run in runs], measure))
     return table
 
 
@@ -118,14 +123,12 @@ def greedy_table(task: str, runs: Sequence[Mapping[str, Any]]) -> Table:
 def draw(report: Mapping[str, Any], path: Path) -> None:
     """What students are worth over what selecting cost, in KL and in retrieval; KL over attention kept."""
     cells, measure = report["estimators"], report["measure"]
-    full = [run["kl"] for run in cells[0]["runs"]]
-    differences = [[run["kl"] - kl for run, kl in zip(cell["runs"], full, strict=True)] for cell in cells]
     scale = 100.0 if measure == "accuracy" else 1.0
     coverage = [[scale * run["coverage"]["mean"] for run in cell["runs"]] for cell in cells]
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(15.6 if "budgets" in report else 10.4, 4.2), layout="constrained")
         kl_axes, retrieval_axes, *others = figure.subplots(1, 3 if "budgets" in report else 2)
-        _draw_worth(kl_axes, cells, differences)
+        _draw_worth(kl_axes, cells, less_full(cells))
         kl_axes.set_ylabel("held-out KL, less the full procedure's of the same seed")
         _draw_worth(retrieval_axes, cells, coverage)
         retrieval_axes.set_ylabel(what(measure) + (" (%)" if measure == "accuracy" else ""))
