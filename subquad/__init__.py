@@ -8,27 +8,42 @@ Notable:
 """
 
 import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from subquad import autoclasses
 from subquad.errors import UserError
 
 if TYPE_CHECKING:
-    from subquad.images import ImageStudent
+    from subquad.images import ImageStudent, ImageStudentConfig
     from subquad.pipeline import convert
     from subquad.plan import Plan
     from subquad.recipe import Recipe, load_recipe
-    from subquad.student import Student
+    from subquad.student import Student, StudentConfig
     from subquad.testing import check_student
 
 __version__ = "0.1.0"
-__all__ = ["ImageStudent", "Plan", "Recipe", "Student", "UserError", "check_student", "convert", "load_recipe"]
+__all__ = [
+    "ImageStudent",
+    "ImageStudentConfig",
+    "Plan",
+    "Recipe",
+    "Student",
+    "StudentConfig",
+    "UserError",
+    "check_student",
+    "convert",
+    "load_recipe",
+]
 
 _HOME = {
     "ImageStudent": "subquad.images",
+    "ImageStudentConfig": "subquad.images",
     "Plan": "subquad.plan",
     "Recipe": "subquad.recipe",
     "Student": "subquad.student",
+    "StudentConfig": "subquad.student",
     "check_student": "subquad.testing",
     "convert": "subquad.pipeline",
     "load_recipe": "subquad.recipe",

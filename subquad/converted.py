@@ -205,7 +205,7 @@ def _remote_code(model: type[Converted]) -> str:
     names = f"{model.__name__}, {model.config_class.__name__}"  # type: ignore[union-attr]
     return (
         '"""Loads this model through the installed `subquad` package."""\n\n'
-        f"from {model.__module__} import {names}  # noqa: F401\n"
+        f"from subquad import {names}  # noqa: F401\n"
     )
 
 
