@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from subquad.run import machine, source_commit, versions
+from subquad.utils.environment import machine, source_commit, versions
 
 ROOT = Path(__file__).parents[1]
 TELLING = ("MALLOC_", "OMP_", "MKL_")  # environment variables that change speeds

@@ -21,8 +21,8 @@ from torch import Tensor
 from transformers import Dinov2Config, Dinov2Model, ViTImageProcessorPil
 
 from subquad.errors import UserError
-from subquad.files import package_file
 from subquad.saliency import SaliencyConfig, SaliencyModel
+from subquad.utils.files import package_file
 
 SIZE, PATCH, TRAINED_SIZE = 224, 14, 518  # positions are of 518 x 518, as DINOv2's
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

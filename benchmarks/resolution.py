@@ -30,13 +30,13 @@ from rich.table import Table
 from transformers import Dinov2Config, Dinov2Model
 
 from benchmarks.common import command_of, facts, wide_console
-from subquad.files import write_json
 from subquad.images import ImageStudent
 from subquad.interface import shapes_of
-from subquad.memory import held_bytes, peak_memory_bytes, release_free_memory, reset_peak_memory
 from subquad.plan import Plan
-from subquad.report import format as fmt
 from subquad.report.plots import STYLE, save_png
+from subquad.utils import format as fmt
+from subquad.utils.files import write_json
+from subquad.utils.memory import held_bytes, peak_memory_bytes, release_free_memory, reset_peak_memory
 
 PATCH = 14
 SIDES = (16, 32, 64, 128)  # patches

@@ -8,12 +8,11 @@ Notable:
 """
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from subquad import autoclasses
 from subquad.errors import UserError
+from subquad.version import __version__
 
 if TYPE_CHECKING:
     from subquad.images import ImageStudent, ImageStudentConfig
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
     from subquad.student import Student, StudentConfig
     from subquad.testing import check_student
 
-__version__ = "0.1.0"
 __all__ = [
     "ImageStudent",
     "ImageStudentConfig",
@@ -32,6 +30,7 @@ __all__ = [
     "Student",
     "StudentConfig",
     "UserError",
+    "__version__",
     "check_student",
     "convert",
     "load_recipe",

@@ -28,11 +28,12 @@ from subquad.cache import CACHE
 from subquad.curves import Curve, Forecast, Point, Spread, expected, fit, forecast, forecast_beside, overtaking, spread
 from subquad.errors import UserError
 from subquad.evaluate import held_cache_bytes
-from subquad.gguf import quiet
-from subquad.memory import available_bytes, held_bytes, peak_memory_bytes, release_free_memory, reset_peak_memory
-from subquad.roofline import Roof, clock, measure_roof
-from subquad.run import machine, source_commit, versions
+from subquad.roofline import Roof, measure_roof
 from subquad.subjects import Subject, cache_of, max_positions, open_subjects, within_positions
+from subquad.utils.environment import machine, source_commit, versions
+from subquad.utils.logging import quiet
+from subquad.utils.memory import available_bytes, held_bytes, peak_memory_bytes, release_free_memory, reset_peak_memory
+from subquad.utils.timing import clock
 
 CONTEXTS = tuple(1024 << power for power in range(8))
 STEPS = 4  # decoding steps of one turn

@@ -17,9 +17,9 @@ import transformers
 from transformers import AutoConfig, PreTrainedConfig
 
 from subquad.errors import UserError
-from subquad.files import first_line, package_file, sha256_of_file
 from subquad.gguf import converted
 from subquad.tasks import Task
+from subquad.utils.files import first_line, package_file, sha256_of_file
 
 DEFAULT_TEACHER = "default"
 DEFAULT_NAME = "SmolLM2-135M-Instruct (from 4-bit GGUF)"

@@ -41,7 +41,7 @@ from subquad.cli_options import (
 from subquad.cli_plans import compare, plans
 from subquad.cli_teachers import cache_teacher, train_teacher, train_vit
 from subquad.errors import UserError
-from subquad.files import is_disk_full
+from subquad.utils.files import is_disk_full
 
 
 class _Commands(TyperGroup):
@@ -352,9 +352,9 @@ def evaluate(
     """
     from rich.console import Console
 
-    from subquad.files import make_room
     from subquad.jobs import evaluate_model
     from subquad.report import print_table
+    from subquad.utils.files import make_room
 
     if json_path is not None:
         make_room(json_path)  # now, for what follows takes a while
@@ -429,8 +429,8 @@ def report(
 
         subquad report runs/quick runs/gla runs/mamba2 --out compared.html
     """
-    from subquad.files import make_room
     from subquad.report import write_report
+    from subquad.utils.files import make_room
 
     if out is None and len(runs) > 1:
         out = Path("report.html")

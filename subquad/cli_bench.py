@@ -72,8 +72,8 @@ def bench(
     from rich.console import Console
 
     from subquad.bench import bench as run
-    from subquad.files import make_room, write_json
     from subquad.report import draw_bench, print_bench
+    from subquad.utils.files import make_room, write_json
 
     for path in (json_path, plot):
         if path is not None:

@@ -16,14 +16,14 @@ from rich.table import Table
 from rich.text import Text
 
 from subquad.evaluate import paired_gain
-from subquad.files import write_json
 from subquad.mixers import mixer_options
 from subquad.plan import Plan
-from subquad.report import format as fmt
 from subquad.report.metrics import Answer, Measure, Metrics, StageRecord, Variant
-from subquad.report.number import NAN
 from subquad.report.plan import CONTEXTS
 from subquad.report.run import Run, read_run
+from subquad.utils import format as fmt
+from subquad.utils.files import write_json
+from subquad.utils.format import NAN
 
 Pair: TypeAlias = tuple[Any, Any]  # what A has and what B has
 

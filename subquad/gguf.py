@@ -6,16 +6,14 @@ Notable:
   says.
 """
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from subquad.errors import UserError
-from subquad.files import build_once, cache_dir, first_line
+from subquad.utils.files import build_once, cache_dir, first_line
+from subquad.utils.logging import quiet
 
 FORMAT = 1  # of a converted folder; raise it when the conversion changes
 # GGUF names of tokenizers that cut every digit off before the GPT-2 rule; transformers leaves that out.
@@ -30,21 +28,6 @@ def converted(file: Path, sha256: str) -> Path:
     """
     folder = cache_dir() / "teachers" / f"{file.stem}-{sha256[:16]}-{FORMAT}"
     return build_once(folder, lambda aside: _convert(file, aside))
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """No progress bars and no warnings from transformers: what matters is checked, and said in one sentence."""
-    log = transformers.logging
-    level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
-    log.set_verbosity_error()
-    log.disable_progress_bar()
-    try:
-        yield
-    finally:
-        log.set_verbosity(level)
-        if bars:
-            log.enable_progress_bar()
 
 
 def _convert(file: Path, folder: Path) -> None:

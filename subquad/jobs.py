@@ -15,13 +15,14 @@ from subquad.distill.loop import make_accelerator
 from subquad.distill.teacher_cache import TeacherCache
 from subquad.errors import UserError
 from subquad.evaluate import paired_samples
-from subquad.files import write_json
 from subquad.measure import measured_rows
 from subquad.opening import open_data, open_teacher, plan_of, read_data, settled
 from subquad.recipe import Recipe, load_recipe
-from subquad.report.format import nats, percent, size
-from subquad.run import Run, facts, machine, source_commit, versions
+from subquad.run import Run, facts
 from subquad.teacher import load_teacher
+from subquad.utils.environment import machine, source_commit, versions
+from subquad.utils.files import write_json
+from subquad.utils.format import nats, percent, size
 
 
 def evaluate_model(

@@ -15,7 +15,6 @@ from rich.console import Console
 from subquad.data.images import ImageSet
 from subquad.data.retrieval import Probe, make_probe
 from subquad.data.text import Corpus
-from subquad.distill.log import StageProgress
 from subquad.evaluate import cache_table, harness, likelihood, likeness, paired_gain, retrieval
 from subquad.evaluate.harness import load_tasks
 from subquad.mixers.sliding_window import WindowOptions
@@ -24,6 +23,7 @@ from subquad.recipe import EvaluateConfig
 from subquad.select import Bill, uniform_layers
 from subquad.select.budget import largest_within
 from subquad.teacher import Teacher
+from subquad.utils.progress import StageProgress
 
 
 def measured_rows(

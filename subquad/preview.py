@@ -25,16 +25,16 @@ from subquad.measure import check_heldout, evaluation_bill, even_plan
 from subquad.opening import Data, all_linear, new_student, open_data, open_teacher, settled
 from subquad.plan import Plan
 from subquad.recipe import Recipe
-from subquad.report import format as fmt
 from subquad.report import print_plan
 from subquad.run import Run, start_run
 from subquad.select import SELECTORS, Budget, Choice, choose_plan, uniform_layers, units_of
-from subquad.select.work import TRAINING
 from subquad.selection import selection_bill, teacher_speed
 from subquad.stage import Stage
 from subquad.student import Student
 from subquad.teacher import Teacher
 from subquad.training import of_stage
+from subquad.utils import format as fmt
+from subquad.utils.token_cost import TRAINING
 
 SECONDS = 10.0  # that trying all stages may take, about
 PASSES = 3  # over the tokens that a stage is tried on

@@ -5,7 +5,6 @@ rate. How much of its time that is tells what there is left to gain; see William
 (Communications of the ACM 52:4, 2009).
 """
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import fmean
@@ -17,6 +16,7 @@ from transformers import PreTrainedModel
 
 from subquad.mixers import mixer_class, mixer_options
 from subquad.plan import Plan, dtype_name
+from subquad.utils.timing import clock
 
 _ROUNDS = 7
 _SAMPLES = 64  # contexts at which the mixing of a prefill is counted
@@ -39,13 +39,6 @@ class Roof:
     def seconds(self, work: Work) -> float:
         """The least that this work takes."""
         return max(work.bytes / self.bytes_per_second, work.flops / self.flops_per_second)
-
-
-def clock(device: torch.device) -> float:
-    """Seconds, once the device has done all that it was asked for."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 @torch.no_grad()

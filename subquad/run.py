@@ -1,9 +1,7 @@
 """A run: its folder, its settings, what its parts took, and on what machine and versions it ran."""
 
 import os
-import platform
 import shutil
-import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,18 +9,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
 from accelerate import Accelerator
 from rich.console import Console
 from transformers import PreTrainedModel
 
-import subquad
 from subquad.distill.loop import make_accelerator
 from subquad.errors import UserError
-from subquad.files import claim_folder
-from subquad.memory import peak_rss_bytes
 from subquad.recipe import Recipe
+from subquad.utils.environment import machine, source_commit, versions
+from subquad.utils.files import claim_folder
+from subquad.utils.memory import peak_rss_bytes
 
 
 @dataclass
@@ -113,48 +109,3 @@ def facts(run: Run, command: str | None) -> dict[str, Any]:
         "command": command,
         "commit": source_commit(),
     }
-
-
-def versions() -> dict[str, str]:
-    """Of Subquad and what its numbers depend on."""
-    return {
-        "subquad": subquad.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """Processor, cores, threads in use and device."""
-    return {
-        "processor": processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "device": device_name(device),
-    }
-
-
-def processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def source_commit() -> str | None:
-    """The commit of the source tree, if Subquad runs from one."""
-    here = Path(__file__).parent
-    try:
-        found = subprocess.run(
-            ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return found.stdout.strip() if found.returncode == 0 else None

@@ -18,7 +18,6 @@ from subquad.converted import Converted
 from subquad.data.images import ImageSet
 from subquad.data.text import Corpus
 from subquad.distill.bare import bare_forward_speed
-from subquad.distill.log import StageProgress
 from subquad.errors import UserError
 from subquad.interface import shapes_of
 from subquad.opening import Data, all_linear, mixers_of, open_data, open_teacher, settled
@@ -31,6 +30,7 @@ from subquad.select.units import kind_of, layers_in
 from subquad.student import Student
 from subquad.teacher import Teacher
 from subquad.training import align, candidate_training
+from subquad.utils.progress import StageProgress
 
 SPEED_TOKENS = 512  # that the teacher's speed is measured on, for the bill
 

@@ -23,10 +23,10 @@ from transformers import (
 
 from subquad.checkpoint import DEFAULT_TEACHER, checked_config, checked_weights, fingerprint_of, folder_of
 from subquad.errors import UserError, nearest
-from subquad.files import cache_dir, first_line
-from subquad.gguf import quiet
 from subquad.interface import image_size
 from subquad.tasks import TASKS, TEXT, Task
+from subquad.utils.files import cache_dir, first_line
+from subquad.utils.logging import quiet
 
 __all__ = ["DEFAULT_TEACHER", "Teacher", "cache_dir", "load_teacher", "load_tokenizer"]
 

@@ -11,7 +11,7 @@ from conftest import make_teacher, tiny
 from rich.console import Console
 from typer.testing import CliRunner
 
-from subquad import Plan, Student, UserError, bench, memory, roofline, subjects
+from subquad import Plan, Student, UserError, bench, roofline, subjects
 from subquad.cache import CACHE
 from subquad.cli import app
 from subquad.cli_bench import numbers
@@ -28,12 +28,13 @@ from subquad.curves import (
     spread,
 )
 from subquad.evaluate import held_cache_bytes
-from subquad.files import make_room, write_json
 from subquad.interface import shapes_of
 from subquad.report import draw_bench, print_bench
 from subquad.report.bench import findings
 from subquad.roofline import Costs, Roof, Work, mixing_flops
 from subquad.subjects import Subject, cache_of, within_positions
+from subquad.utils import memory
+from subquad.utils.files import make_room, write_json
 
 CONTEXTS = [8, 16, 32, 64]
 

@@ -23,7 +23,7 @@ from subquad.distill import loop
 from subquad.distill.bare import bare_forward_speed
 from subquad.distill.hidden import output_distance
 from subquad.distill.ledger import StageResult
-from subquad.distill.log import RunLog, StageProgress
+from subquad.distill.log import RunLog
 from subquad.distill.loop import make_accelerator, run_stage
 from subquad.distill.passes import TeacherForced
 from subquad.distill.schedule import learning_rate_factor, warmup_steps
@@ -33,6 +33,7 @@ from subquad.interface import shapes_of
 from subquad.plan import Plan
 from subquad.stage import Stage
 from subquad.student import Student
+from subquad.utils.progress import StageProgress
 
 WINDOW = {"window": 6, "sinks": 2}
 STEPS, BATCH, T = 6, 4, 16

@@ -18,9 +18,9 @@ from subquad.data.retrieval import TASKS, Probe, make_probe
 from subquad.errors import UserError
 from subquad.evaluate import answers, cache_table, held_cache_bytes, likelihood, retrieval, samples, usable
 from subquad.interface import find_attention, shapes_of
-from subquad.memory import peak_rss_bytes
 from subquad.plan import Plan
 from subquad.student import Student
+from subquad.utils.memory import peak_rss_bytes
 
 SIZES = dict(
     hidden_size=32,

@@ -10,9 +10,9 @@ from typer.testing import CliRunner
 
 from subquad.cli import app
 from subquad.plan import AttentionShape, Plan
-from subquad.report import format as fmt
 from subquad.report import print_plan
 from subquad.report.plots import MIXER_COLOURS
+from subquad.utils import format as fmt
 
 SHAPE = AttentionShape(heads=4, kv_heads=2, head_dim=8, hidden_size=32)
 

@@ -15,13 +15,13 @@ from rich.console import Console
 
 from subquad.errors import UserError
 from subquad.plan import AttentionShape, Plan
-from subquad.report import format as fmt
 from subquad.report import plan_picture, print_table, write_model_card, write_picture, write_report
 from subquad.report.plots import picture
 from subquad.report.run import read_run
 from subquad.report.score_plots import draw_front, draw_path, scores_picture
 from subquad.report.scores import ReplacementPath, Scores
 from subquad.select.budget import Budget
+from subquad.utils import format as fmt
 
 KEPT = [0, 1, 4, 5, 9, 10, 12, 14, 15, 18, 20, 22, 24, 27, 29]
 CACHE_CONTEXTS = (2048, 8192, 32768, 65536, 131072)

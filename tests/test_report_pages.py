@@ -13,12 +13,12 @@ from test_report import Page, make_metrics, make_plan, make_run
 
 from subquad.errors import UserError
 from subquad.plan import Plan
-from subquad.report import format as fmt
 from subquad.report import plots, write_report
 from subquad.report.overview import draw_overview, overview
 from subquad.report.plots import picture, stage_picture
 from subquad.report.retrieval_plots import depth_picture
 from subquad.report.run import read_run
+from subquad.utils import format as fmt
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 

@@ -16,8 +16,8 @@ from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast, T
 import subquad.checkpoint
 from subquad.checkpoint import check_safetensors
 from subquad.errors import UserError
-from subquad.files import build_once, package_file, sha256_of_file
 from subquad.teacher import load_teacher
+from subquad.utils.files import build_once, package_file, sha256_of_file
 
 VOCABULARY = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "12", "Ġ1", "<|endoftext|>", "<|im_end|>"]
 MERGES = [("1", "2"), ("Ġ", "1")]

@@ -21,7 +21,7 @@ from subquad.data.packing import document_separator, tokenizer_hash
 from subquad.data.sources import _pieces, clean
 from subquad.data.text import Corpus, load_corpus
 from subquad.errors import UserError
-from subquad.files import package_file
+from subquad.utils.files import package_file
 
 END = 256
 

@@ -21,7 +21,6 @@ from subquad.data.text import load_corpus
 from subquad.distill.batch import TokenSource
 from subquad.distill.loop import make_accelerator, run_stage
 from subquad.evaluate.retrieval import answers, usable
-from subquad.files import first_line, write_json
 from subquad.interface import shapes_of
 from subquad.join import JoinStart
 from subquad.lessons import Lessons
@@ -31,6 +30,7 @@ from subquad.stage import Stage
 from subquad.student import Student
 from subquad.tasks import TEXT
 from subquad.teacher import Teacher, load_teacher
+from subquad.utils.files import first_line, write_json
 
 SMALL_TEACHER = "tests/assets/small-teacher"
 

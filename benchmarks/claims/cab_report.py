@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.claims.report import mean, values
-from subquad.report import format as fmt
 from subquad.report.plots import STYLE, save_png
+from subquad.utils import format as fmt
 
 COLOURS = {"labels": "#7d8794", "distillation": "#4f7fcf", "matrix + hidden": "#c28a2c", "bridge": "#d04f6b"}
 DASHES = {"fresh": "-", "teacher": "--"}

@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.claims.runs import Mean
-from subquad.report import format as fmt
 from subquad.report.plots import STYLE, save_png
+from subquad.utils import format as fmt
 
 COLOURS = {"matrix + hidden + logits": "#d04f6b", "hidden + logits": "#4f7fcf", "logits": "#7d8794"}
 

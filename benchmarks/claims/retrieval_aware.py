@@ -36,13 +36,13 @@ from benchmarks.common import wide_console
 from subquad.attention import Pass
 from subquad.evaluate import likelihood
 from subquad.plan import Join, Plan
-from subquad.roofline import clock
 from subquad.select import Work, retrieval_scores, uniform_layers
 from subquad.select.budget import largest_within
 from subquad.select.silence import Kind
 from subquad.select.speed import cache_after
 from subquad.stage import Stage
 from subquad.student import Student
+from subquad.utils.timing import clock
 
 PARTS = ("ablation", "heads", "join", "state", "serving")
 Heads = list[tuple[int, int]]

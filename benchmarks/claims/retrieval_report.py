@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.claims.runs import Mean
-from subquad.report import format as fmt
 from subquad.report.plots import STYLE, save_png
+from subquad.utils import format as fmt
 
 COLOURS = {"scored": "#dd8a2b", "random": "#7d8794", "uniform layers": "#4f7fcf", "best layers": "#2f93a8"}
 LABELS = {

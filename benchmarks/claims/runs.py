@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
-from subquad.files import write_json
+from subquad.utils.files import write_json
 
 Settings = Mapping[str, Any]
 Result = dict[str, Any]

@@ -15,9 +15,9 @@ from rich.table import Table
 
 from benchmarks.claims.retrieval_report import text_of, what
 from benchmarks.claims.runs import Mean
-from subquad.report import format as fmt
 from subquad.report.plots import STYLE, save_png
-from subquad.select.work import TRAINING
+from subquad.utils import format as fmt
+from subquad.utils.token_cost import TRAINING
 
 COLOURS = {
     "kl": "#d04f6b",

@@ -48,8 +48,8 @@ from benchmarks.ops.measures import (
     measure_times,
 )
 from benchmarks.ops.report import draw, print_report
-from subquad.files import write_json
 from subquad.ops import triton
+from subquad.utils.files import write_json
 
 PARTS = ("times", "decode", "memory", "compile")
 

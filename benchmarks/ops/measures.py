@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.ops.contenders import COMPILED, MODES, Contender, Settings, make_inputs, useful_flops
-from subquad.memory import held_bytes, peak_memory_bytes, reset_peak_memory
+from subquad.utils.memory import held_bytes, peak_memory_bytes, reset_peak_memory
 
 GROWTH_STEPS = 1000
 MATMUL = "matmul"

@@ -13,8 +13,8 @@ from rich.table import Table
 
 from benchmarks.ops.contenders import MODES
 from benchmarks.ops.measures import GROWTH_STEPS, MATMUL
-from subquad.report import format as fmt
 from subquad.report.plots import MIXER_COLOURS, SPARE_COLOURS, STYLE, save_png
+from subquad.utils import format as fmt
 
 
 def print_report(report: Mapping[str, Any], console: Console) -> None:

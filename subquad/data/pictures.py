@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from subquad.errors import UserError
-from subquad.files import first_line, sha256_of_file
+from subquad.utils.files import first_line, sha256_of_file
 
 UNLABELLED = -100  # which cross-entropy leaves out
 IDX_TYPES = {8: np.uint8}

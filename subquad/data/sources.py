@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from subquad.errors import UserError, nearest
-from subquad.files import first_line
+from subquad.utils.files import first_line
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
 LONGEST_TXT_DOCUMENT = 256 * 1024  # bytes; longer ones are cut

@@ -25,7 +25,7 @@ from subquad.data.order import epoch_order
 from subquad.data.packing import FORMAT, Progress, pack, tokenizer_hash
 from subquad.data.sources import open_source
 from subquad.errors import UserError
-from subquad.files import build_once, cache_dir
+from subquad.utils.files import build_once, cache_dir
 
 DEFAULT_MAX_TOKENS = 4_000_000  # of the default corpora; a user's own text is taken whole
 Part = Literal["test", "selection"]

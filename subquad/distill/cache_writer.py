@@ -27,15 +27,15 @@ from torch import Tensor
 from subquad.data.packing import tokenizer_hash
 from subquad.data.text import Corpus
 from subquad.distill.heads import Head, final_hidden
-from subquad.distill.log import StageProgress
 from subquad.distill.teacher_cache import FORMAT, KIND, Meta, normalised, read_meta, row_keys, shard_keys
 from subquad.distill.tokens import CHUNK_ELEMENTS
 from subquad.errors import UserError
-from subquad.files import claim_folder, is_disk_full, sync
-from subquad.interrupt import interrupt_waits
 from subquad.ops.common import wide
 from subquad.plan import dtype_name
 from subquad.teacher import Teacher
+from subquad.utils.files import claim_folder, is_disk_full, sync
+from subquad.utils.interrupt import interrupt_waits
+from subquad.utils.progress import StageProgress
 
 FLOOR = -1e4  # least log-probability; float16 and float32 hold it exactly
 SHARD_BYTES, LEAST_SHARDS = 64 * 2**20, 16  # so many at least: an interruption loses little of a small cache

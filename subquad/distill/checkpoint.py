@@ -30,7 +30,7 @@ from torch import Tensor
 
 from subquad.distill.trainable import Parameters
 from subquad.errors import UserError
-from subquad.files import is_disk_full, sync
+from subquad.utils.files import is_disk_full, sync
 
 KEEP = 2  # step checkpoints that are kept
 RNG = "torch_rng"

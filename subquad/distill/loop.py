@@ -30,7 +30,7 @@ from subquad.distill.bare import bare_forward_speed
 from subquad.distill.batch import Batch, TokenSource
 from subquad.distill.checkpoint import Checkpoints
 from subquad.distill.ledger import Ledger, StageResult, identity, mean
-from subquad.distill.log import RunLog, StageProgress
+from subquad.distill.log import RunLog
 from subquad.distill.lora import adapters
 from subquad.distill.passes import LogitsStore, TrainingPass, make_pass
 from subquad.distill.processes import any_process, average_gradients
@@ -43,9 +43,10 @@ from subquad.distill.trainable import (
     trained_in_float32,
 )
 from subquad.errors import UserError
-from subquad.interrupt import interrupt_waits
-from subquad.memory import peak_memory_bytes, reset_peak_memory
 from subquad.stage import Stage
+from subquad.utils.interrupt import interrupt_waits
+from subquad.utils.memory import peak_memory_bytes, reset_peak_memory
+from subquad.utils.progress import StageProgress
 
 RECENT = 20  # the final loss is the mean over a tenth of the steps, but no more than these
 BARE_TOKENS = 1024  # tokens of one timed pass of the bare teacher on a CPU: seconds, not minutes

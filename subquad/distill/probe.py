@@ -20,8 +20,8 @@ from subquad.converted import Converted
 from subquad.distill.batch import TokenSource
 from subquad.distill.loop import micro_rows, prepared
 from subquad.distill.passes import LogitsStore
-from subquad.roofline import clock
 from subquad.stage import Stage
+from subquad.utils.timing import clock
 
 SHORTEST = 64  # tokens of a row: shorter ones tell little of longer ones
 

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from subquad.distill.tokens import FromTopK
 from subquad.errors import UserError
-from subquad.files import sha256_of_file
+from subquad.utils.files import sha256_of_file
 
 KIND, FORMAT = "subquad teacher cache", 1  # raise the format when an older reader would misread what is written
 OPEN_SHARDS = 8

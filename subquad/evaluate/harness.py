@@ -21,8 +21,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from subquad.errors import UserError
 from subquad.evaluate.likelihood import evaluating
-from subquad.files import first_line
-from subquad.gguf import quiet
+from subquad.utils.files import first_line
+from subquad.utils.logging import quiet
 
 BOOTSTRAP = 1000  # draws for the standard error of a metric that is no mean; lm-eval's 100,000 take minutes
 TaskScores = dict[str, dict[str, float | None]]

@@ -16,9 +16,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from subquad.report import format as fmt
-from subquad.report.number import NAN
 from subquad.report.plots import STUDENT, STYLE, VARIANT_COLOURS, save_png
+from subquad.utils import format as fmt
+from subquad.utils.format import NAN
 
 NAMES = {
     "decode": "decoding",

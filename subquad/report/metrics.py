@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from subquad.errors import UserError
-from subquad.report import format as fmt
-from subquad.report.number import NAN, Number
+from subquad.utils import format as fmt
+from subquad.utils.format import NAN, Number
 
 AGAIN = "run the command that wrote it again."
 Model = TypeVar("Model", bound=BaseModel)

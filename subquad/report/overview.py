@@ -7,11 +7,11 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from subquad.report import format as fmt
 from subquad.report.metrics import Variant
-from subquad.report.number import NAN
 from subquad.report.plots import STUDENT, TEACHER, in_bytes, legend_above
 from subquad.report.run import Run
+from subquad.utils import format as fmt
+from subquad.utils.format import NAN
 
 
 @dataclass(frozen=True)

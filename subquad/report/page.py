@@ -15,15 +15,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from subquad.errors import UserError
-from subquad.report import format as fmt
 from subquad.report import plots, score_plots
 from subquad.report.bench import draw_speed
 from subquad.report.metrics import VARIANTS, Metrics
-from subquad.report.number import NAN
 from subquad.report.overview import Overview, draw_overview, overview
 from subquad.report.retrieval_plots import depth_picture
 from subquad.report.run import Run, read_run
 from subquad.report.scores import Scores
+from subquad.utils import format as fmt
+from subquad.utils.format import NAN
 
 
 @dataclass

@@ -12,8 +12,8 @@ from rich.text import Text
 
 from subquad.mixers import mixer_options
 from subquad.plan import Plan
-from subquad.report import format as fmt
 from subquad.report.plots import mixer_colours
+from subquad.utils import format as fmt
 
 CONTEXTS = (2048, 8192, 32768, 131072)  # tokens of context that the bytes of caches are given for
 LABEL = 8  # columns before the first layer

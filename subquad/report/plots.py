@@ -24,10 +24,10 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocat
 
 from subquad.errors import UserError
 from subquad.plan import Plan
-from subquad.report import format as fmt
 from subquad.report.metrics import Metrics
-from subquad.report.number import NAN
 from subquad.report.run import LossPoint, Run, read_run
+from subquad.utils import format as fmt
+from subquad.utils.format import NAN
 
 INK = "#2b2f36"
 STUDENT, TEACHER, WINDOW, OTHER = "#d04f6b", "#7d8794", "#a98b5d", "#b3a7bd"

@@ -7,9 +7,9 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, to_rgba
 from matplotlib.figure import Figure
 
-from subquad.report import format as fmt
 from subquad.report.metrics import Answer, Band, Metrics, Variant
 from subquad.report.plots import INK, STYLE, WIDTH
+from subquad.utils import format as fmt
 
 RIGHT = "#4f9d69"
 SHADES = LinearSegmentedColormap.from_list("right", [to_rgba(INK, 0.05), to_rgba(RIGHT, 0.9)])

@@ -15,10 +15,10 @@ from pydantic import BaseModel
 
 from subquad.errors import UserError
 from subquad.plan import Plan
-from subquad.report import format as fmt
 from subquad.report.metrics import AGAIN, Bench, Likeness, Metrics, check, check_metrics
-from subquad.report.number import NAN, Number
 from subquad.report.scores import Scores
+from subquad.utils import format as fmt
+from subquad.utils.format import NAN, Number
 
 
 class LossPoint(BaseModel):

@@ -9,8 +9,6 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from subquad.report import format as fmt
-from subquad.report.number import NAN
 from subquad.report.plots import (
     INK,
     MIXER_COLOURS,
@@ -23,6 +21,8 @@ from subquad.report.plots import (
     picture,
 )
 from subquad.report.scores import Picked, ReplacementPath, Scores
+from subquad.utils import format as fmt
+from subquad.utils.format import NAN
 
 SCORED = {
     "accuracy": "accuracy lost without it",

@@ -6,8 +6,8 @@ from typing import Literal, NamedTuple, TypeAlias
 
 from pydantic import AliasChoices, BaseModel, Field
 
-from subquad.report import format as fmt
-from subquad.report.number import NAN, Number
+from subquad.utils import format as fmt
+from subquad.utils.format import NAN, Number
 
 Table: TypeAlias = list[Number] | list[list[Number]]
 

@@ -8,9 +8,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from subquad.report import format as fmt
 from subquad.report.metrics import Answer, Band, Likeness, Measure, Metrics, Sample, Variant, check_metrics
-from subquad.report.number import NAN
+from subquad.utils import format as fmt
+from subquad.utils.format import NAN
 
 
 def print_table(metrics: Mapping[str, Any], console: Console) -> None:

@@ -12,7 +12,8 @@ from subquad.select.retrieval_heads import RetrievalScores, retrieval_scores
 from subquad.select.selectors import SELECTORS, Selector, check_alternatives, check_selector
 from subquad.select.uniform import uniform_layers
 from subquad.select.units import Unit, units_of
-from subquad.select.work import Bill, OnlyTheBill, Work
+from subquad.select.work import OnlyTheBill, Work
+from subquad.utils.token_cost import Bill
 
 __all__ = [
     "SELECTORS",

@@ -22,7 +22,8 @@ from subquad.distill.hidden import output_distance
 from subquad.interface import find_attention
 from subquad.select.board import Board
 from subquad.select.units import Unit, heads_of, layers_in
-from subquad.select.work import Bill, Work
+from subquad.select.work import Work
+from subquad.utils.token_cost import Bill
 
 
 def alignment_losses(board: Board, units: Sequence[Unit], text_NT: Tensor, work: Work) -> Tensor:

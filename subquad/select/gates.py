@@ -29,7 +29,8 @@ from subquad.distill.heads import Head, final_hidden
 from subquad.select.board import Board
 from subquad.select.kl import kl
 from subquad.select.units import Unit
-from subquad.select.work import Bill, Work
+from subquad.select.work import Work
+from subquad.utils.token_cost import Bill
 
 CHUNK = 256  # positions whose logits are held at a time
 STRETCH, SHARPNESS = 0.1, 2 / 3  # of the hard concrete distribution

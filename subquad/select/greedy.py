@@ -21,7 +21,8 @@ from subquad.plan import Plan
 from subquad.select.board import Board, without
 from subquad.select.task import TaskScore
 from subquad.select.units import Unit, heads_of
-from subquad.select.work import Bill, Work
+from subquad.select.work import Work
+from subquad.utils.token_cost import Bill
 
 
 @dataclass

@@ -22,7 +22,8 @@ from subquad.evaluate.retrieval import answers
 from subquad.plan import Plan
 from subquad.select.board import Board, passes
 from subquad.select.task import TaskScore
-from subquad.select.work import Bill, Work
+from subquad.select.work import Work
+from subquad.utils.token_cost import Bill
 
 BOUND = 50.0
 EPS = 1e-10

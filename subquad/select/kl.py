@@ -31,7 +31,8 @@ from subquad.distill.tokens import FromHidden, chunked_loss
 from subquad.plan import Plan
 from subquad.select.board import Board, passes, without
 from subquad.select.units import Unit
-from subquad.select.work import Bill, Work
+from subquad.select.work import Work
+from subquad.utils.token_cost import Bill
 
 Base: TypeAlias = Literal["restore", "remove"]
 Train: TypeAlias = Callable[[Converted, int, str], None]  # (student, tokens, name): as the recipe would, on logits

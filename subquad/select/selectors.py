@@ -24,7 +24,8 @@ from subquad.select.retrieval_heads import retrieval_scores
 from subquad.select.task import Score, task_score
 from subquad.select.uniform import uniform_layers
 from subquad.select.units import Wish, by_layer, layers_in
-from subquad.select.work import Bill, bootstrap
+from subquad.select.work import bootstrap
+from subquad.utils.token_cost import Bill
 
 
 def by_uniform(question: Question) -> Choice:

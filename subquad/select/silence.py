@@ -29,8 +29,9 @@ from subquad.errors import UserError
 from subquad.evaluate.retrieval import TOKENS_AT_ONCE, Answers, answers, usable
 from subquad.select.prefix import recorded, repeated, resumed
 from subquad.select.units import Unit, layers_in
-from subquad.select.work import Bill, Work, bootstrap
+from subquad.select.work import Work, bootstrap
 from subquad.student import Student
+from subquad.utils.token_cost import Bill
 
 Measure: TypeAlias = Literal["auto", "accuracy", "logprob"]
 Kind: TypeAlias = Literal["accuracy", "logprob"]

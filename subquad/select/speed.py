@@ -20,8 +20,8 @@ import torch
 
 from subquad.cache import StudentCache
 from subquad.plan import ATTENTION, Plan
-from subquad.roofline import clock
 from subquad.student import Student
+from subquad.utils.timing import clock
 
 
 @dataclass(frozen=True)

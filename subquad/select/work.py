@@ -17,23 +17,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from subquad.report.format import duration
-
-TRAINING = 4.0  # forward passes that a training step is worth: the teacher's, the student's, and twice that backwards
+from subquad.utils.format import duration
+from subquad.utils.token_cost import Bill
 
 RESAMPLES = 1000
-
-
-@dataclass
-class Bill:
-    """Tokens that go through whole models."""
-
-    forward_tokens: float = 0.0
-    training_tokens: float = 0.0
-
-    def seconds(self, tokens_per_second: float) -> float:
-        """About how long it takes, from the speed of the teacher's bare forward pass."""
-        return (self.forward_tokens + TRAINING * self.training_tokens) / tokens_per_second
 
 
 class OnlyTheBill(Exception):

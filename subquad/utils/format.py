@@ -6,9 +6,16 @@ together by a no-break space, and what is not a number is shown as a dash, so th
 
 import math
 from collections.abc import Sequence
+from typing import Annotated
+
+from pydantic import BeforeValidator
 
 DASH = "–"
 NBSP = "\N{NO-BREAK SPACE}"
+NAN = math.nan
+
+Number = Annotated[float, BeforeValidator(lambda value: NAN if value is None else value)]
+"""A number in a run's files: absent and null are NaN."""
 
 
 def plain(text: str) -> str:

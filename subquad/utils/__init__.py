@@ -1,0 +1,1 @@
+"""Helpers that know nothing of models: files, formats, memory, time, progress, environment."""
