@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import Dinov2Config, Dinov2Model, ViTImageProcessorPil
 
 from subquad.errors import UserError
-from subquad.saliency import SaliencyConfig, SaliencyModel
+from subquad.model.saliency import SaliencyConfig, SaliencyModel
 from subquad.utils.files import package_file
 
 SIZE, PATCH, TRAINED_SIZE = 224, 14, 518  # positions are of 518 x 518, as DINOv2's

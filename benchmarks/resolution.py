@@ -30,8 +30,8 @@ from rich.table import Table
 from transformers import Dinov2Config, Dinov2Model
 
 from benchmarks.common import command_of, facts, wide_console
-from subquad.images import ImageStudent
-from subquad.interface import shapes_of
+from subquad.model.image_student import ImageStudent
+from subquad.model.interface import shapes_of
 from subquad.plan import Plan
 from subquad.report.plots import STYLE, save_png
 from subquad.utils import format as fmt

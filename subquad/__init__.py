@@ -4,23 +4,25 @@ Notable:
 - `import subquad` is cheap: the names below are imported from their modules when they are first used, so that
   `subquad --help` answers at once.
 - After `import subquad`, before or after `import transformers`, transformers' auto classes load a Subquad folder:
-  `AutoModelForCausalLM.from_pretrained(folder)` (autoclasses.py).
+  `AutoModelForCausalLM.from_pretrained(folder)` (registration.py).
 """
 
 import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from subquad import autoclasses
+from subquad import registration
 from subquad.errors import UserError
 from subquad.version import __version__
 
 if TYPE_CHECKING:
-    from subquad.images import ImageStudent, ImageStudentConfig
+    from subquad.model.conformance import check_student
+    from subquad.model.image_student import ImageStudent, ImageStudentConfig
+    from subquad.model.student import Student, StudentConfig
     from subquad.pipeline import convert
     from subquad.plan import Plan
     from subquad.recipe import Recipe, load_recipe
-    from subquad.student import Student, StudentConfig
-    from subquad.testing import check_student
 
 __all__ = [
     "ImageStudent",
@@ -37,13 +39,13 @@ __all__ = [
 ]
 
 _HOME = {
-    "ImageStudent": "subquad.images",
-    "ImageStudentConfig": "subquad.images",
+    "ImageStudent": "subquad.model.image_student",
+    "ImageStudentConfig": "subquad.model.image_student",
     "Plan": "subquad.plan",
     "Recipe": "subquad.recipe",
-    "Student": "subquad.student",
-    "StudentConfig": "subquad.student",
-    "check_student": "subquad.testing",
+    "Student": "subquad.model.student",
+    "StudentConfig": "subquad.model.student",
+    "check_student": "subquad.model.conformance",
     "convert": "subquad.pipeline",
     "load_recipe": "subquad.recipe",
 }
@@ -61,4 +63,9 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-autoclasses.install()
+# Students saved before 0.2 carry a file that imports them from here.
+for _name in ("subquad.student", "subquad.images"):
+    sys.modules[_name] = ModuleType(_name, "Names that moved to `subquad`.")
+    sys.modules[_name].__getattr__ = __getattr__  # type: ignore[method-assign]
+
+registration.install()

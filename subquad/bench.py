@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from subquad.cache import CACHE
 from subquad.curves import Curve, Forecast, Point, Spread, expected, fit, forecast, forecast_beside, overtaking, spread
 from subquad.errors import UserError
 from subquad.evaluate import held_cache_bytes
+from subquad.model.cache import CACHE
 from subquad.roofline import Roof, measure_roof
 from subquad.subjects import Subject, cache_of, max_positions, open_subjects, within_positions
 from subquad.utils.environment import machine, source_commit, versions

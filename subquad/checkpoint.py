@@ -18,7 +18,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from subquad.errors import UserError
 from subquad.gguf import converted
-from subquad.tasks import Task
+from subquad.model.tasks import Task
 from subquad.utils.files import first_line, package_file, sha256_of_file
 
 DEFAULT_TEACHER = "default"

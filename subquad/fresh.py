@@ -7,12 +7,11 @@ teacher's place as what a plan is applied to.
 import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from subquad.distill.bridge import layer_map
 from subquad.distill.trainable import Parameters
 from subquad.errors import UserError, nearest
-from subquad.interface import block_path, find_attention
+from subquad.model.interface import block_path, find_attention, layer_map
+from subquad.model.tasks import TASKS
 from subquad.recipe import StudentModelConfig
-from subquad.tasks import TASKS
 from subquad.teacher import Teacher
 
 LISTS_BY_LAYER = ("layer_types", "mlp_layer_types")  # the configuration makes them again

@@ -10,13 +10,14 @@ from rich.console import Console
 from subquad.data.packing import tokenizer_hash
 from subquad.data.text import Corpus
 from subquad.distill.cache_writer import claim_cache, write_cache
-from subquad.distill.heads import check_head
 from subquad.distill.loop import make_accelerator
 from subquad.distill.teacher_cache import TeacherCache
 from subquad.errors import UserError
 from subquad.evaluate import paired_samples
 from subquad.measure import measured_rows
-from subquad.opening import open_data, open_teacher, plan_of, read_data, settled
+from subquad.model.base import plan_of
+from subquad.model.output_head import check_head
+from subquad.opening import open_data, open_teacher, read_data, settled
 from subquad.recipe import Recipe, load_recipe
 from subquad.run import Run, facts
 from subquad.teacher import load_teacher

@@ -6,23 +6,23 @@ from typing import Any, TypeAlias
 
 import torch
 
-from subquad.converted import Converted
 from subquad.data.images import ImageSet, load_images, processed_size
 from subquad.data.text import Corpus, load_corpus
 from subquad.distill.batch import inputs_of
-from subquad.distill.heads import check_head
 from subquad.errors import UserError
 from subquad.evaluate.harness import load_tasks
 from subquad.fresh import fresh_model
-from subquad.images import image_tokens
-from subquad.interface import find_attention, shapes_of
 from subquad.mixers import mixer_options
+from subquad.model.base import Converted
+from subquad.model.image_student import image_tokens
+from subquad.model.interface import find_attention, shapes_of
+from subquad.model.output_head import check_head
+from subquad.model.student import tied
+from subquad.model.tasks import TASKS
 from subquad.plan import ATTENTION, Plan
 from subquad.recipe import NamedMixer, Recipe, load_recipe
 from subquad.run import Run
 from subquad.select import SELECTORS, Budget, check_alternatives, check_selector
-from subquad.student import tied
-from subquad.tasks import TASKS
 from subquad.teacher import Teacher, load_teacher
 
 CALIBRATION_TOKENS = 1024
@@ -141,11 +141,6 @@ def read_data(recipe: Recipe, source: Teacher) -> Data:
             "trained for, or set the task to image-feature-extraction"
         )
     return found
-
-
-def plan_of(model: Any) -> Plan:
-    """A student's own plan; any other model's is all attention."""
-    return model.plan if isinstance(model, Converted) else Plan.all_attention(shapes_of(model))
 
 
 def new_student(run: Run, plan: Plan, data: Data, mixers_from: Iterable[Converted] = ()) -> Converted:

@@ -11,18 +11,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from subquad.converted import Converted
 from subquad.data.text import Corpus
 from subquad.distill.ledger import StageResult
 from subquad.evaluate import paired_samples
 from subquad.measure import even_plan, measured_rows, verdicts, window_plan
-from subquad.opening import Data, all_linear, new_student, open_data, open_teacher, plan_of, settled
+from subquad.model.base import Converted, plan_of
+from subquad.model.student import Student, tied
+from subquad.opening import Data, all_linear, new_student, open_data, open_teacher, settled
 from subquad.plan import Plan
 from subquad.recipe import Recipe
 from subquad.report import print_table, write_model_card, write_report
 from subquad.run import Run, facts, start_run
 from subquad.selection import named_plans, select_plan
-from subquad.student import Student, tied
 from subquad.teacher import Teacher
 from subquad.training import align, train_stages
 from subquad.utils import format as fmt

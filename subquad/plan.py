@@ -34,6 +34,7 @@ from subquad.errors import UserError
 from subquad.mixers import HeadGroup, mixer_class, mixer_options
 
 Join: TypeAlias = Literal["split", "parallel"]
+JoinStart: TypeAlias = Literal["identity", "random"]
 
 FORMAT = 1
 ATTENTION = "attention"

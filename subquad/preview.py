@@ -18,10 +18,11 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedModel
 
-from subquad.converted import Converted
 from subquad.distill.checkpoint import KEEP
 from subquad.distill.probe import Probe, probe_stage, weights_of
 from subquad.measure import check_heldout, evaluation_bill, even_plan
+from subquad.model.base import Converted
+from subquad.model.student import Student
 from subquad.opening import Data, all_linear, new_student, open_data, open_teacher, settled
 from subquad.plan import Plan
 from subquad.recipe import Recipe
@@ -30,7 +31,6 @@ from subquad.run import Run, start_run
 from subquad.select import SELECTORS, Budget, Choice, choose_plan, uniform_layers, units_of
 from subquad.selection import selection_bill, teacher_speed
 from subquad.stage import Stage
-from subquad.student import Student
 from subquad.teacher import Teacher
 from subquad.training import of_stage
 from subquad.utils import format as fmt

@@ -19,8 +19,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, field_validator, model_validator
 
 from subquad.errors import UserError, nearest
-from subquad.join import JoinStart
-from subquad.plan import Join
+from subquad.plan import Join, JoinStart
 from subquad.stage import Count, Length, Section, Stage, check_order, parse_count, scaled
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -72,7 +71,7 @@ class MixerConfig(NamedMixer):
     name: str = "hedgehog"
     join: Join = "split"
     """Where only some heads of a layer attend: `split` gives each head one mixer; `parallel` gives this mixer all the
-    heads, and attention joins as a branch (subquad/join.py)."""
+    heads, and attention joins as a branch (subquad/model/join.py)."""
     join_start: JoinStart = "identity"
     """How the adapter of the parallel join begins: `identity`, or `random` (the paper's code)."""
     alternatives: list[NamedMixer] = []

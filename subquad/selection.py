@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 
-from subquad.converted import Converted
 from subquad.data.images import ImageSet
 from subquad.data.text import Corpus
 from subquad.distill.bare import bare_forward_speed
 from subquad.errors import UserError
-from subquad.interface import shapes_of
+from subquad.model.base import Converted
+from subquad.model.interface import shapes_of
+from subquad.model.student import Student
 from subquad.opening import Data, all_linear, mixers_of, open_data, open_teacher, settled
 from subquad.plan import Plan
 from subquad.recipe import Recipe
@@ -27,7 +28,6 @@ from subquad.run import Run, start_run
 from subquad.select import SELECTORS, Bill, Budget, Choice, OnlyTheBill, Question, Work, choose_plan, pareto
 from subquad.select.speed import DecodeCost, decode_cost
 from subquad.select.units import kind_of, layers_in
-from subquad.student import Student
 from subquad.teacher import Teacher
 from subquad.training import align, candidate_training
 from subquad.utils.progress import StageProgress

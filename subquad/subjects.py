@@ -16,12 +16,11 @@ from torch import nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from subquad.errors import UserError
-from subquad.opening import plan_of
+from subquad.model.base import plan_of
+from subquad.model.student import Student, cache_after
 from subquad.plan import ATTENTION, Plan
 from subquad.recipe import load_recipe
 from subquad.roofline import Costs
-from subquad.select.speed import cache_after
-from subquad.student import Student
 from subquad.teacher import load_teacher
 
 

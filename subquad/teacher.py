@@ -23,8 +23,8 @@ from transformers import (
 
 from subquad.checkpoint import DEFAULT_TEACHER, checked_config, checked_weights, fingerprint_of, folder_of
 from subquad.errors import UserError, nearest
-from subquad.interface import image_size
-from subquad.tasks import TASKS, TEXT, Task
+from subquad.model.interface import image_size
+from subquad.model.tasks import TASKS, TEXT, Task
 from subquad.utils.files import cache_dir, first_line
 from subquad.utils.logging import quiet
 

@@ -28,13 +28,13 @@ from subquad.distill.loop import run_stage
 from subquad.errors import UserError
 from subquad.evaluate import likelihood, retrieval
 from subquad.evaluate.retrieval import Score
-from subquad.interface import shapes_of
 from subquad.lessons import Lessons, shares, train_tokenizer
+from subquad.model.interface import shapes_of
+from subquad.model.student import Student
 from subquad.plan import Plan
 from subquad.recipe import DataConfig, Recipe
 from subquad.run import Run, facts, start_run
 from subquad.stage import Stage, count_of
-from subquad.student import Student
 
 CONTEXT = 1024
 LAYERS = range(4, 9)

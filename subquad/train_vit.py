@@ -19,8 +19,8 @@ from subquad.distill.ledger import StageResult
 from subquad.distill.loop import run_stage
 from subquad.errors import UserError
 from subquad.evaluate import likeness
-from subquad.images import ImageStudent
-from subquad.opening import plan_of
+from subquad.model.base import plan_of
+from subquad.model.image_student import ImageStudent
 from subquad.recipe import DataConfig, Recipe
 from subquad.run import Run, facts, start_run
 from subquad.stage import Stage

@@ -5,18 +5,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from subquad.converted import Converted
 from subquad.data.packing import tokenizer_hash
 from subquad.data.text import Corpus
 from subquad.distill.ledger import StageResult
 from subquad.distill.loop import run_stage
 from subquad.distill.teacher_cache import TeacherCache
 from subquad.errors import UserError
+from subquad.model.base import Converted
+from subquad.model.tasks import TASKS
 from subquad.opening import Data
 from subquad.run import Run
 from subquad.select.kl import Train
 from subquad.stage import Stage
-from subquad.tasks import TASKS
 from subquad.teacher import Teacher, load_teacher
 
 

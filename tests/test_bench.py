@@ -12,7 +12,6 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from subquad import Plan, Student, UserError, bench, roofline, subjects
-from subquad.cache import CACHE
 from subquad.cli import app
 from subquad.cli_bench import numbers
 from subquad.curves import (
@@ -28,7 +27,8 @@ from subquad.curves import (
     spread,
 )
 from subquad.evaluate import held_cache_bytes
-from subquad.interface import shapes_of
+from subquad.model.cache import CACHE
+from subquad.model.interface import shapes_of
 from subquad.report import draw_bench, print_bench
 from subquad.report.bench import findings
 from subquad.roofline import Costs, Roof, Work, mixing_flops

@@ -14,17 +14,17 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from subquad import pipeline
 from subquad.distill import loop
 from subquad.distill.bare import bare_forward_speed
-from subquad.distill.bridge import SIDES, layer_map
+from subquad.distill.bridge import SIDES
 from subquad.distill.passes import make_pass
 from subquad.errors import UserError
 from subquad.fresh import take_weights
-from subquad.interface import shapes_of, watched_attention
 from subquad.mixers import MIXERS, mixer_options
+from subquad.model.conformance import check_student
+from subquad.model.interface import layer_map, shapes_of, watched_attention
+from subquad.model.student import Student
 from subquad.plan import ATTENTION, Plan
 from subquad.recipe import Recipe
 from subquad.stage import Stage
-from subquad.student import Student
-from subquad.testing import check_student
 
 BRIDGE = {**ALIGN, "name": "bridge", "objective": "bridge", "trainable": "all"}
 SMALL = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}

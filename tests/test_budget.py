@@ -9,14 +9,14 @@ import torch
 from conftest import FAMILIES, tiny
 
 from subquad.errors import UserError
-from subquad.interface import shapes_of
+from subquad.model.interface import shapes_of
+from subquad.model.student import Student, cache_after
 from subquad.plan import AttentionShape, Plan
 from subquad.select.budget import Budget, largest_within
 from subquad.select.cost import best_units, by_layers, front, groups_of
 from subquad.select.knapsack import CELLS, solve
-from subquad.select.speed import DecodeCost, cache_after, decode_cost, layer_seconds
+from subquad.select.speed import DecodeCost, decode_cost, layer_seconds
 from subquad.select.units import units_of
-from subquad.student import Student
 
 SHAPES = [AttentionShape(heads=9, kv_heads=3, head_dim=64, hidden_size=576)] * 30
 GROUPED = [AttentionShape(heads=4, kv_heads=2, head_dim=8, hidden_size=32)] * 2

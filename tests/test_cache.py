@@ -6,10 +6,10 @@ import pytest
 import torch
 from conftest import tiny
 
-from subquad.cache import append
-from subquad.interface import shapes_of
+from subquad.model.cache import append
+from subquad.model.interface import shapes_of
+from subquad.model.student import Student
 from subquad.plan import Plan
-from subquad.student import Student
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

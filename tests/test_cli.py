@@ -272,7 +272,7 @@ def test_importing_subquad_is_light():
 @pytest.fixture(scope="module")
 def student_folder(tmp_path_factory):
     from subquad import Plan, Student
-    from subquad.interface import shapes_of
+    from subquad.model.interface import shapes_of
 
     teacher = tiny("llama")
     shapes = shapes_of(teacher)
@@ -289,7 +289,7 @@ def student_folder(tmp_path_factory):
         "import subquad\nfrom transformers import AutoModelForCausalLM",
         "from transformers import AutoModelForCausalLM\nimport subquad",
         "import transformers, subquad\nfrom transformers import AutoTokenizer, AutoModelForCausalLM",
-        "import subquad.cache\nfrom transformers import AutoModelForCausalLM",
+        "import subquad.model.cache\nfrom transformers import AutoModelForCausalLM",
         "import subquad\nfrom transformers.models.llama import LlamaForCausalLM\n"
         "from transformers import AutoModelForCausalLM",
     ],
@@ -299,9 +299,9 @@ def test_auto_classes_know_students_in_every_import_order(imports, student_folde
     code = f"""
 {imports}
 import sys, torch
-from subquad import autoclasses
+from subquad import registration
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
-assert not any(isinstance(finder, autoclasses._Watch) for finder in sys.meta_path), "still watching"
+assert not any(isinstance(finder, registration._Watch) for finder in sys.meta_path), "still watching"
 print(type(model).__name__, model(input_ids=torch.arange(8)[None]).logits.sum().item())
 """
     name, value = python(code, folder).split()

@@ -29,10 +29,10 @@ from subquad.distill.passes import TeacherForced
 from subquad.distill.schedule import learning_rate_factor, warmup_steps
 from subquad.distill.trainable import choose_parameters, make_optimizer
 from subquad.errors import UserError
-from subquad.interface import shapes_of
+from subquad.model.interface import shapes_of
+from subquad.model.student import Student
 from subquad.plan import Plan
 from subquad.stage import Stage
-from subquad.student import Student
 from subquad.utils.progress import StageProgress
 
 WINDOW = {"window": 6, "sinks": 2}

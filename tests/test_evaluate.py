@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from test_retrieval import byte_tokenizer, task_probe
 from transformers import DynamicCache, Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from subquad.cache import CACHE
 from subquad.data.retrieval import TASKS, Probe, make_probe
 from subquad.errors import UserError
 from subquad.evaluate import answers, cache_table, held_cache_bytes, likelihood, retrieval, samples, usable
-from subquad.interface import find_attention, shapes_of
+from subquad.model.cache import CACHE
+from subquad.model.interface import find_attention, shapes_of
+from subquad.model.student import Student
 from subquad.plan import Plan
-from subquad.student import Student
 from subquad.utils.memory import peak_rss_bytes
 
 SIZES = dict(

@@ -20,11 +20,11 @@ from subquad.data.questions import read_questions
 from subquad.errors import UserError
 from subquad.evaluate import harness
 from subquad.evaluate.harness import load_tasks
-from subquad.interface import shapes_of
+from subquad.model.interface import shapes_of
+from subquad.model.student import Student
 from subquad.plan import Plan
 from subquad.recipe import Recipe
 from subquad.select.task import task_score
-from subquad.student import Student
 
 PAGE = Path(__file__).parent.parent / "docs" / "evaluate.md"
 WRITTEN = [{"prompt": f"Repeat {'very ' * i}often\nAnswer:", "answer": "abcdef"[: 1 + i]} for i in range(6)]

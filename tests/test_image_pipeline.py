@@ -17,13 +17,14 @@ from subquad.cli import app
 from subquad.data.images import ImageBatch
 from subquad.errors import UserError
 from subquad.evaluate import likeness
-from subquad.images import ImageStudent
-from subquad.opening import plan_of, settled
+from subquad.model.base import plan_of
+from subquad.model.image_student import ImageStudent
+from subquad.model.saliency import SaliencyConfig, SaliencyModel, saliency_distance
+from subquad.opening import settled
 from subquad.plan import Plan
 from subquad.recipe import load_recipe, recipe_names
 from subquad.report import write_report
 from subquad.report.run import read_run
-from subquad.saliency import SaliencyConfig, SaliencyModel, saliency_distance
 from subquad.teacher import load_teacher
 from subquad.train_vit import train_vit
 

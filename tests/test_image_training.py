@@ -16,12 +16,12 @@ from subquad.data.images import ImageBatch, ImageSet, load_images
 from subquad.data.pictures import HeldPictures, read_idx
 from subquad.distill import loop
 from subquad.distill.bare import bare_forward_speed
-from subquad.distill.heads import Head, check_head, final_hidden
 from subquad.distill.loop import run_stage
 from subquad.distill.passes import make_pass
 from subquad.errors import UserError
-from subquad.images import ImageStudent
-from subquad.interface import shapes_of
+from subquad.model.image_student import ImageStudent
+from subquad.model.interface import shapes_of
+from subquad.model.output_head import Head, check_head, final_hidden
 from subquad.plan import Plan
 from subquad.stage import Stage
 

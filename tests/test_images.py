@@ -8,13 +8,13 @@ import torch
 from conftest import tiny
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 
-from subquad.attention import Pass, to_front, to_middle
 from subquad.errors import UserError
-from subquad.images import ImageStudent
-from subquad.interface import shapes_of
 from subquad.mixers import MIXERS, mixer_options
+from subquad.model.image_student import ImageStudent
+from subquad.model.interface import shapes_of
+from subquad.model.mixed_attention import Pass, to_front, to_middle
+from subquad.model.student import Student
 from subquad.plan import Plan
-from subquad.student import Student
 
 SIZE = {
     "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 6, "intermediate_size": 64, "image_size": 32,

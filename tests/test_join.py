@@ -5,13 +5,13 @@ import torch
 from conftest import FAMILIES, tiny
 from torch import nn
 
-from subquad.attention import Pass
 from subquad.errors import UserError
-from subquad.interface import shapes_of
-from subquad.join import EPS, RecolouringAdapter, output_projection
+from subquad.model.conformance import check_student
+from subquad.model.interface import shapes_of
+from subquad.model.join import EPS, RecolouringAdapter, output_projection
+from subquad.model.mixed_attention import Pass
+from subquad.model.student import Student
 from subquad.plan import Plan
-from subquad.student import Student
-from subquad.testing import check_student
 
 
 def plan_of(teacher, heads=((0, 1), (0, 4), (2, 5)), join="parallel", mixer="gla"):

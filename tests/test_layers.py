@@ -12,16 +12,16 @@ from test_distill import ALIGN, T, make_student
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from subquad.attention import Pass
 from subquad.distill.hidden import matrix_distance, output_distance
 from subquad.distill.passes import FreeRunning, TeacherForced, layers_in_order, make_pass
 from subquad.distill.trainable import checkpointed_blocks, choose_parameters, make_optimizer, parameter_names
 from subquad.errors import UserError
-from subquad.interface import AttentionCall, find_attention, shapes_of, watched_attention
 from subquad.mixers import MIXERS, HeadGroup, MixerInputs, mixer_options
+from subquad.model.interface import AttentionCall, find_attention, shapes_of, watched_attention
+from subquad.model.mixed_attention import Pass
+from subquad.model.student import Student
 from subquad.plan import Plan
 from subquad.stage import Stage
-from subquad.student import Student
 
 B, D, M = 2, 8, 24
 

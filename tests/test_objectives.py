@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GPT2Config, GraniteConfig, LlamaConfig
 
-from subquad.distill.heads import Head, check_head, final_hidden, head_logits
 from subquad.distill.hidden import output_distance
 from subquad.distill.tokens import FromHidden, FromTopK, chunked_loss, next_token_labels
 from subquad.errors import UserError
+from subquad.model.output_head import Head, check_head, final_hidden, head_logits
 from subquad.stage import Divergence
 
 SMALL = dict(

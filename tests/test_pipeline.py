@@ -20,12 +20,12 @@ from subquad.data.text import load_corpus
 from subquad.errors import UserError
 from subquad.evaluate import cache_table
 from subquad.evaluate.retrieval import FLOORS
-from subquad.interface import shapes_of
+from subquad.model.interface import shapes_of
+from subquad.model.student import Student
 from subquad.plan import AttentionShape, Plan
 from subquad.recipe import Recipe, load_recipe
 from subquad.select import SELECTORS, Selector, units_of
 from subquad.select.speed import DecodeCost
-from subquad.student import Student
 from subquad.training import train_stages
 
 STAGE = {"sequence_length": 32, "batch": 2, "lr": 1e-2, "checkpoint_every": 1000}

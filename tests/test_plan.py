@@ -6,9 +6,9 @@ from conftest import FAMILIES, tiny
 
 from subquad.errors import UserError
 from subquad.evaluate import held_cache_bytes
-from subquad.interface import shapes_of
+from subquad.model.interface import shapes_of
+from subquad.model.student import Student
 from subquad.plan import AttentionShape, Plan
-from subquad.student import Student
 
 SHAPE = AttentionShape(heads=6, kv_heads=2, head_dim=8, hidden_size=48)
 

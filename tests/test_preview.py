@@ -15,12 +15,12 @@ from subquad import pipeline, preview
 from subquad.distill.probe import Probe, TensorBytes, probe_stage, weights_of
 from subquad.errors import UserError
 from subquad.evaluate.retrieval import FLOORS
-from subquad.interface import shapes_of
+from subquad.model.interface import shapes_of
+from subquad.model.student import Student
 from subquad.plan import Plan
 from subquad.preview import StagePreview
 from subquad.recipe import Recipe
 from subquad.stage import Stage
-from subquad.student import Student
 
 
 def recipe(**stages: dict) -> Recipe:

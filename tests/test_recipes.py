@@ -12,12 +12,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from subquad import jobs, pipeline
 from subquad.errors import UserError
 from subquad.evaluate.retrieval import FLOORS
-from subquad.interface import shapes_of
+from subquad.model.conformance import check_student
+from subquad.model.interface import shapes_of
+from subquad.model.student import Student, tied
 from subquad.plan import Plan
 from subquad.recipe import Recipe, load_recipe, recipe_names
 from subquad.select import task
-from subquad.student import Student, tied
-from subquad.testing import check_student
 
 LORA = {**LOGITS, "objective": "labels", "trainable": "lora", "lora": {"rank": 2, "alpha": 4}, "lr": 1e-2}
 

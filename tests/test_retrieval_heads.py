@@ -7,17 +7,17 @@ from test_retrieval import byte_tokenizer
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from subquad.attention import Pass
 from subquad.data.retrieval import Probe
 from subquad.errors import UserError
 from subquad.evaluate.retrieval import answers
-from subquad.interface import find_attention, shapes_of
-from subquad.join import output_projection
+from subquad.model.interface import find_attention, shapes_of
+from subquad.model.join import output_projection
+from subquad.model.mixed_attention import Pass
+from subquad.model.student import Student
 from subquad.plan import Plan
 from subquad.select import Budget, Choice, Work, choose_plan, retrieval_scores, units_of
 from subquad.select.retrieval_heads import _role, _sources
 from subquad.select.silence import Silence, silence_bill
-from subquad.student import Student
 
 
 def probe_of(rows=6, length=24, seed=0, vocabulary=90):

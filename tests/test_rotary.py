@@ -4,13 +4,13 @@ import pytest
 import torch
 from conftest import FAMILIES, GROUPED, tiny
 
-from subquad import rotary
-from subquad.attention import Pass
 from subquad.errors import UserError
-from subquad.interface import shapes_of
+from subquad.model import rotary
+from subquad.model.interface import shapes_of
+from subquad.model.mixed_attention import Pass
+from subquad.model.rotary import Rotation
+from subquad.model.student import Student
 from subquad.plan import Plan
-from subquad.rotary import Rotation
-from subquad.student import Student
 
 # family -> its configuration, and how it turns queries and keys
 CONVENTIONS = {

@@ -6,10 +6,11 @@ import pytest
 import torch
 from conftest import FAMILIES, tiny
 
-from subquad.attention import Pass
 from subquad.errors import UserError
 from subquad.evaluate import likelihood
-from subquad.interface import find_attention, shapes_of
+from subquad.model.interface import find_attention, shapes_of
+from subquad.model.mixed_attention import Pass
+from subquad.model.student import Student
 from subquad.plan import Plan
 from subquad.recipe import Recipe, SelectorConfig
 from subquad.select import (
@@ -35,7 +36,6 @@ from subquad.select.kl import candidates, gains_of, kl_without_training, round_t
 from subquad.select.task import TaskScore, task_score
 from subquad.select.units import kind_of
 from subquad.select.work import bootstrap
-from subquad.student import Student
 
 UNITS = ["layer", "head", 2]
 quiet = {"say": lambda text: None}

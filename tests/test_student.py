@@ -4,13 +4,13 @@ import pytest
 import torch
 from conftest import FAMILIES, tiny
 
-from subquad.attention import Pass
 from subquad.errors import UserError
-from subquad.interface import find_attention, shapes_of
 from subquad.mixers import MIXERS as ALL_MIXERS
+from subquad.model.conformance import ConformanceError, check_student
+from subquad.model.interface import find_attention, shapes_of
+from subquad.model.mixed_attention import Pass
+from subquad.model.student import Student
 from subquad.plan import Plan
-from subquad.student import Student
-from subquad.testing import ConformanceError, check_student
 
 MIXERS = {
     "sliding_window": {"window": 12, "sinks": 2},

@@ -18,10 +18,10 @@ from subquad.data.retrieval import FILLER, WORDS, make_probe
 from subquad.data.text import load_corpus
 from subquad.errors import UserError
 from subquad.evaluate import retrieval
-from subquad.interface import shapes_of
 from subquad.lessons import SHORTEST, TRAINING_SEEDS, VOCABULARY, Lessons, shares, train_tokenizer
+from subquad.model.interface import shapes_of
+from subquad.model.student import Student
 from subquad.plan import Plan
-from subquad.student import Student
 from subquad.teacher import load_teacher
 from subquad.train_teacher import is_perfect, train_teacher
 

@@ -15,20 +15,19 @@ from transformers import PreTrainedModel
 
 from benchmarks.claims.runs import Result, Store
 from benchmarks.common import command_of, facts
-from subquad.converted import Converted
 from subquad.data.retrieval import Probe, make_probe
 from subquad.data.text import load_corpus
 from subquad.distill.batch import TokenSource
 from subquad.distill.loop import make_accelerator, run_stage
 from subquad.evaluate.retrieval import answers, usable
-from subquad.interface import shapes_of
-from subquad.join import JoinStart
 from subquad.lessons import Lessons
-from subquad.plan import Plan
+from subquad.model.base import Converted
+from subquad.model.interface import shapes_of
+from subquad.model.student import Student
+from subquad.model.tasks import TEXT
+from subquad.plan import JoinStart, Plan
 from subquad.select.silence import Kind
 from subquad.stage import Stage
-from subquad.student import Student
-from subquad.tasks import TEXT
 from subquad.teacher import Teacher, load_teacher
 from subquad.utils.files import first_line, write_json
 

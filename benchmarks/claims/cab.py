@@ -39,9 +39,9 @@ from subquad.distill.loop import make_accelerator
 from subquad.distill.probe import probe_stage
 from subquad.evaluate import likelihood
 from subquad.fresh import take_weights
-from subquad.interface import shapes_of
+from subquad.model.interface import shapes_of
+from subquad.model.student import Student
 from subquad.plan import Plan
-from subquad.student import Student
 
 PARTS = ("stages", "sides", "cost")
 MIXER = "discrete_mamba2"

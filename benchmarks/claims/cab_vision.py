@@ -35,8 +35,8 @@ from benchmarks.claims.tuning import Tuned
 from benchmarks.common import wide_console
 from subquad.data.images import ImageSet, load_images, processed_size
 from subquad.evaluate import likeness
-from subquad.images import ImageStudent, image_tokens
-from subquad.interface import shapes_of
+from subquad.model.image_student import ImageStudent, image_tokens
+from subquad.model.interface import shapes_of
 from subquad.plan import Plan
 from subquad.stage import Stage
 

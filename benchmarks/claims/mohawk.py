@@ -38,10 +38,10 @@ from subquad.data.retrieval import make_probe
 from subquad.distill.hidden import attention_probabilities
 from subquad.distill.passes import TeacherForced
 from subquad.evaluate import likelihood, retrieval
-from subquad.interface import watched_attention
+from subquad.model.interface import watched_attention
+from subquad.model.student import Student
 from subquad.plan import Plan
 from subquad.stage import Stage
-from subquad.student import Student
 
 PARTS = ("stages", "mlp", "matrices")
 WAYS = {  # shares of the tokens

@@ -33,15 +33,14 @@ from benchmarks.claims.bench import SMALL_TEACHER, Bench, Coverage, parse, run_p
 from benchmarks.claims.retrieval_report import draw, print_report
 from benchmarks.claims.runs import Result, Settings, Store
 from benchmarks.common import wide_console
-from subquad.attention import Pass
 from subquad.evaluate import likelihood
+from subquad.model.mixed_attention import Pass
+from subquad.model.student import Student, cache_after
 from subquad.plan import Join, Plan
 from subquad.select import Work, retrieval_scores, uniform_layers
 from subquad.select.budget import largest_within
 from subquad.select.silence import Kind
-from subquad.select.speed import cache_after
 from subquad.stage import Stage
-from subquad.student import Student
 from subquad.utils.timing import clock
 
 PARTS = ("ablation", "heads", "join", "state", "serving")

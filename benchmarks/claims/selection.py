@@ -32,13 +32,13 @@ from benchmarks.claims.runs import Result, Settings, Store
 from benchmarks.claims.selection_report import draw, print_report
 from benchmarks.common import wide_console
 from subquad.evaluate import likelihood
+from subquad.model.student import Student
 from subquad.plan import Plan
 from subquad.select import SELECTORS, Board, Budget, Choice, Question, Work
 from subquad.select.board import without
 from subquad.select.task import TaskScore, task_score
 from subquad.select.units import Wish, heads_of, units_of
 from subquad.stage import Stage
-from subquad.student import Student
 
 PARTS = ("estimators", "budgets", "greedy")
 FULL = "kl, each retrained"

@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedModel
 
 from subquad.distill.batch import Batch, inputs_of
-from subquad.distill.heads import Head, final_hidden, has_head
+from subquad.model.output_head import Head, final_hidden, has_head
 
 
 @torch.no_grad()

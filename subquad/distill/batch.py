@@ -2,9 +2,7 @@
 
 from typing import Protocol, TypeAlias
 
-import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from subquad.data.images import ImageBatch
 from subquad.distill.tokens import next_token_labels
@@ -29,10 +27,3 @@ def inputs_of(batch: Batch) -> Tensor:
 def labels_of(batch: Batch) -> Tensor:
     """The next token of every position (B, T), or the class of every image (B, 1)."""
     return batch.labels_B[:, None] if isinstance(batch, ImageBatch) else next_token_labels(batch)
-
-
-def input_device(model: PreTrainedModel) -> torch.device:
-    """Where token ids, or images, go."""
-    if model.main_input_name == "pixel_values":
-        return next(model.parameters()).device
-    return next(model.get_input_embeddings().parameters()).device

@@ -18,20 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from subquad.converted import Converted
 from subquad.errors import UserError
-from subquad.interface import AttentionCall
 from subquad.mixers import Mixer, MixerInputs
+from subquad.model.base import Converted
+from subquad.model.interface import AttentionCall, layer_map
 from subquad.ops.common import wide
 from subquad.plan import ATTENTION, AttentionShape
 from subquad.stage import Stage
 
 SIDES = ("queries", "keys")
-
-
-def layer_map(mine: int, theirs: int) -> list[int]:
-    """The teacher's layer for each of the student's: g(l) = floor(l L_t / L_s)."""
-    return [layer * theirs // mine for layer in range(mine)]
 
 
 class Bridge(nn.Module):

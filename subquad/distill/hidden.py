@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from subquad.interface import AttentionCall
 from subquad.mixers import Mixer, MixerInputs
+from subquad.model.interface import AttentionCall
 from subquad.ops.common import wide
 
 BLOCK_ELEMENTS = 2**25  # of one block of all heads' matrices: 128 MiB in float32

@@ -25,7 +25,6 @@ from rich.console import Console
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from subquad.converted import Converted
 from subquad.distill.bare import bare_forward_speed
 from subquad.distill.batch import Batch, TokenSource
 from subquad.distill.checkpoint import Checkpoints
@@ -43,6 +42,7 @@ from subquad.distill.trainable import (
     trained_in_float32,
 )
 from subquad.errors import UserError
+from subquad.model.base import Converted
 from subquad.stage import Stage
 from subquad.utils.interrupt import interrupt_waits
 from subquad.utils.memory import peak_memory_bytes, reset_peak_memory

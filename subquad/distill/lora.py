@@ -13,10 +13,10 @@ from peft import LoraConfig, LoraModel
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from subquad.converted import Converted
 from subquad.errors import UserError
+from subquad.model.base import Converted
+from subquad.model.student import tied
 from subquad.stage import Stage
-from subquad.student import tied
 
 ADAPTER = "default"
 

@@ -23,18 +23,18 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from subquad.attention import LayerMixer, Pass, to_middle
-from subquad.converted import Converted
-from subquad.distill.batch import Batch, input_device, inputs_of, labels_of
+from subquad.distill.batch import Batch, inputs_of, labels_of
 from subquad.distill.bridge import Bridge
-from subquad.distill.heads import Head, causal_lm, final_hidden, has_head
 from subquad.distill.hidden import matrix_distance, output_distance
 from subquad.distill.tokens import FromHidden, TeacherLogits, chunked_loss
 from subquad.errors import UserError
-from subquad.interface import AttentionCall, find_attention, watched_attention
 from subquad.mixers import Mixer, MixerInputs
+from subquad.model.base import Converted
+from subquad.model.interface import AttentionCall, find_attention, input_device, watched_attention
+from subquad.model.mixed_attention import LayerMixer, Pass, to_middle
+from subquad.model.output_head import Head, causal_lm, final_hidden, has_head
+from subquad.model.saliency import saliency_distance, saliency_model
 from subquad.plan import ATTENTION
-from subquad.saliency import saliency_distance, saliency_model
 from subquad.stage import OF_OUTPUTS, OF_TOKENS, Stage
 
 

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from subquad.distill.heads import Head
+from subquad.model.output_head import Head
 from subquad.ops.common import wide
 from subquad.stage import Divergence
 

@@ -20,8 +20,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from subquad.converted import Converted
 from subquad.errors import UserError
+from subquad.model.base import Converted
 from subquad.stage import Stage
 
 Parameters = dict[str, nn.Parameter]

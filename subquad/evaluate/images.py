@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 
 from subquad.data.images import ImageBatch
 from subquad.data.pictures import UNLABELLED
-from subquad.distill.heads import final_hidden, has_head, head_logits
 from subquad.evaluate.likelihood import evaluating
-from subquad.saliency import saliency_model
+from subquad.model.output_head import final_hidden, has_head, head_logits
+from subquad.model.saliency import saliency_model
 
 GROUPS = 32  # of images, whose means are the samples of a comparison
 

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from subquad.distill.heads import final_hidden, head_logits
 from subquad.errors import UserError
+from subquad.model.output_head import final_hidden, head_logits
 
 Measures = dict[str, dict[int, Any]]
 MEASURES = ("kl", "top1", "cross_entropy", "perplexity")

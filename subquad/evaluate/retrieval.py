@@ -20,8 +20,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from subquad.data.retrieval import Probe
-from subquad.distill.heads import final_hidden, head_logits
 from subquad.evaluate.likelihood import evaluating
+from subquad.model.output_head import final_hidden, head_logits
 
 TOKENS_AT_ONCE = 4096  # short rows go through the decoder together
 POSITIONS_AT_ONCE = 256  # of logits

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from subquad.converted import Converted
-from subquad.distill.heads import final_hidden
 from subquad.distill.hidden import output_distance
-from subquad.interface import find_attention
+from subquad.model.base import Converted
+from subquad.model.interface import find_attention
+from subquad.model.output_head import final_hidden
 from subquad.select.board import Board
 from subquad.select.units import Unit, heads_of, layers_in
 from subquad.select.work import Work

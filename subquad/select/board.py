@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from subquad.converted import Converted
+from subquad.model.base import Converted
 from subquad.plan import Plan, every_head
 from subquad.select.prefix import recorded, resumed, standing_in
 from subquad.select.units import Unit

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from subquad.converted import Converted
 from subquad.data.text import Corpus
+from subquad.model.base import Converted
 from subquad.plan import ATTENTION, AttentionShape, Join, Plan, dtype_name
 from subquad.select.board import Board
 from subquad.select.budget import Budget, Cost

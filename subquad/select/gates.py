@@ -24,8 +24,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from subquad.attention import Pass
-from subquad.distill.heads import Head, final_hidden
+from subquad.model.mixed_attention import Pass
+from subquad.model.output_head import Head, final_hidden
 from subquad.select.board import Board
 from subquad.select.kl import kl
 from subquad.select.units import Unit

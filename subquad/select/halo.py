@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from subquad.converted import Converted
 from subquad.data.retrieval import Probe
-from subquad.distill.heads import final_hidden, head_logits
 from subquad.evaluate.retrieval import answers
+from subquad.model.base import Converted
+from subquad.model.output_head import final_hidden, head_logits
 from subquad.plan import Plan
 from subquad.select.board import Board, passes
 from subquad.select.task import TaskScore

@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from subquad.converted import Converted
-from subquad.distill.heads import Head, final_hidden
 from subquad.distill.tokens import FromHidden, chunked_loss
+from subquad.model.base import Converted
+from subquad.model.output_head import Head, final_hidden
 from subquad.plan import Plan
 from subquad.select.board import Board, passes, without
 from subquad.select.units import Unit

@@ -16,16 +16,16 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from subquad.data.retrieval import Probe, make_probe
-from subquad.distill.heads import final_hidden
 from subquad.distill.hidden import attention_probabilities
 from subquad.evaluate.likelihood import evaluating
 from subquad.evaluate.retrieval import answers
-from subquad.interface import shapes_of, watched_attention
+from subquad.model.interface import shapes_of, watched_attention
+from subquad.model.output_head import final_hidden
+from subquad.model.student import Student
 from subquad.plan import Plan
 from subquad.select.silence import Measure, Silence, measure_of, silence_bill
 from subquad.select.units import Unit, by_layer, units_of
 from subquad.select.work import Work
-from subquad.student import Student
 
 ROLE_FLOOR = 0.1  # of a head's attention that must follow a pattern for it to have that role
 ROLE_ROWS = 8

@@ -23,14 +23,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from subquad.attention import Pass
 from subquad.data.retrieval import Probe
 from subquad.errors import UserError
 from subquad.evaluate.retrieval import TOKENS_AT_ONCE, Answers, answers, usable
+from subquad.model.mixed_attention import Pass
+from subquad.model.student import Student
 from subquad.select.prefix import recorded, repeated, resumed
 from subquad.select.units import Unit, layers_in
 from subquad.select.work import Work, bootstrap
-from subquad.student import Student
 from subquad.utils.token_cost import Bill
 
 Measure: TypeAlias = Literal["auto", "accuracy", "logprob"]

@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from subquad.cache import StudentCache
+from subquad.model.cache import StudentCache
+from subquad.model.student import Student, cache_after
 from subquad.plan import ATTENTION, Plan
-from subquad.student import Student
 from subquad.utils.timing import clock
 
 
@@ -64,27 +64,6 @@ def _in_turns(students: Sequence[Student], context: int, steps: int) -> list[tup
             found.append(_step(student, cache))
     medians = [[statistics.median(part) for part in zip(*found[1:], strict=True)] for found in samples]  # 0: warming up
     return [(mixing, rest) for *mixing, rest in medians]
-
-
-def cache_after(student: Student, context: int) -> StudentCache:
-    """The cache of one sequence of `context` tokens, of the right size and with anything in it: no need to read them.
-
-    Reading 32k tokens would take most models far longer than all the steps.
-    """
-    cache = student.new_cache()
-    generator = torch.Generator().manual_seed(0)
-    for index, (layer, module) in enumerate(zip(cache.layers, student.attention_modules(), strict=True)):
-        device = next(module.parameters()).device
-        layer.tokens, layer.is_initialized = context, True
-        for name, mixer in student.mixers(index).items():
-            held = mixer.held(mixer.group, mixer.options, context)
-            layer.states[name] = {
-                key: torch.rand(1, *part.shape, generator=generator).to(
-                    device, torch.promote_types(student.dtype, torch.float32) if part.wide else student.dtype
-                )
-                for key, part in held.items()
-            }
-    return cache
 
 
 def _step(student: Student, cache: StudentCache) -> list[float]:

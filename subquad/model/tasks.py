@@ -11,10 +11,10 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING_NAMES,
 )
 
-from subquad.converted import Converted
-from subquad.images import ImageStudent
-from subquad.saliency import SaliencyConfig, SaliencyModel
-from subquad.student import Student
+from subquad.model.base import Converted
+from subquad.model.image_student import ImageStudent
+from subquad.model.saliency import SaliencyConfig, SaliencyModel
+from subquad.model.student import Student
 
 TEXT = "text-generation"
 

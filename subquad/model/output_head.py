@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from subquad.converted import Converted
 from subquad.errors import UserError
-from subquad.images import ImageStudent, classifier, read_by_head
-from subquad.interface import least_inputs
-from subquad.student import Student
+from subquad.model.base import Converted
+from subquad.model.image_student import ImageStudent, classifier, read_by_head
+from subquad.model.interface import least_inputs
+from subquad.model.student import Student
 
 
 def causal_lm(model: PreTrainedModel) -> PreTrainedModel:

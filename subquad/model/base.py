@@ -19,12 +19,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from typing_extensions import Self
 
-from subquad.attention import LayerMixer, Pass, attach, keep_initialised, layer_mixer
 from subquad.errors import UserError
-from subquad.interface import block_path, find_attention
-from subquad.join import JoinStart
 from subquad.mixers import Mixer, MixerInputs
-from subquad.plan import ATTENTION, Plan
+from subquad.model.interface import block_path, find_attention, shapes_of
+from subquad.model.mixed_attention import LayerMixer, Pass, attach, keep_initialised, layer_mixer
+from subquad.plan import ATTENTION, JoinStart, Plan
 
 REMOTE_FILE = "modeling_subquad.py"
 
@@ -215,3 +214,8 @@ def _shared_copy(model: PreTrainedModel) -> PreTrainedModel:
     memo |= {id(buffer): buffer for buffer in model.buffers()}
     twin = copy.deepcopy(model, memo)
     return keep_initialised(twin)
+
+
+def plan_of(model: Any) -> Plan:
+    """A student's own plan; any other model's is all attention."""
+    return model.plan if isinstance(model, Converted) else Plan.all_attention(shapes_of(model))

@@ -12,7 +12,6 @@ Legend: B batch, T tokens, H query heads, D head width, M hidden width of the mo
 """
 
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from subquad.errors import UserError
 from subquad.mixers import HeadGroup
 from subquad.ops.common import wide
-
-JoinStart: TypeAlias = Literal["identity", "random"]
+from subquad.plan import JoinStart
 
 EPS = 1e-5
 

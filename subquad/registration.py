@@ -31,7 +31,7 @@ def install() -> None:
 
 
 def _register() -> None:
-    for module in ("subquad.student", "subquad.images", "subquad.saliency"):
+    for module in ("subquad.model.student", "subquad.model.image_student", "subquad.model.saliency"):
         importlib.import_module(module).register()
 
 

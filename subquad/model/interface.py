@@ -189,3 +189,15 @@ def image_size(config: Any) -> tuple[int, int]:
     """Height and width of the images that a model was made for."""
     size = config.image_size
     return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where token ids, or images, go."""
+    if model.main_input_name == "pixel_values":
+        return next(model.parameters()).device
+    return next(model.get_input_embeddings().parameters()).device
+
+
+def layer_map(mine: int, theirs: int) -> list[int]:
+    """The teacher's layer for each of the student's: g(l) = floor(l L_t / L_s)."""
+    return [layer * theirs // mine for layer in range(mine)]

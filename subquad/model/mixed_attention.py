@@ -28,13 +28,13 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from subquad.cache import StudentCache, append
-from subquad.interface import attention_function, set_attention
-from subquad.join import Branch, JoinStart, RecolouringAdapter, output_projection, projected
 from subquad.mixers import MIXERS, HeadGroup, Mixer, MixerInputs, mixer_options
 from subquad.mixers.base import picked
-from subquad.plan import ATTENTION, Plan
-from subquad.rotary import Tables, rotation_of
+from subquad.model.cache import StudentCache, append
+from subquad.model.interface import attention_function, set_attention
+from subquad.model.join import Branch, RecolouringAdapter, output_projection, projected
+from subquad.model.rotary import Tables, rotation_of
+from subquad.plan import ATTENTION, JoinStart, Plan
 
 PREFIX = "subquad_"  # "subquad_sdpa": mixers, with sdpa for the heads that keep attention
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from subquad.model.student import Student
 from subquad.plan import dtype_name
-from subquad.student import Student
 
 TOLERANCE = 1e-4  # of the largest logit's size, in float32; wider dtypes do better, narrower ones get more
 

@@ -16,12 +16,12 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageClassification,
 from transformers.configuration_utils import SubConfigSpec
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
-from subquad.attention import Pass
-from subquad.converted import Converted, ConvertedConfig, auto_map
 from subquad.errors import UserError
-from subquad.interface import image_size, least_inputs, patch_grid
+from subquad.model.base import Converted, ConvertedConfig, auto_map
+from subquad.model.interface import image_size, least_inputs, patch_grid
+from subquad.model.mixed_attention import Pass
+from subquad.model.saliency import SaliencyModel
 from subquad.plan import ATTENTION, Plan
-from subquad.saliency import SaliencyModel
 
 
 class ImageStudentConfig(ConvertedConfig):

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from transformers.configuration_utils import SubConfigSpec
 from transformers.modeling_outputs import BaseModelOutput
 
-from subquad.interface import patch_grid
+from subquad.model.interface import patch_grid
 
 
 class SaliencyConfig(PreTrainedConfig):

@@ -1,0 +1,1 @@
+"""Models: the student, its attention, its cache, and how it meets a transformers model."""
