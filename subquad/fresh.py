@@ -11,8 +11,8 @@ from subquad.distill.trainable import Parameters
 from subquad.errors import UserError, nearest
 from subquad.model.interface import block_path, find_attention, layer_map
 from subquad.model.tasks import TASKS
+from subquad.pretrained.load import Teacher
 from subquad.recipe import StudentModelConfig
-from subquad.teacher import Teacher
 
 LISTS_BY_LAYER = ("layer_types", "mlp_layer_types")  # the configuration makes them again
 

@@ -18,9 +18,9 @@ from subquad.measure import measured_rows
 from subquad.model.base import plan_of
 from subquad.model.output_head import check_head
 from subquad.opening import open_data, open_teacher, read_data, settled
+from subquad.pretrained.load import load_teacher
 from subquad.recipe import Recipe, load_recipe
 from subquad.run import Run, facts
-from subquad.teacher import load_teacher
 from subquad.utils.environment import machine, source_commit, versions
 from subquad.utils.files import write_json
 from subquad.utils.format import nats, percent, size

@@ -20,10 +20,10 @@ from subquad.model.output_head import check_head
 from subquad.model.student import tied
 from subquad.model.tasks import TASKS
 from subquad.plan import ATTENTION, Plan
+from subquad.pretrained.load import Teacher, load_teacher
 from subquad.recipe import NamedMixer, Recipe, load_recipe
 from subquad.run import Run
 from subquad.select import SELECTORS, Budget, check_alternatives, check_selector
-from subquad.teacher import Teacher, load_teacher
 
 CALIBRATION_TOKENS = 1024
 

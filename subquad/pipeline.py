@@ -19,11 +19,11 @@ from subquad.model.base import Converted, plan_of
 from subquad.model.student import Student, tied
 from subquad.opening import Data, all_linear, new_student, open_data, open_teacher, settled
 from subquad.plan import Plan
+from subquad.pretrained.load import Teacher
 from subquad.recipe import Recipe
 from subquad.report import print_table, write_model_card, write_report
 from subquad.run import Run, facts, start_run
 from subquad.selection import named_plans, select_plan
-from subquad.teacher import Teacher
 from subquad.training import align, train_stages
 from subquad.utils import format as fmt
 from subquad.utils.files import sha256_of_file

@@ -23,12 +23,12 @@ from subquad.model.interface import shapes_of
 from subquad.model.student import Student
 from subquad.opening import Data, all_linear, mixers_of, open_data, open_teacher, settled
 from subquad.plan import Plan
+from subquad.pretrained.load import Teacher
 from subquad.recipe import Recipe
 from subquad.run import Run, start_run
 from subquad.select import SELECTORS, Bill, Budget, Choice, OnlyTheBill, Question, Work, choose_plan, pareto
 from subquad.select.speed import DecodeCost, decode_cost
 from subquad.select.units import kind_of, layers_in
-from subquad.teacher import Teacher
 from subquad.training import align, candidate_training
 from subquad.utils.progress import StageProgress
 

@@ -19,9 +19,9 @@ from subquad.errors import UserError
 from subquad.model.base import plan_of
 from subquad.model.student import Student, cache_after
 from subquad.plan import ATTENTION, Plan
+from subquad.pretrained.load import load_teacher
 from subquad.recipe import load_recipe
 from subquad.roofline import Costs
-from subquad.teacher import load_teacher
 
 
 @dataclass(frozen=True)

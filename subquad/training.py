@@ -14,10 +14,10 @@ from subquad.errors import UserError
 from subquad.model.base import Converted
 from subquad.model.tasks import TASKS
 from subquad.opening import Data
+from subquad.pretrained.load import Teacher, load_teacher
 from subquad.run import Run
 from subquad.select.kl import Train
 from subquad.stage import Stage
-from subquad.teacher import Teacher, load_teacher
 
 
 def align(run: Run, linear: Mapping[str, Converted], source: Teacher, data: Data) -> list[StageResult]:

@@ -11,7 +11,7 @@ from benchmarks.ops import __main__ as command
 from benchmarks.ops import measures
 from benchmarks.ops import report as pages
 from benchmarks.ops.contenders import COMPILED, FORMULAS, MODES, Settings, find_contenders, make_inputs, useful_flops
-from subquad.teacher import load_teacher
+from subquad.pretrained.load import load_teacher
 from subquad.utils.files import package_file
 
 TINY = ["heads=2", "width=8", "lengths=[32,64]", "positions=[10,40]", "step_rounds=3", "memory_length=64", "matmul=32"]

@@ -22,10 +22,10 @@ from subquad.model.image_student import ImageStudent
 from subquad.model.saliency import SaliencyConfig, SaliencyModel, saliency_distance
 from subquad.opening import settled
 from subquad.plan import Plan
+from subquad.pretrained.load import load_teacher
 from subquad.recipe import load_recipe, recipe_names
 from subquad.report import write_report
 from subquad.report.run import read_run
-from subquad.teacher import load_teacher
 from subquad.train_vit import train_vit
 
 T = 17  # a class token and 4 x 4 patches

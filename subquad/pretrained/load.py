@@ -21,10 +21,10 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
-from subquad.checkpoint import DEFAULT_TEACHER, checked_config, checked_weights, fingerprint_of, folder_of
 from subquad.errors import UserError, nearest
 from subquad.model.interface import image_size
 from subquad.model.tasks import TASKS, TEXT, Task
+from subquad.pretrained.source import DEFAULT_TEACHER, checked_config, checked_weights, fingerprint_of, folder_of
 from subquad.utils.files import cache_dir, first_line
 from subquad.utils.logging import quiet
 
