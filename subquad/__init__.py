@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from subquad.model.student import Student, StudentConfig
     from subquad.pipeline import convert
     from subquad.plan import Plan
-    from subquad.recipe import Recipe, load_recipe
+    from subquad.recipes.load import load_recipe
+    from subquad.recipes.schema import Recipe
 
 __all__ = [
     "ImageStudent",
@@ -42,12 +43,12 @@ _HOME = {
     "ImageStudent": "subquad.model.image_student",
     "ImageStudentConfig": "subquad.model.image_student",
     "Plan": "subquad.plan",
-    "Recipe": "subquad.recipe",
+    "Recipe": "subquad.recipes.schema",
     "Student": "subquad.model.student",
     "StudentConfig": "subquad.model.student",
     "check_student": "subquad.model.conformance",
     "convert": "subquad.pipeline",
-    "load_recipe": "subquad.recipe",
+    "load_recipe": "subquad.recipes.schema",
 }
 
 

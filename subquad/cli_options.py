@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from subquad.recipe import Recipe
+    from subquad.recipes.schema import Recipe
 
 TeacherArgument = Annotated[
     str | None,
@@ -131,7 +131,7 @@ FOR_TASK = {"image-classification": "cab-vision-quick", "image-feature-extractio
 
 def recipe_of(name: str | None, changes: list[str] | None, tokens_scale: float = 1.0, **options: object) -> "Recipe":
     """The recipe with --set and the options that are short for one; without a name, what suits the task."""
-    from subquad.recipe import load_recipe
+    from subquad.recipes.load import load_recipe
 
     if name is None:
         name = FOR_TASK.get(str(options.get("task")), "quick")

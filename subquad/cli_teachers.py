@@ -80,7 +80,7 @@ def cache_teacher(
     """
     chosen = recipe_of(recipe, changes)
     from subquad.jobs import cache_teacher as run
-    from subquad.stage import count_of
+    from subquad.recipes.stage import count_of
 
     run(
         teacher=teacher or chosen.teacher,

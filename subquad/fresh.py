@@ -12,7 +12,7 @@ from subquad.errors import UserError, nearest
 from subquad.model.interface import block_path, find_attention, layer_map
 from subquad.model.tasks import TASKS
 from subquad.pretrained.load import Teacher
-from subquad.recipe import StudentModelConfig
+from subquad.recipes.schema import StudentModelConfig
 
 LISTS_BY_LAYER = ("layer_types", "mlp_layer_types")  # the configuration makes them again
 

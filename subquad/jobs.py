@@ -19,7 +19,8 @@ from subquad.model.base import plan_of
 from subquad.model.output_head import check_head
 from subquad.opening import open_data, open_teacher, read_data, settled
 from subquad.pretrained.load import load_teacher
-from subquad.recipe import Recipe, load_recipe
+from subquad.recipes.load import load_recipe
+from subquad.recipes.schema import Recipe
 from subquad.run import Run, facts
 from subquad.utils.environment import machine, source_commit, versions
 from subquad.utils.files import write_json

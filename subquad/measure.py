@@ -20,7 +20,7 @@ from subquad.evaluate.harness import load_tasks
 from subquad.mixers.sliding_window import WindowOptions
 from subquad.plan import ATTENTION, ITEMSIZE, Plan
 from subquad.pretrained.load import Teacher
-from subquad.recipe import EvaluateConfig
+from subquad.recipes.schema import EvaluateConfig
 from subquad.select import Bill, uniform_layers
 from subquad.select.budget import largest_within
 from subquad.utils.progress import StageProgress

@@ -21,7 +21,8 @@ from subquad.model.student import tied
 from subquad.model.tasks import TASKS
 from subquad.plan import ATTENTION, Plan
 from subquad.pretrained.load import Teacher, load_teacher
-from subquad.recipe import NamedMixer, Recipe, load_recipe
+from subquad.recipes.load import load_recipe
+from subquad.recipes.schema import NamedMixer, Recipe
 from subquad.run import Run
 from subquad.select import SELECTORS, Budget, check_alternatives, check_selector
 

@@ -20,7 +20,7 @@ from subquad.model.student import Student, tied
 from subquad.opening import Data, all_linear, new_student, open_data, open_teacher, settled
 from subquad.plan import Plan
 from subquad.pretrained.load import Teacher
-from subquad.recipe import Recipe
+from subquad.recipes.schema import Recipe
 from subquad.report import print_table, write_model_card, write_report
 from subquad.run import Run, facts, start_run
 from subquad.selection import named_plans, select_plan

@@ -26,12 +26,12 @@ from subquad.model.student import Student
 from subquad.opening import Data, all_linear, new_student, open_data, open_teacher, settled
 from subquad.plan import Plan
 from subquad.pretrained.load import Teacher
-from subquad.recipe import Recipe
+from subquad.recipes.schema import Recipe
+from subquad.recipes.stage import Stage
 from subquad.report import print_plan
 from subquad.run import Run, start_run
 from subquad.select import SELECTORS, Budget, Choice, choose_plan, uniform_layers, units_of
 from subquad.selection import selection_bill, teacher_speed
-from subquad.stage import Stage
 from subquad.training import of_stage
 from subquad.utils import format as fmt
 from subquad.utils.token_cost import TRAINING

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from subquad.distill.loop import make_accelerator
 from subquad.errors import UserError
-from subquad.recipe import Recipe
+from subquad.recipes.schema import Recipe
 from subquad.utils.environment import machine, source_commit, versions
 from subquad.utils.files import claim_folder
 from subquad.utils.memory import peak_rss_bytes

@@ -24,7 +24,7 @@ from subquad.model.student import Student
 from subquad.opening import Data, all_linear, mixers_of, open_data, open_teacher, settled
 from subquad.plan import Plan
 from subquad.pretrained.load import Teacher
-from subquad.recipe import Recipe
+from subquad.recipes.schema import Recipe
 from subquad.run import Run, start_run
 from subquad.select import SELECTORS, Bill, Budget, Choice, OnlyTheBill, Question, Work, choose_plan, pareto
 from subquad.select.speed import DecodeCost, decode_cost

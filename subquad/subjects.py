@@ -20,7 +20,7 @@ from subquad.model.base import plan_of
 from subquad.model.student import Student, cache_after
 from subquad.plan import ATTENTION, Plan
 from subquad.pretrained.load import load_teacher
-from subquad.recipe import load_recipe
+from subquad.recipes.load import load_recipe
 from subquad.roofline import Costs
 
 

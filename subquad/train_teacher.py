@@ -32,9 +32,9 @@ from subquad.lessons import Lessons, shares, train_tokenizer
 from subquad.model.interface import shapes_of
 from subquad.model.student import Student
 from subquad.plan import Plan
-from subquad.recipe import DataConfig, Recipe
+from subquad.recipes.schema import DataConfig, Recipe
+from subquad.recipes.stage import Stage, count_of
 from subquad.run import Run, facts, start_run
-from subquad.stage import Stage, count_of
 
 CONTEXT = 1024
 LAYERS = range(4, 9)

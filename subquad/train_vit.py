@@ -21,9 +21,9 @@ from subquad.errors import UserError
 from subquad.evaluate import likeness
 from subquad.model.base import plan_of
 from subquad.model.image_student import ImageStudent
-from subquad.recipe import DataConfig, Recipe
+from subquad.recipes.schema import DataConfig, Recipe
+from subquad.recipes.stage import Stage
 from subquad.run import Run, facts, start_run
-from subquad.stage import Stage
 
 WIDTH, HEADS, LAYERS = 96, 3, 4
 BATCH = 64

@@ -15,9 +15,9 @@ from subquad.model.base import Converted
 from subquad.model.tasks import TASKS
 from subquad.opening import Data
 from subquad.pretrained.load import Teacher, load_teacher
+from subquad.recipes.stage import Stage
 from subquad.run import Run
 from subquad.select.kl import Train
-from subquad.stage import Stage
 
 
 def align(run: Run, linear: Mapping[str, Converted], source: Teacher, data: Data) -> list[StageResult]:

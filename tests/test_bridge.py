@@ -23,8 +23,8 @@ from subquad.model.conformance import check_student
 from subquad.model.interface import layer_map, shapes_of, watched_attention
 from subquad.model.student import Student
 from subquad.plan import ATTENTION, Plan
-from subquad.recipe import Recipe
-from subquad.stage import Stage
+from subquad.recipes.schema import Recipe
+from subquad.recipes.stage import Stage
 
 BRIDGE = {**ALIGN, "name": "bridge", "objective": "bridge", "trainable": "all"}
 SMALL = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import subquad
 from subquad.cli import app
 from subquad.errors import UserError
-from subquad.recipe import load_recipe, recipe_names
+from subquad.recipes.load import load_recipe, recipe_names
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = [

@@ -32,7 +32,7 @@ from subquad.errors import UserError
 from subquad.model.interface import shapes_of
 from subquad.model.student import Student
 from subquad.plan import Plan
-from subquad.stage import Stage
+from subquad.recipes.stage import Stage
 from subquad.utils.progress import StageProgress
 
 WINDOW = {"window": 6, "sinks": 2}

@@ -14,9 +14,10 @@ from test_pipeline import RECIPE
 from subquad import pipeline
 from subquad.data.retrieval import TASKS
 from subquad.mixers import MIXERS
-from subquad.recipe import Probe, Recipe, load_recipe, recipe_names
+from subquad.recipes.load import load_recipe, recipe_names
+from subquad.recipes.schema import Probe, Recipe
+from subquad.recipes.stage import Objective
 from subquad.select import SELECTORS
-from subquad.stage import Objective
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

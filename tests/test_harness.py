@@ -23,7 +23,7 @@ from subquad.evaluate.harness import load_tasks
 from subquad.model.interface import shapes_of
 from subquad.model.student import Student
 from subquad.plan import Plan
-from subquad.recipe import Recipe
+from subquad.recipes.schema import Recipe
 from subquad.select.task import task_score
 
 PAGE = Path(__file__).parent.parent / "docs" / "evaluate.md"

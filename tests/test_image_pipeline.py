@@ -23,7 +23,7 @@ from subquad.model.saliency import SaliencyConfig, SaliencyModel, saliency_dista
 from subquad.opening import settled
 from subquad.plan import Plan
 from subquad.pretrained.load import load_teacher
-from subquad.recipe import load_recipe, recipe_names
+from subquad.recipes.load import load_recipe, recipe_names
 from subquad.report import write_report
 from subquad.report.run import read_run
 from subquad.train_vit import train_vit

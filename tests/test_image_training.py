@@ -23,7 +23,7 @@ from subquad.model.image_student import ImageStudent
 from subquad.model.interface import shapes_of
 from subquad.model.output_head import Head, check_head, final_hidden
 from subquad.plan import Plan
-from subquad.stage import Stage
+from subquad.recipes.stage import Stage
 
 T = 17  # a class token and 4 x 4 patches
 STAGE = dict(name="images", tokens=6 * 4 * T, sequence_length=T, batch=4, lr=1e-3, trainable="all", checkpoint_every=2)

@@ -21,7 +21,7 @@ from subquad.model.interface import AttentionCall, find_attention, shapes_of, wa
 from subquad.model.mixed_attention import Pass
 from subquad.model.student import Student
 from subquad.plan import Plan
-from subquad.stage import Stage
+from subquad.recipes.stage import Stage
 
 B, D, M = 2, 8, 24
 

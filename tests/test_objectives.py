@@ -11,7 +11,7 @@ from subquad.distill.hidden import output_distance
 from subquad.distill.tokens import FromHidden, FromTopK, chunked_loss, next_token_labels
 from subquad.errors import UserError
 from subquad.model.output_head import Head, check_head, final_hidden, head_logits
-from subquad.stage import Divergence
+from subquad.recipes.stage import Divergence
 
 SMALL = dict(
     vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,

@@ -25,7 +25,7 @@ from subquad.distill.cache_writer import FLOOR, write_cache
 from subquad.distill.teacher_cache import FORMAT, TeacherCache
 from subquad.errors import UserError
 from subquad.pretrained.load import load_teacher
-from subquad.recipe import Recipe
+from subquad.recipes.schema import Recipe
 
 T, K, V, ROWS, SHARD_ROWS = 12, 8, 97, 7, 3  # three shards, the last one short
 HALF = 2.0**-11  # relative error of float16

@@ -23,7 +23,8 @@ from subquad.evaluate.retrieval import FLOORS
 from subquad.model.interface import shapes_of
 from subquad.model.student import Student
 from subquad.plan import AttentionShape, Plan
-from subquad.recipe import Recipe, load_recipe
+from subquad.recipes.load import load_recipe
+from subquad.recipes.schema import Recipe
 from subquad.select import SELECTORS, Selector, units_of
 from subquad.select.speed import DecodeCost
 from subquad.training import train_stages

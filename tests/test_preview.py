@@ -19,8 +19,8 @@ from subquad.model.interface import shapes_of
 from subquad.model.student import Student
 from subquad.plan import Plan
 from subquad.preview import StagePreview
-from subquad.recipe import Recipe
-from subquad.stage import Stage
+from subquad.recipes.schema import Recipe
+from subquad.recipes.stage import Stage
 
 
 def recipe(**stages: dict) -> Recipe:

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from subquad.errors import UserError
-from subquad.recipe import Recipe, Stage, load_recipe, recipe_names
+from subquad.recipes.load import load_recipe, recipe_names
+from subquad.recipes.schema import Recipe, Stage
 
 STAGE = {"name": "align", "tokens": "4k"}
 

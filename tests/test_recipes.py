@@ -16,7 +16,8 @@ from subquad.model.conformance import check_student
 from subquad.model.interface import shapes_of
 from subquad.model.student import Student, tied
 from subquad.plan import Plan
-from subquad.recipe import Recipe, load_recipe, recipe_names
+from subquad.recipes.load import load_recipe, recipe_names
+from subquad.recipes.schema import Recipe
 from subquad.select import task
 
 LORA = {**LOGITS, "objective": "labels", "trainable": "lora", "lora": {"rank": 2, "alpha": 4}, "lr": 1e-2}

@@ -12,7 +12,7 @@ from subquad.model.interface import find_attention, shapes_of
 from subquad.model.mixed_attention import Pass
 from subquad.model.student import Student
 from subquad.plan import Plan
-from subquad.recipe import Recipe, SelectorConfig
+from subquad.recipes.schema import Recipe, SelectorConfig
 from subquad.select import (
     SELECTORS,
     Bill,

@@ -27,8 +27,8 @@ from subquad.model.student import Student
 from subquad.model.tasks import TEXT
 from subquad.plan import JoinStart, Plan
 from subquad.pretrained.load import Teacher, load_teacher
+from subquad.recipes.stage import Stage
 from subquad.select.silence import Kind
-from subquad.stage import Stage
 from subquad.utils.files import first_line, write_json
 
 SMALL_TEACHER = "tests/assets/small-teacher"

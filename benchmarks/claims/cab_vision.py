@@ -38,7 +38,7 @@ from subquad.evaluate import likeness
 from subquad.model.image_student import ImageStudent, image_tokens
 from subquad.model.interface import shapes_of
 from subquad.plan import Plan
-from subquad.stage import Stage
+from subquad.recipes.stage import Stage
 
 PARTS = ("stages", "sides")
 TEACHER = "runs/small-vit"

@@ -41,7 +41,7 @@ from subquad.evaluate import likelihood, retrieval
 from subquad.model.interface import watched_attention
 from subquad.model.student import Student
 from subquad.plan import Plan
-from subquad.stage import Stage
+from subquad.recipes.stage import Stage
 
 PARTS = ("stages", "mlp", "matrices")
 WAYS = {  # shares of the tokens

@@ -37,10 +37,10 @@ from subquad.evaluate import likelihood
 from subquad.model.mixed_attention import Pass
 from subquad.model.student import Student, cache_after
 from subquad.plan import Join, Plan
+from subquad.recipes.stage import Stage
 from subquad.select import Work, retrieval_scores, uniform_layers
 from subquad.select.budget import largest_within
 from subquad.select.silence import Kind
-from subquad.stage import Stage
 from subquad.utils.timing import clock
 
 PARTS = ("ablation", "heads", "join", "state", "serving")

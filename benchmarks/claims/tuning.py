@@ -6,7 +6,7 @@ from typing import Any
 
 from benchmarks.claims.bench import Base, Bench
 from benchmarks.claims.runs import Result, Settings, Store
-from subquad.stage import Stage
+from subquad.recipes.stage import Stage
 
 KINDS: dict[str, dict[str, Any]] = {
     "matrix": {"objective": "matrix", "trainable": ["mixers", "qkvo"]},

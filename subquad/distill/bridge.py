@@ -24,7 +24,7 @@ from subquad.model.base import Converted
 from subquad.model.interface import AttentionCall, layer_map
 from subquad.ops.common import wide
 from subquad.plan import ATTENTION, AttentionShape
-from subquad.stage import Stage
+from subquad.recipes.stage import Stage
 
 SIDES = ("queries", "keys")
 

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from subquad.distill.batch import TokenSource
 from subquad.plan import Plan
-from subquad.stage import Stage
+from subquad.recipes.stage import Stage
 
 # Settings that do not change what a stage ends with
 NO_EFFECT = {"name", "scope", "log_every", "checkpoint_every", "gradient_checkpointing"}

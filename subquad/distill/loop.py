@@ -43,7 +43,7 @@ from subquad.distill.trainable import (
 )
 from subquad.errors import UserError
 from subquad.model.base import Converted
-from subquad.stage import Stage
+from subquad.recipes.stage import Stage
 from subquad.utils.interrupt import interrupt_waits
 from subquad.utils.memory import peak_memory_bytes, reset_peak_memory
 from subquad.utils.progress import StageProgress

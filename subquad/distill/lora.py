@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from subquad.errors import UserError
 from subquad.model.base import Converted
 from subquad.model.student import tied
-from subquad.stage import Stage
+from subquad.recipes.stage import Stage
 
 ADAPTER = "default"
 

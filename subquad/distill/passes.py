@@ -35,7 +35,7 @@ from subquad.model.mixed_attention import LayerMixer, Pass, to_middle
 from subquad.model.output_head import Head, causal_lm, final_hidden, has_head
 from subquad.model.saliency import saliency_distance, saliency_model
 from subquad.plan import ATTENTION
-from subquad.stage import OF_OUTPUTS, OF_TOKENS, Stage
+from subquad.recipes.stage import OF_OUTPUTS, OF_TOKENS, Stage
 
 
 class LogitsStore(Protocol):

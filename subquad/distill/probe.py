@@ -20,7 +20,7 @@ from subquad.distill.batch import TokenSource
 from subquad.distill.loop import micro_rows, prepared
 from subquad.distill.passes import LogitsStore
 from subquad.model.base import Converted
-from subquad.stage import Stage
+from subquad.recipes.stage import Stage
 from subquad.utils.timing import clock
 
 SHORTEST = 64  # tokens of a row: shorter ones tell little of longer ones

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from subquad.model.output_head import Head
 from subquad.ops.common import wide
-from subquad.stage import Divergence
+from subquad.recipes.stage import Divergence
 
 CHUNK_ELEMENTS = 2**24  # logits of one chunk: 64 MiB in float32, enough to keep a matrix product busy
 

@@ -22,7 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from subquad.errors import UserError
 from subquad.model.base import Converted
-from subquad.stage import Stage
+from subquad.recipes.stage import Stage
 
 Parameters = dict[str, nn.Parameter]
 

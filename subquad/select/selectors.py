@@ -14,7 +14,7 @@ from torch import Tensor
 from subquad.data.retrieval import TASKS, make_probe
 from subquad.errors import UserError, nearest
 from subquad.evaluate.retrieval import usable
-from subquad.recipe import Recipe, SelectorConfig
+from subquad.recipes.schema import Recipe, SelectorConfig
 from subquad.select import alignment, gates, halo, kl, silence
 from subquad.select.board import passes
 from subquad.select.budget import Budget
