@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from subquad.data.images import ImageSet
-from subquad.data.retrieval import Probe, make_probe
+from subquad.data.probes import Probe, make_probe
 from subquad.data.text import Corpus
 from subquad.evaluate import cache_table, harness, likelihood, likeness, paired_gain, retrieval
 from subquad.evaluate.harness import load_tasks

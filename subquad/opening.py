@@ -6,9 +6,9 @@ from typing import Any, TypeAlias
 
 import torch
 
+from subquad.data.batch import inputs_of
 from subquad.data.images import ImageSet, load_images, processed_size
 from subquad.data.text import Corpus, load_corpus
-from subquad.distill.batch import inputs_of
 from subquad.errors import UserError
 from subquad.evaluate.harness import load_tasks
 from subquad.fresh import fresh_model

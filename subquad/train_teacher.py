@@ -21,14 +21,14 @@ import torch
 from huggingface_hub import ModelCardData
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from subquad.data.retrieval import Probe, make_probe
+from subquad.data.curriculum import Lessons, shares, train_tokenizer
+from subquad.data.probes import Probe, make_probe
 from subquad.data.text import Corpus, load_corpus
 from subquad.distill.ledger import StageResult
 from subquad.distill.loop import run_stage
 from subquad.errors import UserError
 from subquad.evaluate import likelihood, retrieval
 from subquad.evaluate.retrieval import Score
-from subquad.lessons import Lessons, shares, train_tokenizer
 from subquad.model.interface import shapes_of
 from subquad.model.student import Student
 from subquad.plan import Plan

@@ -12,7 +12,7 @@ from test_image_pipeline import converted_classifier
 from test_pipeline import RECIPE
 
 from subquad import pipeline
-from subquad.data.retrieval import TASKS
+from subquad.data.probes import TASKS
 from subquad.mixers import MIXERS
 from subquad.recipes.load import load_recipe, recipe_names
 from subquad.recipes.schema import Probe, Recipe

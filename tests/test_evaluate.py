@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from test_retrieval import byte_tokenizer, task_probe
 from transformers import DynamicCache, Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from subquad.data.retrieval import TASKS, Probe, make_probe
+from subquad.data.probes import TASKS, Probe, make_probe
 from subquad.errors import UserError
 from subquad.evaluate import answers, cache_table, held_cache_bytes, likelihood, retrieval, samples, usable
 from subquad.model.cache import CACHE

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from subquad import jobs, pipeline
 from subquad.cli import app
-from subquad.data.images import ImageBatch
+from subquad.data.batch import ImageBatch
 from subquad.errors import UserError
 from subquad.evaluate import likeness
 from subquad.model.base import plan_of

@@ -12,8 +12,9 @@ from test_distill import assert_same_bits, weights
 from test_images import encoder, hidden, mixed_plan
 from transformers import AutoModelForImageClassification, ViTImageProcessorPil
 
-from subquad.data.images import ImageBatch, ImageSet, load_images
-from subquad.data.pictures import HeldPictures, read_idx
+from subquad.data.batch import ImageBatch
+from subquad.data.image_sources import HeldPictures, read_idx
+from subquad.data.images import ImageSet, load_images
 from subquad.distill import loop
 from subquad.distill.bare import bare_forward_speed
 from subquad.distill.loop import run_stage

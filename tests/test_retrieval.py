@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from subquad.data.clozes import Cloze, clozes
-from subquad.data.retrieval import MAX_PAIRS, TASKS, WORDS, Probe, make_probe
+from subquad.data.probes import MAX_PAIRS, TASKS, WORDS, Probe, make_probe
 from subquad.errors import UserError
 
 TEXT = [

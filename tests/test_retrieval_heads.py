@@ -7,7 +7,7 @@ from test_retrieval import byte_tokenizer
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from subquad.data.retrieval import Probe
+from subquad.data.probes import Probe
 from subquad.errors import UserError
 from subquad.evaluate.retrieval import answers
 from subquad.model.interface import find_attention, shapes_of

@@ -18,8 +18,8 @@ from transformers import PreTrainedTokenizerFast
 
 from subquad.data import corpora, packing
 from subquad.data.packing import document_separator, tokenizer_hash
-from subquad.data.sources import _pieces, clean
 from subquad.data.text import Corpus, load_corpus
+from subquad.data.text_sources import _pieces, clean
 from subquad.errors import UserError
 from subquad.utils.files import package_file
 

@@ -10,15 +10,15 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from subquad import lessons as lessons_module
 from subquad import train_teacher as module
 from subquad.cli import app
+from subquad.data import curriculum as lessons_module
+from subquad.data.curriculum import SHORTEST, TRAINING_SEEDS, VOCABULARY, Lessons, shares, train_tokenizer
 from subquad.data.packing import document_separator
-from subquad.data.retrieval import FILLER, WORDS, make_probe
+from subquad.data.probes import FILLER, WORDS, make_probe
 from subquad.data.text import load_corpus
 from subquad.errors import UserError
 from subquad.evaluate import retrieval
-from subquad.lessons import SHORTEST, TRAINING_SEEDS, VOCABULARY, Lessons, shares, train_tokenizer
 from subquad.model.interface import shapes_of
 from subquad.model.student import Student
 from subquad.plan import Plan

@@ -15,12 +15,12 @@ from transformers import PreTrainedModel
 
 from benchmarks.claims.runs import Result, Store
 from benchmarks.common import command_of, facts
-from subquad.data.retrieval import Probe, make_probe
+from subquad.data.batch import TokenSource
+from subquad.data.curriculum import Lessons
+from subquad.data.probes import Probe, make_probe
 from subquad.data.text import load_corpus
-from subquad.distill.batch import TokenSource
 from subquad.distill.loop import make_accelerator, run_stage
 from subquad.evaluate.retrieval import answers, usable
-from subquad.lessons import Lessons
 from subquad.model.base import Converted
 from subquad.model.interface import shapes_of
 from subquad.model.student import Student

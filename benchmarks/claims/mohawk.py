@@ -34,7 +34,7 @@ from benchmarks.claims.report import draw, print_report
 from benchmarks.claims.runs import Result, Settings, Store
 from benchmarks.claims.tuning import TunedText
 from benchmarks.common import wide_console
-from subquad.data.retrieval import make_probe
+from subquad.data.probes import make_probe
 from subquad.distill.hidden import attention_probabilities
 from subquad.distill.passes import TeacherForced
 from subquad.evaluate import likelihood, retrieval

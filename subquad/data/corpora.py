@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from subquad.data.sources import Document, Source, stat_signature
+from subquad.data.text_sources import Document, Source, stat_signature
 from subquad.errors import UserError
 from subquad.utils.files import package_file
 

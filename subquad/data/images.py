@@ -6,50 +6,17 @@ images.
 Legend: B images of a batch, C channels, H height, W width.
 """
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
-from subquad.data.order import epoch_order
-from subquad.data.pictures import Pictures, open_album
+from subquad.data.batch import ImageBatch, epoch_order
+from subquad.data.image_sources import Pictures, open_album
 from subquad.errors import UserError
 
 Part = Literal["train", "selection", "test"]
-
-
-@dataclass(frozen=True)
-class ImageBatch:
-    """Images as a model reads them, and their classes (`UNLABELLED` where there are none)."""
-
-    pixels_BCHW: Tensor
-    labels_B: Tensor
-
-    def __len__(self) -> int:
-        return len(self.pixels_BCHW)
-
-    def __getitem__(self, rows: slice) -> "ImageBatch":
-        return ImageBatch(self.pixels_BCHW[rows], self.labels_B[rows])
-
-    def chunk(self, count: int) -> list["ImageBatch"]:
-        """As Tensor.chunk."""
-        pairs = zip(self.pixels_BCHW.chunk(count), self.labels_B.chunk(count), strict=True)
-        return [ImageBatch(pixels, labels) for pixels, labels in pairs]
-
-    def to(self, device: torch.device) -> "ImageBatch":
-        """As Tensor.to."""
-        return ImageBatch(self.pixels_BCHW.to(device), self.labels_B.to(device))
-
-    @property
-    def device(self) -> torch.device:
-        return self.pixels_BCHW.device
-
-    def tolist(self) -> list[Any]:
-        """What a hash of the batch is taken of."""
-        return [self.labels_B.tolist(), hashlib.sha256(self.pixels_BCHW.numpy().tobytes()).hexdigest()]
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from subquad.data.sources import Document, Source, clean
+from subquad.data.text_sources import Document, Source, clean
 from subquad.errors import UserError
 
 FORMAT = 1  # part of the cache's key; raise it when the same text would be packed another way

@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from subquad.data.batch import epoch_order
 from subquad.data.corpora import default_sources
-from subquad.data.order import epoch_order
 from subquad.data.packing import FORMAT, Progress, pack, tokenizer_hash
-from subquad.data.sources import open_source
+from subquad.data.text_sources import open_source
 from subquad.errors import UserError
 from subquad.utils.files import build_once, cache_dir
 

@@ -5,7 +5,7 @@ import time
 import torch
 from transformers import PreTrainedModel
 
-from subquad.distill.batch import Batch, inputs_of
+from subquad.data.batch import Batch, inputs_of
 from subquad.model.output_head import Head, final_hidden, has_head
 
 

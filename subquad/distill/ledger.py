@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from subquad.distill.batch import TokenSource
+from subquad.data.batch import TokenSource
 from subquad.plan import Plan
 from subquad.recipes.stage import Stage
 

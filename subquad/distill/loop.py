@@ -25,8 +25,8 @@ from rich.console import Console
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from subquad.data.batch import Batch, TokenSource
 from subquad.distill.bare import bare_forward_speed
-from subquad.distill.batch import Batch, TokenSource
 from subquad.distill.checkpoint import Checkpoints
 from subquad.distill.ledger import Ledger, StageResult, identity, mean
 from subquad.distill.log import RunLog

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from subquad.distill.batch import Batch, inputs_of, labels_of
+from subquad.data.batch import Batch, inputs_of, labels_of
 from subquad.distill.bridge import Bridge
 from subquad.distill.hidden import matrix_distance, output_distance
 from subquad.distill.tokens import FromHidden, TeacherLogits, chunked_loss

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-from subquad.distill.batch import TokenSource
+from subquad.data.batch import TokenSource
 from subquad.distill.loop import micro_rows, prepared
 from subquad.distill.passes import LogitsStore
 from subquad.model.base import Converted

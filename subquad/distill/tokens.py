@@ -167,11 +167,6 @@ def chunked_loss(
     return TokenLoss(total, from_teacher if logits_weight else None, cross_entropy if labels_weight else None)
 
 
-def next_token_labels(input_ids_BT: Tensor) -> Tensor:
-    """What every position should predict: the tokens one to the left, -100 (nothing) at the last position."""
-    return F.pad(input_ids_BT[:, 1:], (0, 1), value=-100)
-
-
 @dataclass(frozen=True)
 class _Task:
     """Everything about a chunked loss that takes no gradient."""

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from subquad.data.images import ImageBatch
-from subquad.data.pictures import UNLABELLED
+from subquad.data.batch import ImageBatch
+from subquad.data.image_sources import UNLABELLED
 from subquad.evaluate.likelihood import evaluating
 from subquad.model.output_head import final_hidden, has_head, head_logits
 from subquad.model.saliency import saliency_model

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from subquad.data.retrieval import Probe
+from subquad.data.probes import Probe
 from subquad.evaluate.likelihood import evaluating
 from subquad.model.output_head import final_hidden, head_logits
 

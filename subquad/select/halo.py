@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from subquad.data.retrieval import Probe
+from subquad.data.probes import Probe
 from subquad.evaluate.retrieval import answers
 from subquad.model.base import Converted
 from subquad.model.output_head import final_hidden, head_logits

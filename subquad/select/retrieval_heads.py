@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from subquad.data.retrieval import Probe, make_probe
+from subquad.data.probes import Probe, make_probe
 from subquad.distill.hidden import attention_probabilities
 from subquad.evaluate.likelihood import evaluating
 from subquad.evaluate.retrieval import answers

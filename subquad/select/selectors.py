@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from subquad.data.retrieval import TASKS, make_probe
+from subquad.data.probes import TASKS, make_probe
 from subquad.errors import UserError, nearest
 from subquad.evaluate.retrieval import usable
 from subquad.recipes.schema import Recipe, SelectorConfig

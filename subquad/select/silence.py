@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from subquad.data.retrieval import Probe
+from subquad.data.probes import Probe
 from subquad.errors import UserError
 from subquad.evaluate.retrieval import TOKENS_AT_ONCE, Answers, answers, usable
 from subquad.model.mixed_attention import Pass

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from subquad.data.retrieval import TASKS, make_probe
+from subquad.data.probes import TASKS, make_probe
 from subquad.errors import UserError
 from subquad.evaluate.harness import harness, load_tasks
 from subquad.evaluate.retrieval import answers

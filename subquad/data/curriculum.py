@@ -26,9 +26,9 @@ from transformers import PreTrainedTokenizerFast
 
 from subquad.data.corpora import default_sources
 from subquad.data.packing import document_separator
-from subquad.data.retrieval import DICTIONARY_LINE, DICTIONARY_QUESTION, DICTIONARY_TITLE, WORDS, make_probe
-from subquad.data.sources import clean, open_source
+from subquad.data.probes import DICTIONARY_LINE, DICTIONARY_QUESTION, DICTIONARY_TITLE, WORDS, make_probe
 from subquad.data.text import Corpus
+from subquad.data.text_sources import clean, open_source
 
 SEPARATOR = "<|endoftext|>"
 VOCABULARY = 1024
