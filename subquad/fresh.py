@@ -7,7 +7,7 @@ teacher's place as what a plan is applied to.
 import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from subquad.distill.trainable import Parameters
+from subquad.distill.parameters import Parameters
 from subquad.errors import UserError, nearest
 from subquad.model.interface import block_path, find_attention, layer_map
 from subquad.model.tasks import TASKS

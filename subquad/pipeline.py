@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from subquad.data.text import Corpus
-from subquad.distill.ledger import StageResult
+from subquad.distill.state import StageResult
 from subquad.evaluate import paired_samples
 from subquad.measure import even_plan, measured_rows, verdicts, window_plan
 from subquad.model.base import Converted, plan_of

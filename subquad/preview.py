@@ -19,7 +19,7 @@ from rich.text import Text
 from transformers import PreTrainedModel
 
 from subquad.distill.checkpoint import KEEP
-from subquad.distill.probe import Probe, probe_stage, weights_of
+from subquad.distill.estimate import Probe, probe_stage, weights_of
 from subquad.measure import check_heldout, evaluation_bill, even_plan
 from subquad.model.base import Converted
 from subquad.model.student import Student

@@ -16,7 +16,7 @@ import torch
 
 from subquad.data.images import ImageSet
 from subquad.data.text import Corpus
-from subquad.distill.bare import bare_forward_speed
+from subquad.distill.throughput import bare_forward_speed
 from subquad.errors import UserError
 from subquad.model.base import Converted
 from subquad.model.interface import shapes_of

@@ -24,8 +24,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from subquad.data.curriculum import Lessons, shares, train_tokenizer
 from subquad.data.probes import Probe, make_probe
 from subquad.data.text import Corpus, load_corpus
-from subquad.distill.ledger import StageResult
 from subquad.distill.loop import run_stage
+from subquad.distill.state import StageResult
 from subquad.errors import UserError
 from subquad.evaluate import likelihood, retrieval
 from subquad.evaluate.retrieval import Score

@@ -15,8 +15,8 @@ from huggingface_hub import ModelCardData
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
 from subquad.data.images import ImageSet, load_images
-from subquad.distill.ledger import StageResult
 from subquad.distill.loop import run_stage
+from subquad.distill.state import StageResult
 from subquad.errors import UserError
 from subquad.evaluate import likeness
 from subquad.model.base import plan_of

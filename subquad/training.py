@@ -7,8 +7,8 @@ from typing import Any
 
 from subquad.data.packing import tokenizer_hash
 from subquad.data.text import Corpus
-from subquad.distill.ledger import StageResult
 from subquad.distill.loop import run_stage
+from subquad.distill.state import StageResult
 from subquad.distill.teacher_cache import TeacherCache
 from subquad.errors import UserError
 from subquad.model.base import Converted

@@ -13,9 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from subquad import pipeline
 from subquad.distill import loop
-from subquad.distill.bare import bare_forward_speed
 from subquad.distill.bridge import SIDES
-from subquad.distill.passes import make_pass
+from subquad.distill.loop import make_pass
+from subquad.distill.throughput import bare_forward_speed
 from subquad.errors import UserError
 from subquad.fresh import take_weights
 from subquad.mixers import MIXERS, mixer_options

@@ -16,9 +16,8 @@ from subquad.data.batch import ImageBatch
 from subquad.data.image_sources import HeldPictures, read_idx
 from subquad.data.images import ImageSet, load_images
 from subquad.distill import loop
-from subquad.distill.bare import bare_forward_speed
-from subquad.distill.loop import run_stage
-from subquad.distill.passes import make_pass
+from subquad.distill.loop import make_pass, run_stage
+from subquad.distill.throughput import bare_forward_speed
 from subquad.errors import UserError
 from subquad.model.image_student import ImageStudent
 from subquad.model.interface import shapes_of

@@ -12,9 +12,12 @@ from test_distill import ALIGN, T, make_student
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from subquad.distill.hidden import matrix_distance, output_distance
-from subquad.distill.passes import FreeRunning, TeacherForced, layers_in_order, make_pass
-from subquad.distill.trainable import checkpointed_blocks, choose_parameters, make_optimizer, parameter_names
+from subquad.distill.free_running import FreeRunning
+from subquad.distill.layer_losses import matrix_distance, output_distance
+from subquad.distill.loop import make_pass
+from subquad.distill.parameters import checkpointed_blocks, choose_parameters, make_optimizer, parameter_names
+from subquad.distill.passes import layers_in_order
+from subquad.distill.teacher_forced import TeacherForced
 from subquad.errors import UserError
 from subquad.mixers import MIXERS, HeadGroup, MixerInputs, mixer_options
 from subquad.model.interface import AttentionCall, find_attention, shapes_of, watched_attention

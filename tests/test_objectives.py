@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GPT2Config, GraniteConfig, LlamaConfig
 
 from subquad.data.batch import next_token_labels
-from subquad.distill.hidden import output_distance
-from subquad.distill.tokens import FromHidden, FromTopK, chunked_loss
+from subquad.distill.layer_losses import output_distance
+from subquad.distill.logit_losses import FromHidden, FromTopK, chunked_loss
 from subquad.errors import UserError
 from subquad.model.output_head import Head, check_head, final_hidden, head_logits
 from subquad.recipes.stage import Divergence

@@ -12,7 +12,7 @@ from test_pipeline import RECIPE
 from test_recipes import shortened
 
 from subquad import pipeline, preview
-from subquad.distill.probe import Probe, TensorBytes, probe_stage, weights_of
+from subquad.distill.estimate import Probe, TensorBytes, probe_stage, weights_of
 from subquad.errors import UserError
 from subquad.evaluate.retrieval import FLOORS
 from subquad.model.interface import shapes_of

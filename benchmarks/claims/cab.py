@@ -35,8 +35,8 @@ from benchmarks.claims.cab_report import draw, print_report
 from benchmarks.claims.runs import Result, Settings, Store
 from benchmarks.claims.tuning import TunedText
 from benchmarks.common import wide_console
+from subquad.distill.estimate import probe_stage
 from subquad.distill.loop import make_accelerator
-from subquad.distill.probe import probe_stage
 from subquad.evaluate import likelihood
 from subquad.fresh import take_weights
 from subquad.model.interface import shapes_of

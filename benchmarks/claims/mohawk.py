@@ -35,8 +35,8 @@ from benchmarks.claims.runs import Result, Settings, Store
 from benchmarks.claims.tuning import TunedText
 from benchmarks.common import wide_console
 from subquad.data.probes import make_probe
-from subquad.distill.hidden import attention_probabilities
-from subquad.distill.passes import TeacherForced
+from subquad.distill.layer_losses import attention_probabilities
+from subquad.distill.teacher_forced import TeacherForced
 from subquad.evaluate import likelihood, retrieval
 from subquad.model.interface import watched_attention
 from subquad.model.student import Student

@@ -26,8 +26,8 @@ from torch import Tensor
 
 from subquad.data.packing import tokenizer_hash
 from subquad.data.text import Corpus
+from subquad.distill.logit_losses import CHUNK_ELEMENTS
 from subquad.distill.teacher_cache import FORMAT, KIND, Meta, normalised, read_meta, row_keys, shard_keys
-from subquad.distill.tokens import CHUNK_ELEMENTS
 from subquad.errors import UserError
 from subquad.model.output_head import Head, final_hidden
 from subquad.ops.common import wide

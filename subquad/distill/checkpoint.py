@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from subquad.distill.trainable import Parameters
+from subquad.distill.parameters import Parameters
 from subquad.errors import UserError
 from subquad.utils.files import is_disk_full, sync
 

@@ -13,7 +13,7 @@ Notable:
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,21 +26,22 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from subquad.data.batch import Batch, TokenSource
-from subquad.distill.bare import bare_forward_speed
 from subquad.distill.checkpoint import Checkpoints
-from subquad.distill.ledger import Ledger, StageResult, identity, mean
+from subquad.distill.free_running import FreeRunning
 from subquad.distill.log import RunLog
 from subquad.distill.lora import adapters
-from subquad.distill.passes import LogitsStore, TrainingPass, make_pass
-from subquad.distill.processes import any_process, average_gradients
-from subquad.distill.schedule import learning_rate_factor, warmup_steps
-from subquad.distill.trainable import (
+from subquad.distill.parameters import (
     Parameters,
     checkpointed_blocks,
     choose_parameters,
     make_optimizer,
     trained_in_float32,
 )
+from subquad.distill.passes import LogitsStore, TrainingPass
+from subquad.distill.schedule import learning_rate_factor, warmup_steps
+from subquad.distill.state import Ledger, StageResult, identity, mean
+from subquad.distill.teacher_forced import TeacherForced
+from subquad.distill.throughput import bare_forward_speed
 from subquad.errors import UserError
 from subquad.model.base import Converted
 from subquad.recipes.stage import Stage
@@ -300,3 +301,36 @@ def micro_rows(stage: Stage, processes: int) -> int:
             f"{processes} processes times accumulate = {stage.accumulate}: change 'batch'."
         )
     return stage.batch // (processes * stage.accumulate)
+
+
+def make_pass(
+    stage: Stage,
+    student: Converted,
+    teacher: PreTrainedModel,
+    logits_from: PreTrainedModel | LogitsStore | None = None,
+    seed: int = 0,
+) -> TrainingPass:
+    """The pass of a stage. `logits_from`: another teacher, or its stored logits, for the objective `logits`.
+
+    `seed`: of the maps of the objective `bridge`. Raises UserError where the student's layers must be the teacher's, in
+    number and shape, and are not.
+    """
+    if stage.forced:
+        return TeacherForced(stage, student, teacher, seed)
+    return FreeRunning(stage, student, teacher, teacher if logits_from is None else logits_from, seed)
+
+
+def any_process(flag: bool, accelerator: Accelerator) -> bool:
+    """Whether the flag is up in any process: all of them then do the same."""
+    if accelerator.num_processes == 1:
+        return flag
+    return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), reduction="sum") > 0)
+
+
+def average_gradients(parameters: Iterable[nn.Parameter], accelerator: Accelerator) -> None:
+    """Replace every gradient by its mean over the processes: the only place where they exchange gradients."""
+    if accelerator.num_processes == 1:
+        return
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.grad = accelerator.reduce(parameter.grad, reduction="mean")

@@ -27,7 +27,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from subquad.distill.tokens import FromTopK
+from subquad.distill.logit_losses import FromTopK
 from subquad.errors import UserError
 from subquad.utils.files import sha256_of_file
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from subquad.distill.hidden import output_distance
+from subquad.distill.layer_losses import output_distance
 from subquad.model.base import Converted
 from subquad.model.interface import find_attention
 from subquad.model.output_head import final_hidden

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from subquad.distill.tokens import FromHidden, chunked_loss
+from subquad.distill.logit_losses import FromHidden, chunked_loss
 from subquad.model.base import Converted
 from subquad.model.output_head import Head, final_hidden
 from subquad.plan import Plan

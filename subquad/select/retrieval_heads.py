@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from subquad.data.probes import Probe, make_probe
-from subquad.distill.hidden import attention_probabilities
+from subquad.distill.layer_losses import attention_probabilities
 from subquad.evaluate.likelihood import evaluating
 from subquad.evaluate.retrieval import answers
 from subquad.model.interface import shapes_of, watched_attention

@@ -1,0 +1,173 @@
+"""The pass that aligns layers: each layer of the student answers the teacher's input of that layer.
+
+The teacher runs once, without gradients and without its output head, and every layer of the student answers in this one
+pass: with its mixing matrices, with its attention output, or with the output of its block. Each layer's loss goes
+backward at once, so only one layer's graph is ever in memory (with a gap, those of a group of blocks), and the teacher
+stops after the last layer that is aligned. Block outputs are taken from the blocks themselves: the last one's is the
+state before the final norm.
+Legend: B sequences, T tokens, M model width.
+"""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from subquad.data.batch import Batch, inputs_of
+from subquad.distill.bridge import Bridge
+from subquad.distill.layer_losses import matrix_distance, output_distance
+from subquad.distill.passes import _first, layers_in_order, moved
+from subquad.errors import UserError
+from subquad.mixers import Mixer, MixerInputs
+from subquad.model.base import Converted
+from subquad.model.interface import AttentionCall, find_attention, input_device, watched_attention
+from subquad.model.mixed_attention import LayerMixer, Pass
+from subquad.model.output_head import final_hidden
+from subquad.plan import ATTENTION
+from subquad.recipes.stage import Stage
+
+
+class _Done(Exception):
+    """The teacher has passed the last layer that is needed."""
+
+
+class TeacherForced:
+    """Distances of the student's layers from the teacher's, each given the teacher's input; means over layers."""
+
+    def __init__(self, stage: Stage, student: Converted, teacher: PreTrainedModel, seed: int = 0) -> None:
+        self.layers, waiting = layers_in_order(student, stage.replaced)
+        self.student_pass = Pass(restored=waiting)
+        self.student, self.teacher, self.kind = student, teacher, stage.loss
+        self.device = input_device(teacher)
+        sites = find_attention(teacher)
+        self.attention = [teacher.get_submodule(site.path) for site in sites]
+        self.blocks = [teacher.get_submodule(site.block) for site in sites]
+        shapes = [site.shape for site in sites]
+        if shapes != student.plan.shapes:
+            raise UserError(
+                f"stage '{stage.name}' gives every layer the teacher's input, and the student's layers are not of the "
+                "teacher's number or shape: set teacher_forced: false, or choose logits, labels or bridge"
+            )
+        self.bridge = Bridge(stage, student, self.layers, shapes, seed) if "bridge" in stage.weights else None
+        groups = [range(start, min(start + stage.gap, len(sites))) for start in range(0, len(sites), stage.gap)]
+        self.groups = {  # by layer, of the block outputs that are compared
+            layer: group for group in groups if not set(group).isdisjoint(self.layers) for layer in group
+        }
+        self.objectives = stage.weights
+        self.weights: dict[str, float] = {}
+        for objective, weight in self.objectives.items():
+            layers = [*self.groups] if objective == "block_output" else self.layers
+            self.weights |= {self._part(objective, layer): weight / len(layers) for layer in layers}
+        if "matrix" in self.objectives:
+            _check_matrices(stage, student, self.layers)
+        inside = student.attention_modules()
+        aligned = [inside[layer] for layer in self.layers]
+        if "block_output" in self.objectives:
+            aligned = [student.blocks()[layer] for layer in self.groups]
+        reached = {parameter for module in aligned for parameter in module.parameters()}
+        self.reachable = {name for name, parameter in student.named_parameters() if parameter in reached}
+
+    def _part(self, objective: str, layer: int) -> str:
+        return f"layer {layer}" if len(self.objectives) == 1 else f"{objective} of layer {layer}"
+
+    def __call__(self, batch: Batch, share: float) -> dict[str, Tensor]:
+        losses: dict[str, Tensor] = {}
+        free: list[Tensor] = []  # the last output within a group of blocks, and the group's losses
+        of_group: list[Tensor] = []
+
+        def weighted(objective: str, layer: int, loss: Tensor) -> Tensor:
+            part = self._part(objective, layer)
+            losses[part] = loss.detach()
+            return loss * (share * self.weights[part])
+
+        def align(layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            with torch.enable_grad():
+                if "matrix" in self.objectives:
+                    pairs = self._inputs(layer, args, kwargs)
+                    call = moved(calls[module], self.student)
+                    _backward(weighted("matrix", layer, _matrix_distances(pairs, call)))
+                if self.bridge is not None:
+                    inputs = [given for _, given in self._inputs(layer, args, kwargs)]
+                    call = moved(calls[self.attention[self.bridge.teacher_layers[layer]]], self.student)
+                    _backward(weighted("bridge", layer, self.bridge.loss(layer, inputs, call)))
+                if "mixer_output" in self.objectives:
+                    student_BTM = self.student.attention_modules()[layer](*args, **kwargs)[0]
+                    _backward(weighted("mixer_output", layer, output_distance(student_BTM, _first(output), self.kind)))
+            if "block_output" not in self.objectives and layer == self.layers[-1]:
+                raise _Done
+
+        def align_block(layer: int, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+            group = self.groups[layer]
+            with torch.enable_grad():
+                if layer > group[0]:
+                    args, kwargs = _with_hidden(args, kwargs, free.pop())
+                kwargs = {**kwargs, "student_pass": self.student_pass}
+                student_BTM = _first(self.student.blocks()[layer](*args, **kwargs))
+                distance = output_distance(student_BTM, _first(output), self.kind)
+                of_group.append(weighted("block_output", layer, distance))
+                if layer < group[-1]:
+                    free.append(student_BTM)
+                else:
+                    _backward(sum(of_group[1:], of_group[0]))
+                    of_group.clear()
+            if layer == [*self.groups][-1]:
+                raise _Done
+
+        with ExitStack() as hooks, torch.no_grad():
+            watching = not self.objectives.keys().isdisjoint(("matrix", "bridge"))
+            calls = hooks.enter_context(watched_attention(self.teacher)) if watching else {}
+            if watching or "mixer_output" in self.objectives:
+                for layer in self.layers:
+                    hook = self.attention[layer].register_forward_hook(partial(align, layer), with_kwargs=True)
+                    hooks.callback(hook.remove)
+            if "block_output" in self.objectives:
+                for layer in self.groups:
+                    hook = self.blocks[layer].register_forward_hook(partial(align_block, layer), with_kwargs=True)
+                    hooks.callback(hook.remove)
+            try:
+                final_hidden(self.teacher, inputs_of(batch))
+            except _Done:
+                pass
+        return losses
+
+    def _inputs(self, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[Mixer, MixerInputs]]:
+        """The mixers of this layer, and what they are given where the layer gets the teacher's input."""
+        seen: list[tuple[Mixer, MixerInputs]] = []
+
+        def inspect(mixers: LayerMixer, name: str, inputs: MixerInputs) -> None:
+            if name != ATTENTION:
+                seen.append((mixers.by_name[name], inputs))
+
+        self.student.attention_modules()[layer](*args, **{**kwargs, "student_pass": Pass(inspector=inspect)})
+        return seen
+
+
+def _matrix_distances(pairs: Sequence[tuple[Mixer, MixerInputs]], call: AttentionCall) -> Tensor:
+    """The distance of a layer's matrices: the mean over its heads that have mixers."""
+    heads = [len(mixer.group.heads) for mixer, _ in pairs]
+    distances = [matrix_distance(mixer, inputs, call) for mixer, inputs in pairs]
+    return torch.stack([n * d for n, d in zip(heads, distances, strict=True)]).sum() / sum(heads)
+
+
+def _check_matrices(stage: Stage, student: Converted, layers: list[int]) -> None:
+    for layer in layers:
+        for name, mixer in student.mixers(layer).items():
+            if type(mixer).mix is Mixer.mix:
+                raise UserError(
+                    f"stage '{stage.name}' compares mixing matrices, and mixer '{name}' has none (it writes no 'mix'): "
+                    "choose another objective"
+                )
+
+
+def _backward(loss: Tensor) -> None:
+    if loss.requires_grad:  # a mixer may have no weights
+        loss.backward()
+
+
+def _with_hidden(args: tuple[Any, ...], kwargs: dict[str, Any], hidden_BTM: Tensor) -> tuple[Any, dict[str, Any]]:
+    """A block's arguments with other hidden states."""
+    return ((hidden_BTM, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden_BTM})
