@@ -17,10 +17,10 @@ from subquad.errors import UserError
 from subquad.version import __version__
 
 if TYPE_CHECKING:
+    from subquad.jobs.convert import convert
     from subquad.model.conformance import check_student
     from subquad.model.image_student import ImageStudent, ImageStudentConfig
     from subquad.model.student import Student, StudentConfig
-    from subquad.pipeline import convert
     from subquad.plan import Plan
     from subquad.recipes.load import load_recipe
     from subquad.recipes.schema import Recipe
@@ -47,7 +47,7 @@ _HOME = {
     "Student": "subquad.model.student",
     "StudentConfig": "subquad.model.student",
     "check_student": "subquad.model.conformance",
-    "convert": "subquad.pipeline",
+    "convert": "subquad.jobs.convert",
     "load_recipe": "subquad.recipes.schema",
 }
 

@@ -170,11 +170,11 @@ def convert(
         "trust_remote_code": trust_remote_code,
     }
     if dry_run:
-        from subquad.preview import preview
+        from subquad.jobs.dry_run import preview
 
         preview(**what)
     else:
-        from subquad.pipeline import convert as run
+        from subquad.jobs.convert import convert as run
 
         run(**what, resume=resume, overwrite=overwrite, command=command_line())
 
@@ -241,7 +241,7 @@ def select(
         subquad select --by greedy --set selector.options.task=my-questions.jsonl --budget opt
     """
     chosen = recipe_of(recipe, changes, tokens_scale, by=by, unit=unit, budget=budget, mixer=mixer, seed=seed)
-    from subquad.selection import select as run
+    from subquad.jobs.select import select as run
 
     run(
         teacher=teacher or chosen.teacher,
@@ -352,7 +352,7 @@ def evaluate(
     """
     from rich.console import Console
 
-    from subquad.jobs import evaluate_model
+    from subquad.jobs.evaluate import evaluate_model
     from subquad.report import print_table
     from subquad.utils.files import make_room
 
@@ -399,7 +399,7 @@ def generate(
 
         subquad generate runs/quick "Why is the sky blue?" --chat --temperature 0.7
     """
-    from subquad.jobs import generate as run
+    from subquad.jobs.generate import generate as run
 
     print(run(model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, chat=chat))
 

@@ -79,7 +79,7 @@ def cache_teacher(
         subquad cache-teacher --out caches/quick --tokens 1M --resume
     """
     chosen = recipe_of(recipe, changes)
-    from subquad.jobs import cache_teacher as run
+    from subquad.jobs.cache_teacher import cache_teacher as run
     from subquad.recipes.stage import count_of
 
     run(
@@ -122,7 +122,7 @@ def train_teacher(
 
         subquad train-teacher --out runs/deeper --layers 8 --tokens 50M --seed 1
     """
-    from subquad.train_teacher import train_teacher as run
+    from subquad.jobs.train_teacher import train_teacher as run
 
     run(out, layers=layers, tokens=tokens, seed=seed, resume=resume, overwrite=overwrite, command=command_line())
 
@@ -159,7 +159,7 @@ def train_vit(
 
         subquad train-vit --data ./my-images --size 64 --patch 8 --epochs 20
     """
-    from subquad.train_vit import train_vit as run
+    from subquad.jobs.train_vit import train_vit as run
 
     run(
         data,

@@ -11,13 +11,13 @@ from test_distill import ALIGN, LOGITS, RandomText, T, assert_same_bits, lines, 
 from test_pipeline import RECIPE
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from subquad import pipeline
 from subquad.distill import loop
 from subquad.distill.bridge import SIDES
 from subquad.distill.loop import make_pass
 from subquad.distill.throughput import bare_forward_speed
 from subquad.errors import UserError
-from subquad.fresh import take_weights
+from subquad.jobs.base_model import take_weights
+from subquad.jobs.convert import convert
 from subquad.mixers import MIXERS, mixer_options
 from subquad.model.conformance import check_student
 from subquad.model.interface import layer_map, shapes_of, watched_attention
@@ -205,7 +205,7 @@ def cab(**student):
 
 def test_a_conversion_into_a_smaller_model(teacher_folder, text, tmp_path):
     recipe = cab(changes=SMALL)
-    student = pipeline.convert(teacher_folder, recipe, tmp_path / "out", data=text)
+    student = convert(teacher_folder, recipe, tmp_path / "out", data=text)
     assert len(student.plan.shapes) == 2 and student.plan.shapes[0].heads == 4
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert_same_bits(weights(student), weights(again))
@@ -218,9 +218,9 @@ def test_a_model_of_the_students_own_needs_a_selector_that_asks_nothing(teacher_
     recipe = cab()
     recipe.selector.by = "kl"
     with pytest.raises(UserError, match="selector 'kl' asks what the teacher's attention does in the student"):
-        pipeline.convert(teacher_folder, recipe, tmp_path / "out", data=text)
+        convert(teacher_folder, recipe, tmp_path / "out", data=text)
     with pytest.raises(UserError, match="student.changes names 'num_hiden_layers': did you mean 'num_hidden_layers'"):
-        pipeline.convert(teacher_folder, cab(changes={"num_hiden_layers": 2}), tmp_path / "out", data=text)
+        convert(teacher_folder, cab(changes={"num_hiden_layers": 2}), tmp_path / "out", data=text)
 
 
 def test_a_gpt2_teacher_and_a_smaller_student(tmp_path):

@@ -13,7 +13,7 @@ from benchmarks.claims.bench import SMALL_TEACHER
 from benchmarks.claims.rankings import overlap, spearman
 from benchmarks.claims.runs import Mean, Store
 from benchmarks.claims.tuning import Tuned, lowest
-from subquad.train_vit import train_vit
+from subquad.jobs.train_vit import train_vit
 
 
 def test_finished_runs_are_not_run_again(tmp_path):

@@ -54,7 +54,7 @@ def run(monkeypatch):
 def called(monkeypatch):
     """called("convert") -> a stand-in for the function that a command calls, with the signature of the real one."""
 
-    def called(name: str, module: str = "subquad.pipeline"):
+    def called(name: str, module: str = "subquad.jobs.convert"):
         real = importlib.import_module(module)
         stand_in = create_autospec(getattr(real, name))
         monkeypatch.setattr(real, name, stand_in)
@@ -139,7 +139,7 @@ def test_distill_is_convert_with_a_plan(run, called):
 
 @pytest.mark.parametrize("command", [["convert"], ["distill", "--plan", "mine.yaml"]])
 def test_a_dry_run_is_a_preview(command, run, called):
-    convert, preview = called("convert"), called("preview", "subquad.preview")
+    convert, preview = called("convert"), called("preview", "subquad.jobs.dry_run")
     result = run(*command, *"some/teacher --out there --data a.txt --set seed=3 --dry-run".split())
     assert result.exit_code == 0, result.output
     preview.assert_called_once_with(
@@ -155,13 +155,13 @@ def test_a_dry_run_is_a_preview(command, run, called):
 
 
 def test_a_dry_run_that_is_interrupted_has_nothing_to_resume(run, called):
-    called("preview", "subquad.preview").side_effect = KeyboardInterrupt
+    called("preview", "subquad.jobs.dry_run").side_effect = KeyboardInterrupt
     result = run("convert", "--dry-run")
     assert (result.exit_code, result.stderr) == (130, "\nsubquad: stopped\n")
 
 
 def test_select_passes_on_what_was_asked(run, called):
-    select = called("select", "subquad.selection")
+    select = called("select", "subquad.jobs.select")
     result = run(*"select --by uniform --budget 4 --mixer gla --out here.yaml".split())
     assert result.exit_code == 0, result.output
     recipe = select.call_args.kwargs["recipe"]
@@ -170,7 +170,7 @@ def test_select_passes_on_what_was_asked(run, called):
 
 
 def test_eval_prints_a_table(run, called, tmp_path):
-    evaluate, print_table = called("evaluate_model", "subquad.jobs"), called("print_table", "subquad.report")
+    evaluate, print_table = called("evaluate_model", "subquad.jobs.evaluate"), called("print_table", "subquad.report")
     command = "eval folder --teacher default --data a.txt --tasks arc_easy,my.jsonl --limit 9 --set evaluate.rows=3"
     result = run(*f"{command} --json {tmp_path}/made/numbers.json".split())
     assert result.exit_code == 0, result.output
@@ -190,7 +190,7 @@ def test_eval_prints_a_table(run, called, tmp_path):
 
 
 def test_generate_prints_the_text(run, called):
-    generate = called("generate", "subquad.jobs")
+    generate = called("generate", "subquad.jobs.evaluate")
     generate.return_value = " and so on"
     result = run("generate", "folder", "Once", "-n", "5", "--temperature", "0.5", "--seed", "1", "--chat")
     assert result.output == " and so on\n"
@@ -215,13 +215,13 @@ def test_a_users_mistake_is_one_line_and_code_2(run):
 
 
 def test_a_users_mistake_found_deep_inside_is_code_2(run, called):
-    called("generate", "subquad.jobs").side_effect = UserError("no such model")
+    called("generate", "subquad.jobs.evaluate").side_effect = UserError("no such model")
     result = run("generate", "folder", "Once")
     assert (result.exit_code, result.stderr) == (2, "subquad: no such model\n")
 
 
 def test_our_fault_is_code_1(run, called):
-    called("generate", "subquad.jobs").side_effect = ZeroDivisionError
+    called("generate", "subquad.jobs.evaluate").side_effect = ZeroDivisionError
     assert run("generate", "folder", "Once").exit_code == 1
 
 
@@ -236,8 +236,8 @@ def test_interrupted_says_how_to_go_on(already, run, called):
 @pytest.mark.parametrize(
     "command, name, module",
     [
-        (["generate", "folder", "Once"], "generate", "subquad.jobs"),
-        (["eval", "folder"], "evaluate_model", "subquad.jobs"),
+        (["generate", "folder", "Once"], "generate", "subquad.jobs.evaluate"),
+        (["eval", "folder"], "evaluate_model", "subquad.jobs.evaluate"),
         (["bench", "folder"], "bench", "subquad.bench"),
     ],
 )

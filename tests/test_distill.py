@@ -22,13 +22,14 @@ from subquad.distill import checkpoint as checkpoint_module
 from subquad.distill import loop
 from subquad.distill.layer_losses import output_distance
 from subquad.distill.log import RunLog
-from subquad.distill.loop import make_accelerator, run_stage
+from subquad.distill.loop import run_stage
 from subquad.distill.parameters import choose_parameters, make_optimizer
 from subquad.distill.schedule import learning_rate_factor, warmup_steps
 from subquad.distill.state import StageResult
 from subquad.distill.teacher_forced import TeacherForced
 from subquad.distill.throughput import bare_forward_speed
 from subquad.errors import UserError
+from subquad.jobs.run import make_accelerator
 from subquad.model.interface import shapes_of
 from subquad.model.student import Student
 from subquad.plan import Plan

@@ -11,8 +11,8 @@ from conftest import make_teacher, make_text
 from test_image_pipeline import converted_classifier
 from test_pipeline import RECIPE
 
-from subquad import pipeline
 from subquad.data.probes import TASKS
+from subquad.jobs.convert import convert
 from subquad.mixers import MIXERS
 from subquad.recipes.load import load_recipe, recipe_names
 from subquad.recipes.schema import Probe, Recipe
@@ -37,7 +37,7 @@ def test_examples_run(page, tmp_path, monkeypatch):
         for name in ("teacher", "text"):
             (tmp_path / name).mkdir()
         teacher, text = make_teacher(tmp_path / "teacher"), make_text(tmp_path / "text")
-        pipeline.convert(teacher, Recipe(**RECIPE), tmp_path / "runs" / "quick", data=text)
+        convert(teacher, Recipe(**RECIPE), tmp_path / "runs" / "quick", data=text)
     if "runs/cab-vision-quick" in program:
         converted_classifier(tmp_path / "runs" / "cab-vision-quick")
     monkeypatch.chdir(tmp_path)

@@ -15,11 +15,12 @@ from conftest import make_teacher, make_text, tiny
 from test_pipeline import RECIPE
 from test_retrieval import byte_tokenizer
 
-from subquad import jobs, pipeline
 from subquad.data.questions import read_questions
 from subquad.errors import UserError
 from subquad.evaluate import harness
 from subquad.evaluate.harness import load_tasks
+from subquad.jobs import evaluate
+from subquad.jobs.convert import convert
 from subquad.model.interface import shapes_of
 from subquad.model.student import Student
 from subquad.plan import Plan
@@ -140,7 +141,7 @@ def test_without_lm_eval_a_recipe_with_tasks_is_refused_at_the_start(tmp_path, m
     assert load_tasks([]) == []
     recipe = Recipe(name="mine", evaluate={"tasks": ["arc_easy"], "task_limit": 5})
     with pytest.raises(UserError, match=r"the task 'arc_easy' needs lm-eval: run pip install 'subquad\[eval\]'"):
-        pipeline.convert("no/teacher", recipe, tmp_path / "out")
+        convert("no/teacher", recipe, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
@@ -150,7 +151,7 @@ def test_without_lm_eval_a_recipe_with_tasks_is_refused_at_the_start(tmp_path, m
 def test_unknown_tasks_are_named_at_the_start(lm_eval, tmp_path):
     recipe = Recipe(name="mine", evaluate={"tasks": ["arc_esy"]})
     with pytest.raises(UserError, match="unknown task 'arc_esy': did you mean 'arc_easy' or .*valid: a .jsonl file"):
-        pipeline.convert("no/teacher", recipe, tmp_path / "out")
+        convert("no/teacher", recipe, tmp_path / "out")
     (tmp_path / "mine.yaml").write_text("task: mine\nclass: !function evil.Task\n")
     with pytest.raises(UserError, match="unknown task"):
         load_tasks([str(tmp_path / "mine.yaml")])  # it could run code
@@ -283,13 +284,13 @@ def test_convert_and_eval_measure_tasks(lm_eval, tmp_path):
     recipe = Recipe(**RECIPE).model_copy(deep=True)
     recipe.evaluate.tasks, recipe.evaluate.task_limit = [str(file)], 3
     out = tmp_path / "out"
-    pipeline.convert(make_teacher(tmp_path / "teacher"), recipe, out, data=make_text(tmp_path / "text"))
+    convert(make_teacher(tmp_path / "teacher"), recipe, out, data=make_text(tmp_path / "text"))
     metrics = json.loads((out / "metrics.json").read_text())
     for name in ("teacher", "student", "uniform", "window"):
         assert metrics[name]["tasks"][str(file)].keys() == {"acc", "exact_match", "logprob"}
     assert all("mine.jsonl" in (out / name).read_text(encoding="utf-8") for name in ("report.html", "README.md"))
-    again = jobs.evaluate_model(out)
+    again = evaluate.evaluate_model(out)
     assert again["student"]["tasks"][str(file)]["logprob"] == pytest.approx(
         metrics["student"]["tasks"][str(file)]["logprob"], rel=1e-4
     )
-    assert jobs.evaluate_model(out, tasks=[])["student"]["tasks"] == {}
+    assert evaluate.evaluate_model(out, tasks=[])["student"]["tasks"] == {}

@@ -12,21 +12,21 @@ from test_images import encoder
 from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification, ViTImageProcessorPil
 from typer.testing import CliRunner
 
-from subquad import jobs, pipeline
 from subquad.cli import app
 from subquad.data.batch import ImageBatch
 from subquad.errors import UserError
 from subquad.evaluate import likeness
+from subquad.jobs import convert, evaluate
+from subquad.jobs.conversion import settled
+from subquad.jobs.train_vit import train_vit
 from subquad.model.base import plan_of
 from subquad.model.image_student import ImageStudent
 from subquad.model.saliency import SaliencyConfig, SaliencyModel, saliency_distance
-from subquad.opening import settled
 from subquad.plan import Plan
 from subquad.pretrained.load import load_teacher
 from subquad.recipes.load import load_recipe, recipe_names
 from subquad.report import write_report
 from subquad.report.run import read_run
-from subquad.train_vit import train_vit
 
 T = 17  # a class token and 4 x 4 patches
 QUICK = [f"stages.{stage}.{key}" for stage in ("bridge", "distill") for key in (f"tokens={8 * 4 * T}", "batch=4")]
@@ -121,7 +121,7 @@ def test_the_folder_loads_with_transformers(converted, pictures):
 
 def test_it_is_measured_again(converted, capsys):
     before = json.loads((converted / "metrics.json").read_text())
-    again = jobs.evaluate_model(converted, json_path=converted / "eval.json")
+    again = evaluate.evaluate_model(converted, json_path=converted / "eval.json")
     for measure, value in before["student"]["images"].items():
         assert again["student"]["images"][measure] == pytest.approx(value, rel=1e-4, abs=1e-6)  # float32
     write_report(converted)
@@ -134,14 +134,14 @@ def test_it_is_measured_again(converted, capsys):
 def test_every_recipe_of_images_runs(name, classifier_folder, encoder_folder, pictures, tmp_path):
     recipe = load_recipe(name, [*QUICK, "data.max_images=20"])
     teacher = classifier_folder if recipe.task == "image-classification" else encoder_folder
-    pipeline.convert(teacher, recipe, tmp_path / "run", data=[pictures])
+    convert.convert(teacher, recipe, tmp_path / "run", data=[pictures])
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert [stage["name"] for stage in metrics["stages"]] == [stage.name for stage in recipe.stages]
 
 
 def test_an_encoder_becomes_a_student_by_its_features(encoder_folder, pictures, tmp_path):
     recipe = load_recipe("cab-features-quick", QUICK)
-    student = pipeline.convert(encoder_folder, recipe, tmp_path / "run", data=[pictures])
+    student = convert.convert(encoder_folder, recipe, tmp_path / "run", data=[pictures])
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["student"]["images"]["distance"] < metrics["untrained"]["images"]["distance"]
     assert "kl" not in metrics["student"]["images"] and not student.config.classifies
@@ -154,8 +154,8 @@ def test_an_encoder_becomes_a_student_by_its_features(encoder_folder, pictures, 
 
 def test_an_interrupted_run_goes_on(classifier_folder, pictures, tmp_path, monkeypatch):
     recipe = load_recipe("cab-vision-quick", QUICK)
-    whole = pipeline.convert(classifier_folder, recipe, tmp_path / "whole", data=[pictures])
-    stages = pipeline.train_stages
+    whole = convert.convert(classifier_folder, recipe, tmp_path / "whole", data=[pictures])
+    stages = convert.train_stages
 
     def cut(*args, scope, **how):
         if scope == "plan":
@@ -164,9 +164,9 @@ def test_an_interrupted_run_goes_on(classifier_folder, pictures, tmp_path, monke
         return stages(*args, scope=scope, **how)
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(pipeline, "train_stages", cut)
-        pipeline.convert(classifier_folder, recipe, tmp_path / "cut", data=[pictures])
-    again = pipeline.convert(classifier_folder, recipe, tmp_path / "cut", data=[pictures], resume=True)
+        patched.setattr(convert, "train_stages", cut)
+        convert.convert(classifier_folder, recipe, tmp_path / "cut", data=[pictures])
+    again = convert.convert(classifier_folder, recipe, tmp_path / "cut", data=[pictures], resume=True)
     for one, other in zip(whole.parameters(), again.parameters(), strict=True):
         assert torch.equal(one, other)
 
@@ -182,7 +182,7 @@ def test_a_dry_run_writes_nothing(classifier_folder, pictures, tmp_path):
 
 def test_a_smaller_student_of_its_own(classifier_folder, pictures, tmp_path):
     changes = [*QUICK, "student.changes.num_hidden_layers=2", "student.start=teacher"]
-    student = pipeline.convert(
+    student = convert.convert(
         classifier_folder, load_recipe("cab-vision-quick", changes), tmp_path / "run", data=[pictures]
     )
     assert student.plan.num_layers == 2 and student.config.classifies
@@ -212,7 +212,7 @@ def test_what_cannot_be_is_refused(wrong, classifier_folder, pictures, tmp_path)
     data, changes, message = REFUSED[wrong]
     recipe = load_recipe("cab-vision-quick", [*QUICK, *changes])
     with pytest.raises(UserError, match=message):
-        pipeline.convert(classifier_folder, recipe, tmp_path / "run", data=data and [pictures])
+        convert.convert(classifier_folder, recipe, tmp_path / "run", data=data and [pictures])
 
 
 def test_teachers_of_images_are_checked(classifier_folder, encoder_folder, tmp_path):
@@ -229,7 +229,7 @@ def test_teachers_of_images_are_checked(classifier_folder, encoder_folder, tmp_p
 def test_too_many_classes(pictures, tmp_path):
     folder = saved(tmp_path / "two", encoder("vit", AutoModelForImageClassification, num_labels=2))
     with pytest.raises(UserError, match="has 4 classes, and two knows 2"):
-        pipeline.convert(folder, load_recipe("cab-vision-quick", QUICK), tmp_path / "run", data=[pictures])
+        convert.convert(folder, load_recipe("cab-vision-quick", QUICK), tmp_path / "run", data=[pictures])
 
 
 def test_likeness_is_what_it_says(pictures, classifier_folder):
@@ -279,7 +279,7 @@ def test_a_saliency_model_is_converted_by_its_map(pictures, tmp_path):
     folder = saved(tmp_path / "teacher", saliency_teacher())
     changes = [*QUICK, "stages.distill.objective=saliency", f"stages.distill.tokens={40 * 4 * T}"]
     recipe = load_recipe("cab-features-quick", changes)
-    student = pipeline.convert(folder, recipe, tmp_path / "run", data=[pictures])
+    student = convert.convert(folder, recipe, tmp_path / "run", data=[pictures])
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["teacher"]["images"]["saliency"] == 0
     assert 0 < metrics["student"]["images"]["saliency"] < metrics["untrained"]["images"]["saliency"]
@@ -316,7 +316,7 @@ def test_models_without_a_map_are_refused(encoder_folder, pictures, tmp_path):
     with pytest.raises(
         UserError, match="'saliency', and Dinov2WithRegistersModel makes no saliency map: choose features"
     ):
-        pipeline.convert(encoder_folder, recipe, tmp_path / "run", data=[pictures])
+        convert.convert(encoder_folder, recipe, tmp_path / "run", data=[pictures])
 
 
 def test_text_has_no_images():

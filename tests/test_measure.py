@@ -2,7 +2,7 @@
 
 import pytest
 
-from subquad.measure import verdicts
+from subquad.jobs.baselines import verdicts
 
 
 def metrics(**rivals):

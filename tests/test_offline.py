@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 from test_pipeline import RECIPE
 from typer.testing import CliRunner
 
-from subquad import jobs
 from subquad.cli import app
 from subquad.data.packing import tokenizer_hash
 from subquad.data.text import Corpus, load_corpus
@@ -491,6 +490,6 @@ def test_the_command_explains_itself(command, monkeypatch):
     def stop(**_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(jobs, "cache_teacher", stop)
+    monkeypatch.setattr("subquad.jobs.cache_teacher.cache_teacher", stop)
     result = command("--out", "there")
     assert result.exit_code == 130 and "\n  subquad cache-teacher --out there --resume\n" in result.stderr

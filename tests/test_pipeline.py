@@ -15,11 +15,13 @@ import torch
 from conftest import tiny
 from rich.console import Console
 
-from subquad import jobs, opening, pipeline, selection, training
 from subquad.data.text import load_corpus
 from subquad.errors import UserError
 from subquad.evaluate import cache_table
 from subquad.evaluate.retrieval import FLOORS
+from subquad.jobs import conversion, convert, evaluate, select, train
+from subquad.jobs.generate import generate
+from subquad.jobs.train import train_stages
 from subquad.model.interface import shapes_of
 from subquad.model.student import Student
 from subquad.plan import AttentionShape, Plan
@@ -27,7 +29,6 @@ from subquad.recipes.load import load_recipe
 from subquad.recipes.schema import Recipe
 from subquad.select import SELECTORS, Selector, units_of
 from subquad.select.speed import DecodeCost
-from subquad.training import train_stages
 
 STAGE = {"sequence_length": 32, "batch": 2, "lr": 1e-2, "checkpoint_every": 1000}
 RECIPE = {
@@ -58,7 +59,7 @@ FILES = {"config.json", "model.safetensors", "tokenizer.json", "plan.yaml", "sco
 @pytest.fixture(scope="module")
 def finished(teacher_folder, text, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "tiny"
-    student = pipeline.convert(teacher_folder, Recipe(**RECIPE), out, data=text, command="subquad convert ...")
+    student = convert.convert(teacher_folder, Recipe(**RECIPE), out, data=text, command="subquad convert ...")
     return out, student
 
 
@@ -106,10 +107,10 @@ def test_the_teacher_is_left_as_it_was(finished, teacher_folder, text, tmp_path)
     """Training all weights trains the student's own copies."""
     recipe = Recipe(**RECIPE).model_copy(deep=True)
     recipe.stages[1].trainable = "all"
-    source = opening.load_teacher(teacher_folder)
+    source = conversion.load_teacher(teacher_folder)
     before = {name: parameter.clone() for name, parameter in source.model.named_parameters()}
     plan = Plan.by_layer(shapes_of(source.model), [1], "hedgehog", RECIPE["mixer"]["options"])
-    run = pipeline.start_run(recipe, tmp_path / "run", resume=False, overwrite=False)
+    run = convert.start_run(recipe, tmp_path / "run", resume=False, overwrite=False)
     corpus = load_corpus(text, source.tokenizer)
     student = Student.from_teacher(source.model, plan)
     train_stages(run, student, source, corpus, scope="plan")
@@ -127,12 +128,12 @@ def test_an_interrupted_run_ends_the_same(finished, teacher_folder, text, tmp_pa
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "_measure", stop)
+        patch.setattr(convert, "_measure", stop)
         with pytest.raises(KeyboardInterrupt):
-            pipeline.convert(teacher_folder, Recipe(**RECIPE), again, data=text)
+            convert.convert(teacher_folder, Recipe(**RECIPE), again, data=text)
     with monkeypatch.context() as patch:
-        patch.setitem(selection.SELECTORS, "kl", Selector(stop, aligned=True))
-        resumed = pipeline.convert(teacher_folder, Recipe(**RECIPE), again, data=text, resume=True)
+        patch.setitem(select.SELECTORS, "kl", Selector(stop, aligned=True))
+        resumed = convert.convert(teacher_folder, Recipe(**RECIPE), again, data=text, resume=True)
     mine, theirs = dict(student.mixer_parameters()), dict(resumed.mixer_parameters())
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
@@ -161,13 +162,13 @@ def test_ctrl_c_says_how_to_go_on_and_that_does(teacher_folder, text, tmp_path):
     assert said.endswith(f"go on from the last checkpoint with:\n  {shlex.join(['subquad', *command, '--resume'])}\n")
     done = len((out / "log.jsonl").read_text().splitlines())
     assert (out / "checkpoints" / f"stage-0-step-{done:06d}").is_dir() and not list(out.rglob("*.tmp"))
-    pipeline.convert(teacher_folder, load_recipe(tmp_path / "tiny.yaml"), out, data=text, resume=True)
+    convert.convert(teacher_folder, load_recipe(tmp_path / "tiny.yaml"), out, data=text, resume=True)
     steps = [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()]
     assert steps[:300] == list(range(1, 301))
 
 
 def test_a_model_that_cannot_be_written_whole_is_not_left_in_halves(finished, tmp_path):
-    run = pipeline.start_run(Recipe(**RECIPE), tmp_path / "run", resume=False, overwrite=False)
+    run = convert.start_run(Recipe(**RECIPE), tmp_path / "run", resume=False, overwrite=False)
     with pytest.raises(OSError, match="full"), run.writing() as folder:
         finished[1].save_pretrained(folder)
         raise OSError("full")
@@ -202,17 +203,17 @@ def test_a_given_plan_is_used(teacher_folder, text, tmp_path):
     shapes = shapes_of(tiny("llama"))
     Plan.by_layer(shapes, [0, 2], "gla").save(tmp_path / "mine.yaml")
     recipe = Recipe(**{**RECIPE, "mixer": {"name": "gla"}, "stages": RECIPE["stages"][1:]})
-    student = pipeline.convert(teacher_folder, recipe, tmp_path / "run", plan=tmp_path / "mine.yaml", data=text)
+    student = convert.convert(teacher_folder, recipe, tmp_path / "run", plan=tmp_path / "mine.yaml", data=text)
     assert student.plan.attention_layers == [0, 2]
     assert not (tmp_path / "run" / "scores.json").exists()
 
 
 def test_select_writes_a_plan(teacher_folder, text, tmp_path):
-    plan = selection.select(teacher_folder, Recipe(**RECIPE), tmp_path / "plan.yaml", data=text)
+    plan = select.select(teacher_folder, Recipe(**RECIPE), tmp_path / "plan.yaml", data=text)
     assert Plan.load(tmp_path / "plan.yaml") == plan
     assert sorted(path.name for path in tmp_path.iterdir()) == ["plan.yaml", "scores.json"]
     with pytest.raises(UserError, match="exists"):
-        selection.select(teacher_folder, Recipe(**RECIPE), tmp_path / "plan.yaml", data=text)
+        select.select(teacher_folder, Recipe(**RECIPE), tmp_path / "plan.yaml", data=text)
 
 
 def retraining(budget="1", unit=None):
@@ -223,8 +224,8 @@ def retraining(budget="1", unit=None):
 
 def test_an_interrupted_selection_goes_on(teacher_folder, text, tmp_path, monkeypatch, capsys):
     """What was measured is not measured again, and the scores are those of a selection in one go."""
-    selection.select(teacher_folder, retraining(), tmp_path / "whole" / "plan.yaml", data=text)
-    trained, run_stage = [], training.run_stage
+    select.select(teacher_folder, retraining(), tmp_path / "whole" / "plan.yaml", data=text)
+    trained, run_stage = [], train.run_stage
 
     def counted(stage, **how):
         if stage.name == "logits":
@@ -233,10 +234,10 @@ def test_an_interrupted_selection_goes_on(teacher_folder, text, tmp_path, monkey
                 raise KeyboardInterrupt
         return run_stage(stage, **how)
 
-    monkeypatch.setattr(training, "run_stage", counted)
+    monkeypatch.setattr(train, "run_stage", counted)
     with pytest.raises(KeyboardInterrupt):
-        selection.select(teacher_folder, retraining(), tmp_path / "plan.yaml", data=text)
-    plan = selection.select(teacher_folder, retraining(), tmp_path / "plan.yaml", data=text, resume=True)
+        select.select(teacher_folder, retraining(), tmp_path / "plan.yaml", data=text)
+    plan = select.select(teacher_folder, retraining(), tmp_path / "plan.yaml", data=text, resume=True)
     assert trained == [f"candidate-{index}-0" for index in (0, 1, 2, 2, 3)]
     found, wanted = (json.loads((folder / "scores.json").read_text()) for folder in (tmp_path, tmp_path / "whole"))
     assert found["scores"] == wanted["scores"] and found["chosen"] == wanted["chosen"]
@@ -246,7 +247,7 @@ def test_an_interrupted_selection_goes_on(teacher_folder, text, tmp_path, monkey
 
 
 def test_a_dry_run_says_the_bill_and_leaves_nothing(teacher_folder, text, tmp_path, capsys):
-    assert selection.select(teacher_folder, retraining(), tmp_path / "plan.yaml", data=text, dry_run=True) is None
+    assert select.select(teacher_folder, retraining(), tmp_path / "plan.yaml", data=text, dry_run=True) is None
     said = capsys.readouterr().out
     assert "align: 512 tokens of training" in said
     assert "kl, 3 units: 512 tokens forward and 512 tokens of training, about" in said
@@ -275,16 +276,16 @@ def test_every_selector_gives_a_plan(by, unit, budget, options, teacher_folder, 
     monkeypatch.setitem(FLOORS, "accuracy", -1.0)
     monkeypatch.setitem(FLOORS, "logprob", -99.0)
     seconds = DecodeCost([1.0] * 3, [0.1] * 3, 1.0)  # a real clock would make many plans impossible at this size
-    monkeypatch.setattr(selection, "decode_cost", lambda *_: seconds)
+    monkeypatch.setattr(select, "decode_cost", lambda *_: seconds)
     settings = {**RECIPE["selector"], "by": by, "unit": unit, "budget": budget, "options": options}
     recipe = Recipe(**{**RECIPE, "selector": settings})
-    plan = selection.select(teacher_folder, recipe, tmp_path / "plan.yaml", data=text)
+    plan = select.select(teacher_folder, recipe, tmp_path / "plan.yaml", data=text)
     scores = json.loads((tmp_path / "scores.json").read_text())
     units = units_of(plan.shapes, SELECTORS[by].unit if unit is None else unit)
     assert sorted(head for index in scores["chosen"] for head in units[index]) == sorted(plan.attention_heads)
     assert scores["spent"].keys() == scores["bill"].keys() and scores["unit"] in ("layer", "head", "group")
     if by not in ("uniform", "fixed"):
-        again = selection.select(
+        again = select.select(
             teacher_folder, recipe, tmp_path / "again.yaml", data=text, scores=tmp_path / "scores.json"
         )
         assert again == plan, "another budget asks for no measuring, and the same gives the same"
@@ -299,7 +300,7 @@ def test_a_choice_of_mixers_for_every_layer(teacher_folder, text, tmp_path):
     alternatives = [{"name": "sliding_window", "options": {"window": 30, "sinks": 1}}, {"name": "linear"}]
     mixer = {"name": "gla", "options": {"state_dim": 4}, "alternatives": alternatives}
     selector = {**RECIPE["selector"], "budget": "6000B@64"}
-    student = pipeline.convert(
+    student = convert.convert(
         teacher_folder, Recipe(**{**RECIPE, "mixer": mixer, "selector": selector}), tmp_path / "run", data=text
     )
     used = {name for layer in student.plan.layers for name in layer}
@@ -315,39 +316,39 @@ def test_a_choice_of_mixers_for_every_layer(teacher_folder, text, tmp_path):
 
 def test_eval_and_generate(finished, teacher_folder, text, tmp_path):
     out, _ = finished
-    metrics = jobs.evaluate_model(out, json_path=tmp_path / "numbers.json")
+    metrics = evaluate.evaluate_model(out, json_path=tmp_path / "numbers.json")
     told = json.loads((out / "metrics.json").read_text())
     assert metrics["student"]["kl"] == pytest.approx(told["student"]["kl"], rel=1e-4)
     assert metrics["samples"] == told["samples"] and metrics["samples"][0].keys() == {"prompt", "teacher", "student"}
     assert json.loads((tmp_path / "numbers.json").read_text()) == metrics
     console = Console(file=io.StringIO(), width=200)
-    fewer = jobs.evaluate_model(out, changes=SMALL, console=console)
+    fewer = evaluate.evaluate_model(out, changes=SMALL, console=console)
     assert fewer["student"]["kl"].keys() == {"8"}
     assert f"measure: token {2 * 8 + 2 * 2 * 32}/{2 * 8 + 2 * 2 * 32}" in console.file.getvalue()
-    itself = jobs.evaluate_model(teacher_folder, teacher=teacher_folder, data=text, changes=SMALL)["student"]
+    itself = evaluate.evaluate_model(teacher_folder, teacher=teacher_folder, data=text, changes=SMALL)["student"]
     assert itself["kl"] == {"8": 0.0} and itself["plan_pattern"] == "AAA", "any model, as the student"
-    first = jobs.generate(out, "w1 w2 w3", max_new_tokens=5)
-    assert first == jobs.generate(out, "w1 w2 w3", max_new_tokens=5) and first
+    first = generate(out, "w1 w2 w3", max_new_tokens=5)
+    assert first == generate(out, "w1 w2 w3", max_new_tokens=5) and first
     with pytest.raises(UserError, match="no chat template"):
-        jobs.generate(out, "w1", chat=True)
+        generate(out, "w1", chat=True)
 
 
 def test_folders_of_something_else_are_left_alone(finished, teacher_folder, tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     for arguments in ({}, {"overwrite": True}, {"resume": True}):
         with pytest.raises(UserError, match="something other than a run"):
-            pipeline.convert(teacher_folder, Recipe(**RECIPE), tmp_path, **arguments)
+            convert.convert(teacher_folder, Recipe(**RECIPE), tmp_path, **arguments)
     assert (tmp_path / "thesis.txt").read_text() == "mine"
     out, _ = finished
     with pytest.raises(UserError, match="earlier run"):
-        pipeline.convert(teacher_folder, Recipe(**RECIPE), out)
+        convert.convert(teacher_folder, Recipe(**RECIPE), out)
     with pytest.raises(UserError, match="other settings"):
-        pipeline.convert(teacher_folder, Recipe(**{**RECIPE, "seed": 1}), out, resume=True)
+        convert.convert(teacher_folder, Recipe(**{**RECIPE, "seed": 1}), out, resume=True)
 
 
 def test_a_student_is_no_teacher(finished, tmp_path):
     with pytest.raises(UserError, match="student already"):
-        pipeline.convert(str(finished[0]), Recipe(**RECIPE), tmp_path / "run")
+        convert.convert(str(finished[0]), Recipe(**RECIPE), tmp_path / "run")
 
 
 def test_a_damaged_student_is_refused(finished, tmp_path):
@@ -356,7 +357,7 @@ def test_a_damaged_student_is_refused(finished, tmp_path):
     whole = (broken / "model.safetensors").read_bytes()
     (broken / "model.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match="damaged or cut short"):
-        jobs.generate(broken, "w1")
+        generate(broken, "w1")
 
 
 def test_what_only_the_parts_know_is_checked_before_anything_is_loaded(tmp_path):
@@ -367,7 +368,7 @@ def test_what_only_the_parts_know_is_checked_before_anything_is_loaded(tmp_path)
         ({"selector": {"budget": "lots"}}, "not a budget"),
     ):
         with pytest.raises(UserError, match=message):
-            pipeline.convert("nowhere", Recipe(**{**RECIPE, **change}), tmp_path / "run")
+            convert.convert("nowhere", Recipe(**{**RECIPE, **change}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -376,7 +377,7 @@ def test_the_window_rival_takes_the_same_bytes():
     for mixer in ("hedgehog", "gla", "mamba2"):
         plan = Plan.by_layer([shape] * 6, [1, 4], mixer)
         for dtype in ("float32", "bfloat16"):
-            rival = pipeline.window_plan(plan, dtype)
+            rival = convert.window_plan(plan, dtype)
             mine, theirs = (cache_table(p, [2048], dtype)[2048] for p in (plan, rival))
             one_token = 4 * 2 * 3 * 64 * (4 if dtype == "float32" else 2)
             assert rival.attention_layers == [1, 4]
@@ -403,7 +404,7 @@ def test_the_real_teacher_cut_to_its_first_layers(tmp_path):
         ],
     )
     torch.set_num_threads(2)
-    student = pipeline.convert("default", recipe, tmp_path / "run", layers=4)
+    student = convert.convert("default", recipe, tmp_path / "run", layers=4)
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert len(student.plan.attention_layers) == 2
     assert metrics["student"]["kl"]["256"] < metrics["untrained"]["kl"]["256"]
@@ -424,7 +425,7 @@ def test_heads_that_retrieve_are_kept(teacher_folder, text, tmp_path, monkeypatc
             {"name": "logits", "objective": "logits", "trainable": "all", "tokens": 128, **STAGE},
         ],
     }
-    student = pipeline.convert(teacher_folder, Recipe(**{**RECIPE, **changes}), tmp_path / "run", data=text)
+    student = convert.convert(teacher_folder, Recipe(**{**RECIPE, **changes}), tmp_path / "run", data=text)
     assert len(student.plan.attention_heads) == 3 and student.plan.join == join
     scores = json.loads((tmp_path / "run/scores.json").read_text())
     assert scores["unit"] == "head" and scores["measure"] == "logprob" and len(scores["chosen"]) == 3

@@ -11,14 +11,15 @@ from conftest import tiny
 from test_pipeline import RECIPE
 from test_recipes import shortened
 
-from subquad import pipeline, preview
 from subquad.distill.estimate import Probe, TensorBytes, probe_stage, weights_of
 from subquad.errors import UserError
 from subquad.evaluate.retrieval import FLOORS
+from subquad.jobs import dry_run
+from subquad.jobs.convert import convert
+from subquad.jobs.dry_run import StagePreview
 from subquad.model.interface import shapes_of
 from subquad.model.student import Student
 from subquad.plan import Plan
-from subquad.preview import StagePreview
 from subquad.recipes.schema import Recipe
 from subquad.recipes.stage import Stage
 
@@ -148,8 +149,8 @@ def test_a_stage_is_so_many_passes_and_updates():
 def test_what_is_said_is_what_a_run_takes(teacher_folder, text, tmp_path):
     chosen = recipe(logits={"trainable": "all"})
     out = tmp_path / "run"
-    student = pipeline.convert(teacher_folder, chosen, out, data=text)
-    found = preview.preview(teacher_folder, chosen, out, plan=out / "plan.yaml", data=text)
+    student = convert(teacher_folder, chosen, out, data=text)
+    found = dry_run.preview(teacher_folder, chosen, out, plan=out / "plan.yaml", data=text)
     assert found.plan == student.plan
     assert found.student_weights == sum(parameter.numel() for parameter in student.parameters())
     assert found.mixer_weights == sum(parameter.numel() for _, parameter in student.mixer_parameters())
@@ -164,7 +165,7 @@ def test_what_is_said_is_what_a_run_takes(teacher_folder, text, tmp_path):
 def test_a_dry_run_says_all_and_leaves_nothing(teacher_folder, text, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    found = preview.preview(teacher_folder, recipe(), tmp_path / "out", data=text)
+    found = dry_run.preview(teacher_folder, recipe(), tmp_path / "out", data=text)
     said = " ".join(capsys.readouterr().out.split())
     assert "plan: kl will choose it, under a budget of 1" in said
     assert "kl, 3 units: 256 tokens forward, about" in said
@@ -185,7 +186,7 @@ def test_the_stand_in_has_the_budgets_size(budget, unit, kept):
     chosen.selector.budget, chosen.selector.unit = budget, unit
     teacher = tiny("llama")
     linear = Student.from_teacher(teacher, Plan.by_layer(shapes_of(teacher), [], "hedgehog", {"window": 8}))
-    assert len(preview._stand_in(linear, chosen).attention_heads) == kept
+    assert len(dry_run._stand_in(linear, chosen).attention_heads) == kept
 
 
 def test_other_mixers_are_aligned_too(teacher_folder, text, tmp_path):
@@ -193,21 +194,21 @@ def test_other_mixers_are_aligned_too(teacher_folder, text, tmp_path):
     chosen.mixer.alternatives = Recipe(
         **(RECIPE | {"mixer": {"alternatives": [{"name": "gla"}, {"name": "sliding_window"}]}})
     ).mixer.alternatives
-    found = preview.preview(teacher_folder, chosen, tmp_path / "out", data=text)
+    found = dry_run.preview(teacher_folder, chosen, tmp_path / "out", data=text)
     assert [one.students for one in found.stages] == [2, 1]  # a window has nothing to learn
 
 
 @pytest.mark.parametrize("name", ["lolcats-quick", "mohawk-quick", "llamba-quick"])  # LoRA, matrices, all weights
 def test_stages_of_every_kind_can_be_tried(name, teacher_folder, text, tmp_path, monkeypatch):
     monkeypatch.setitem(FLOORS, "logprob", -1e9)  # a random teacher retrieves nothing
-    found = preview.preview(teacher_folder, shortened(name), tmp_path / "out", data=text)
+    found = dry_run.preview(teacher_folder, shortened(name), tmp_path / "out", data=text)
     assert [one.stage.name for one in found.stages] == [stage.name for stage in shortened(name).stages]
     assert all(one.seconds > 0 and one.probe.activation_bytes > 0 for one in found.stages)
 
 
 def test_a_full_disk_is_foreseen(teacher_folder, text, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(preview.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
-    preview.preview(teacher_folder, recipe(), tmp_path / "not" / "yet", data=text)
+    monkeypatch.setattr(dry_run.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
+    dry_run.preview(teacher_folder, recipe(), tmp_path / "not" / "yet", data=text)
     assert "too little: free some space" in capsys.readouterr().out
 
 
@@ -221,5 +222,5 @@ def test_a_full_disk_is_foreseen(teacher_folder, text, tmp_path, monkeypatch, ca
 )
 def test_what_a_run_would_refuse_late_is_refused_at_once(change, said, teacher_folder, text, tmp_path):
     with pytest.raises(UserError, match=said):
-        preview.preview(teacher_folder, Recipe(**(RECIPE | change)), tmp_path / "out", data=text)
+        dry_run.preview(teacher_folder, Recipe(**(RECIPE | change)), tmp_path / "out", data=text)
     assert [*tmp_path.iterdir()] == []

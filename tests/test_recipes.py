@@ -9,9 +9,10 @@ from test_distill import ALIGN, LOGITS, RandomText, T, assert_same_bits, lines, 
 from test_pipeline import RECIPE
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from subquad import jobs, pipeline
 from subquad.errors import UserError
 from subquad.evaluate.retrieval import FLOORS
+from subquad.jobs.cache_teacher import cache_teacher
+from subquad.jobs.convert import convert
 from subquad.model.conformance import check_student
 from subquad.model.interface import shapes_of
 from subquad.model.student import Student, tied
@@ -56,7 +57,7 @@ OF_TEXT = [name for name in recipe_names() if load_recipe(name).task == "text-ge
 def test_every_recipe_of_text_runs(name, teacher_folder, text, tmp_path, monkeypatch):
     monkeypatch.setitem(FLOORS, "logprob", -1e9)  # a random teacher retrieves nothing
     recipe = shortened(name)
-    student = pipeline.convert(teacher_folder, recipe, tmp_path / "run", data=text)
+    student = convert(teacher_folder, recipe, tmp_path / "run", data=text)
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert [stage["name"] for stage in metrics["stages"]] == [stage.name for stage in recipe.stages]
     assert all(stage["tokens"] == 128 and stage["peak_memory_bytes"] > 0 for stage in metrics["stages"])
@@ -73,7 +74,7 @@ def test_both_plans_of_the_greedy_path_are_kept(teacher_folder, text, tmp_path, 
     worth = iter([0.5] + [0.8, 0.9, 0.7] + [0.6, 0.6] + [0.1] + [0.5, 0.9, 0.6])  # teacher, three steps, test
     monkeypatch.setattr(task, "_retrieval", lambda *_: lambda *_: next(worth))
     out = tmp_path / "run"
-    student = pipeline.convert(teacher_folder, shortened("distill-then-replace-quick"), out, data=text)
+    student = convert(teacher_folder, shortened("distill-then-replace-quick"), out, data=text)
     best = Student.from_pretrained(out / "best")
     assert student.plan.attention_layers == [0] and best.plan.attention_layers == [0, 2]
     path = json.loads((out / "scores.json").read_text())["path"]
@@ -218,7 +219,7 @@ def test_tied_embeddings(teacher_folder, text, tmp_path):
     recipe = {**RECIPE, "stages": [{**RECIPE["stages"][1], "trainable": "all"}], "selector": {"by": "uniform"}}
 
     def converted(how):
-        return pipeline.convert(teacher_folder, Recipe(**recipe, tied_embeddings=how), tmp_path / how, data=text)
+        return convert(teacher_folder, Recipe(**recipe, tied_embeddings=how), tmp_path / how, data=text)
 
     kept, untied, retied = (converted(how) for how in ("keep", "untie", "retie"))
     assert tied(kept) and not tied(untied) and tied(retied)
@@ -252,9 +253,9 @@ def test_a_stage_has_a_teacher_of_its_own(teacher_folder, text, tmp_path):
     AutoTokenizer.from_pretrained(teacher_folder).save_pretrained(tmp_path / "larger")
     stage = {**RECIPE["stages"][1], "teacher": str(tmp_path / "larger"), "tokens": 2048}
     recipe = {**RECIPE, "stages": [stage], "selector": {"by": "uniform"}}
-    pipeline.convert(teacher_folder, Recipe(**recipe), tmp_path / "run", data=text)
+    convert(teacher_folder, Recipe(**recipe), tmp_path / "run", data=text)
     own = {**recipe, "stages": [{**stage, "teacher": None}]}
-    pipeline.convert(teacher_folder, Recipe(**own), tmp_path / "own", data=text)
+    convert(teacher_folder, Recipe(**own), tmp_path / "own", data=text)
     first = [json.loads((tmp_path / run / "metrics.json").read_text())["stages"][0] for run in ("run", "own")]
     assert first[0]["first_loss"] > 2 * first[1]["first_loss"]  # a random stranger
     assert first[0]["final_loss"] < first[0]["first_loss"]
@@ -263,22 +264,22 @@ def test_a_stage_has_a_teacher_of_its_own(teacher_folder, text, tmp_path):
     tokenizer.add_tokens(["another"])
     tokenizer.save_pretrained(tmp_path / "larger")
     with pytest.raises(UserError, match="stage 'logits' cannot learn from larger: its vocabulary is not that of"):
-        pipeline.convert(teacher_folder, Recipe(**recipe), tmp_path / "third", data=text)
+        convert(teacher_folder, Recipe(**recipe), tmp_path / "third", data=text)
 
 
 def test_a_stage_learns_from_stored_logits(teacher_folder, text, tmp_path):
     stage = {**RECIPE["stages"][1], "tokens": 512}
     recipe = Recipe(**{**RECIPE, "stages": [stage], "selector": {"by": "uniform"}, "data": {"heldout_fraction": 0.1}})
     every = 10**6  # all of the text, so that both runs draw the same rows
-    jobs.cache_teacher(teacher_folder, recipe, tmp_path / "cache", data=text, tokens=every, top_k=97)
-    jobs.cache_teacher(teacher_folder, recipe, tmp_path / "short", data=text, tokens=every, top_k=4)
+    cache_teacher(teacher_folder, recipe, tmp_path / "cache", data=text, tokens=every, top_k=97)
+    cache_teacher(teacher_folder, recipe, tmp_path / "short", data=text, tokens=every, top_k=4)
     losses = {}
     for name in (None, "cache", "short"):
         recipe.stages[0].teacher_cache = name and str(tmp_path / name)
-        pipeline.convert(teacher_folder, recipe, tmp_path / f"run-{name}", data=text)
+        convert(teacher_folder, recipe, tmp_path / f"run-{name}", data=text)
         losses[name] = [line["loss"] for line in lines(tmp_path / f"run-{name}")]
     assert losses["cache"] == pytest.approx(losses[None], rel=1e-2)
     assert all(one < other for one, other in zip(losses["short"], losses[None], strict=True))
     recipe.stages[0].sequence_length = 16
     with pytest.raises(UserError, match="sequences of 16 tokens, and the logits in .* are of 32: set sequence_length"):
-        pipeline.convert(teacher_folder, recipe, tmp_path / "other", data=text)
+        convert(teacher_folder, recipe, tmp_path / "other", data=text)

@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from subquad import train_teacher as module
 from subquad.cli import app
 from subquad.data import curriculum as lessons_module
 from subquad.data.curriculum import SHORTEST, TRAINING_SEEDS, VOCABULARY, Lessons, shares, train_tokenizer
@@ -19,11 +18,12 @@ from subquad.data.probes import FILLER, WORDS, make_probe
 from subquad.data.text import load_corpus
 from subquad.errors import UserError
 from subquad.evaluate import retrieval
+from subquad.jobs import train_teacher as module
+from subquad.jobs.train_teacher import is_perfect, train_teacher
 from subquad.model.interface import shapes_of
 from subquad.model.student import Student
 from subquad.plan import Plan
 from subquad.pretrained.load import load_teacher
-from subquad.train_teacher import is_perfect, train_teacher
 
 ASSET = Path(__file__).parent / "assets" / "small-teacher"
 

@@ -19,8 +19,9 @@ from subquad.data.batch import TokenSource
 from subquad.data.curriculum import Lessons
 from subquad.data.probes import Probe, make_probe
 from subquad.data.text import load_corpus
-from subquad.distill.loop import make_accelerator, run_stage
+from subquad.distill.loop import run_stage
 from subquad.evaluate.retrieval import answers, usable
+from subquad.jobs.run import make_accelerator
 from subquad.model.base import Converted
 from subquad.model.interface import shapes_of
 from subquad.model.student import Student

@@ -36,9 +36,9 @@ from benchmarks.claims.runs import Result, Settings, Store
 from benchmarks.claims.tuning import TunedText
 from benchmarks.common import wide_console
 from subquad.distill.estimate import probe_stage
-from subquad.distill.loop import make_accelerator
 from subquad.evaluate import likelihood
-from subquad.fresh import take_weights
+from subquad.jobs.base_model import take_weights
+from subquad.jobs.run import make_accelerator
 from subquad.model.interface import shapes_of
 from subquad.model.student import Student
 from subquad.plan import Plan

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -51,17 +51,6 @@ from subquad.utils.progress import StageProgress
 
 RECENT = 20  # the final loss is the mean over a tenth of the steps, but no more than these
 BARE_TOKENS = 1024  # tokens of one timed pass of the bare teacher on a CPU: seconds, not minutes
-
-
-def make_accelerator(out: Path, mixed_precision: Literal["no", "bf16"] | None = None) -> Accelerator:
-    """This process among those that were launched, with its device; its tracker will write to `out`/tensorboard.
-
-    Nothing is written before `init_trackers("tensorboard")`; `end_training()` closes the tracker. Without
-    `mixed_precision` it is what `accelerate launch` was told, or none.
-    """
-    # Without cpu=True, processes that were launched on a machine with no GPU would not find each other.
-    on_cpu = not torch.accelerator.is_available()
-    return Accelerator(cpu=on_cpu, mixed_precision=mixed_precision, log_with="tensorboard", project_dir=out)
 
 
 def run_stage(

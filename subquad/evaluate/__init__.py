@@ -1,9 +1,9 @@
 """What a student is worth beside its teacher: likelihood, retrieval, tasks, memory, images, and text to read."""
 
+from subquad.evaluate.footprint import cache_table, held_cache_bytes
 from subquad.evaluate.harness import harness
 from subquad.evaluate.images import likeness
 from subquad.evaluate.likelihood import likelihood, paired_gain
-from subquad.evaluate.memory import cache_table, held_cache_bytes
 from subquad.evaluate.retrieval import answers, retrieval, usable
 from subquad.evaluate.samples import paired_samples, samples
 

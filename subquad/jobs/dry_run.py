@@ -20,19 +20,20 @@ from transformers import PreTrainedModel
 
 from subquad.distill.checkpoint import KEEP
 from subquad.distill.estimate import Probe, probe_stage, weights_of
-from subquad.measure import check_heldout, evaluation_bill, even_plan
+from subquad.evaluate.suite import check_heldout, evaluation_bill
+from subquad.jobs.baselines import even_plan
+from subquad.jobs.conversion import Data, all_linear, new_student, open_data, open_teacher, settled
+from subquad.jobs.run import Run, start_run
+from subquad.jobs.select import selection_bill, teacher_speed
+from subquad.jobs.train import of_stage
 from subquad.model.base import Converted
 from subquad.model.student import Student
-from subquad.opening import Data, all_linear, new_student, open_data, open_teacher, settled
 from subquad.plan import Plan
 from subquad.pretrained.load import Teacher
 from subquad.recipes.schema import Recipe
 from subquad.recipes.stage import Stage
 from subquad.report import print_plan
-from subquad.run import Run, start_run
 from subquad.select import SELECTORS, Budget, Choice, choose_plan, uniform_layers, units_of
-from subquad.selection import selection_bill, teacher_speed
-from subquad.training import of_stage
 from subquad.utils import format as fmt
 from subquad.utils.token_cost import TRAINING
 

@@ -14,17 +14,18 @@ from typing import Any
 from subquad.data.text import Corpus
 from subquad.distill.state import StageResult
 from subquad.evaluate import paired_samples
-from subquad.measure import even_plan, measured_rows, verdicts, window_plan
+from subquad.evaluate.suite import measured_rows
+from subquad.jobs.baselines import even_plan, verdicts, window_plan
+from subquad.jobs.conversion import Data, all_linear, new_student, open_data, open_teacher, settled
+from subquad.jobs.run import Run, facts, start_run
+from subquad.jobs.select import named_plans, select_plan
+from subquad.jobs.train import align, train_stages
 from subquad.model.base import Converted, plan_of
 from subquad.model.student import Student, tied
-from subquad.opening import Data, all_linear, new_student, open_data, open_teacher, settled
 from subquad.plan import Plan
 from subquad.pretrained.load import Teacher
 from subquad.recipes.schema import Recipe
 from subquad.report import print_table, write_model_card, write_report
-from subquad.run import Run, facts, start_run
-from subquad.selection import named_plans, select_plan
-from subquad.training import align, train_stages
 from subquad.utils import format as fmt
 from subquad.utils.files import sha256_of_file
 

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from accelerate import Accelerator
 from rich.console import Console
 from transformers import PreTrainedModel
 
-from subquad.distill.loop import make_accelerator
 from subquad.errors import UserError
 from subquad.recipes.schema import Recipe
 from subquad.utils.environment import machine, source_commit, versions
@@ -109,3 +109,14 @@ def facts(run: Run, command: str | None) -> dict[str, Any]:
         "command": command,
         "commit": source_commit(),
     }
+
+
+def make_accelerator(out: Path, mixed_precision: Literal["no", "bf16"] | None = None) -> Accelerator:
+    """This process among those that were launched, with its device; its tracker will write to `out`/tensorboard.
+
+    Nothing is written before `init_trackers("tensorboard")`; `end_training()` closes the tracker. Without
+    `mixed_precision` it is what `accelerate launch` was told, or none.
+    """
+    # Without cpu=True, processes that were launched on a machine with no GPU would not find each other.
+    on_cpu = not torch.accelerator.is_available()
+    return Accelerator(cpu=on_cpu, mixed_precision=mixed_precision, log_with="tensorboard", project_dir=out)

@@ -11,12 +11,12 @@ from subquad.distill.loop import run_stage
 from subquad.distill.state import StageResult
 from subquad.distill.teacher_cache import TeacherCache
 from subquad.errors import UserError
+from subquad.jobs.conversion import Data
+from subquad.jobs.run import Run
 from subquad.model.base import Converted
 from subquad.model.tasks import TASKS
-from subquad.opening import Data
 from subquad.pretrained.load import Teacher, load_teacher
 from subquad.recipes.stage import Stage
-from subquad.run import Run
 from subquad.select.kl import Train
 
 

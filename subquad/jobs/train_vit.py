@@ -19,11 +19,11 @@ from subquad.distill.loop import run_stage
 from subquad.distill.state import StageResult
 from subquad.errors import UserError
 from subquad.evaluate import likeness
+from subquad.jobs.run import Run, facts, start_run
 from subquad.model.base import plan_of
 from subquad.model.image_student import ImageStudent
 from subquad.recipes.schema import DataConfig, Recipe
 from subquad.recipes.stage import Stage
-from subquad.run import Run, facts, start_run
 
 WIDTH, HEADS, LAYERS = 96, 3, 4
 BATCH = 64

@@ -29,12 +29,12 @@ from subquad.distill.state import StageResult
 from subquad.errors import UserError
 from subquad.evaluate import likelihood, retrieval
 from subquad.evaluate.retrieval import Score
+from subquad.jobs.run import Run, facts, start_run
 from subquad.model.interface import shapes_of
 from subquad.model.student import Student
 from subquad.plan import Plan
 from subquad.recipes.schema import DataConfig, Recipe
 from subquad.recipes.stage import Stage, count_of
-from subquad.run import Run, facts, start_run
 
 CONTEXT = 1024
 LAYERS = range(4, 9)

@@ -11,7 +11,8 @@ from subquad.data.images import ImageSet, load_images, processed_size
 from subquad.data.text import Corpus, load_corpus
 from subquad.errors import UserError
 from subquad.evaluate.harness import load_tasks
-from subquad.fresh import fresh_model
+from subquad.jobs.base_model import fresh_model
+from subquad.jobs.run import Run
 from subquad.mixers import mixer_options
 from subquad.model.base import Converted
 from subquad.model.image_student import image_tokens
@@ -23,7 +24,6 @@ from subquad.plan import ATTENTION, Plan
 from subquad.pretrained.load import Teacher, load_teacher
 from subquad.recipes.load import load_recipe
 from subquad.recipes.schema import NamedMixer, Recipe
-from subquad.run import Run
 from subquad.select import SELECTORS, Budget, check_alternatives, check_selector
 
 CALIBRATION_TOKENS = 1024

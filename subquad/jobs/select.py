@@ -18,18 +18,18 @@ from subquad.data.images import ImageSet
 from subquad.data.text import Corpus
 from subquad.distill.throughput import bare_forward_speed
 from subquad.errors import UserError
+from subquad.jobs.conversion import Data, all_linear, mixers_of, open_data, open_teacher, settled
+from subquad.jobs.run import Run, start_run
+from subquad.jobs.train import align, candidate_training
 from subquad.model.base import Converted
 from subquad.model.interface import shapes_of
 from subquad.model.student import Student
-from subquad.opening import Data, all_linear, mixers_of, open_data, open_teacher, settled
 from subquad.plan import Plan
 from subquad.pretrained.load import Teacher
 from subquad.recipes.schema import Recipe
-from subquad.run import Run, start_run
 from subquad.select import SELECTORS, Bill, Budget, Choice, OnlyTheBill, Question, Work, choose_plan, pareto
 from subquad.select.speed import DecodeCost, decode_cost
 from subquad.select.units import kind_of, layers_in
-from subquad.training import align, candidate_training
 from subquad.utils.progress import StageProgress
 
 SPEED_TOKENS = 512  # that the teacher's speed is measured on, for the bill

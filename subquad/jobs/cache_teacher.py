@@ -1,0 +1,81 @@
+"""The job behind `subquad cache-teacher`: a teacher's likeliest tokens are written to disk once."""
+
+from pathlib import Path
+
+from rich.console import Console
+
+from subquad.data.packing import tokenizer_hash
+from subquad.data.text import Corpus
+from subquad.distill.cache_writer import claim_cache, write_cache
+from subquad.distill.teacher_cache import TeacherCache
+from subquad.errors import UserError
+from subquad.jobs.conversion import open_data, open_teacher, settled
+from subquad.jobs.run import Run, facts, make_accelerator
+from subquad.recipes.schema import Recipe
+from subquad.utils.format import nats, percent, size
+
+
+def cache_teacher(
+    teacher: str = "default",
+    recipe: Recipe | str | Path = "quick",
+    out: str | Path = "teacher-cache",
+    *,
+    data: list[str] | None = None,
+    tokens: int | None = None,
+    sequence_length: int | None = None,
+    top_k: int = 64,
+    batch: int | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+    command: str | None = None,
+) -> TeacherCache:
+    """Writes the teacher's `top_k` likeliest next tokens on the text of `convert` into the folder `out`.
+
+    `tokens`, `sequence_length` and `batch` (rows at a time) default to those of the recipe's first stage on logits.
+    `resume`: go on with an interrupted cache in `out`; `overwrite`: delete an earlier one first. Raises UserError for
+    anything wrong with what was given.
+    """
+    recipe = settled(recipe, teacher, data)
+    out = Path(out)
+    stage = next((stage for stage in recipe.stages if "logits" in stage.weights), None)
+    if stage is not None:
+        tokens, sequence_length = tokens or stage.tokens, sequence_length or stage.sequence_length
+        batch = batch or stage.batch // stage.accumulate
+    if tokens is None or sequence_length is None:
+        raise UserError(f"the recipe '{recipe.name}' has no stage on logits: give --tokens and --sequence-length")
+    run = Run(recipe, out, make_accelerator(out), Console(), resume)
+    if run.accelerator.num_processes > 1:
+        raise UserError("the teacher's cache is written by one process: start the command without accelerate launch")
+    claim_cache(out, resume=resume, overwrite=overwrite)  # now, for what follows takes a while
+    source = open_teacher(run, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
+    corpus = open_data(run, source)
+    if not isinstance(corpus, Corpus):
+        raise UserError(f"only a language model's answers can be written down, and the recipe is for {recipe.task}")
+    run.say(f"teacher: {source.name}; {corpus.amount}")
+    if len(corpus.train) < tokens:
+        run.say(f"the text is shorter than the {tokens:,} tokens that were asked for: all of it is cached")
+    about = facts(run, command)
+    write_cache(
+        out,
+        source,
+        corpus,
+        tokens=tokens,
+        sequence_length=sequence_length,
+        top_k=top_k,
+        batch=batch or 1,
+        resume=resume,
+        console=run.console,
+        about={key: about[key] for key in ("versions", "machine", "command", "commit")},
+    )
+    cache = TeacherCache.open(
+        out, teacher_fingerprint=source.fingerprint, tokenizer_hash=tokenizer_hash(source.tokenizer)
+    )
+    meta = cache.meta
+    run.say(
+        f"{out}: {cache.tokens:,} tokens at {meta['bytes_per_token']:,.0f} bytes, "
+        f"{size(meta['bytes_per_token'] * cache.tokens)} in all; the top {top_k} keep {percent(meta['mass_kept'])} of "
+        f"the mass and lose {nats(meta['kl_lost'])} nats/token; {meta['tokens_per_second']:,.0f} tokens/s"
+    )
+    return cache

@@ -1,0 +1,61 @@
+"""The job behind `subquad eval`: a model is measured beside its teacher."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from subquad.data.text import Corpus
+from subquad.errors import UserError
+from subquad.evaluate import paired_samples
+from subquad.evaluate.suite import measured_rows
+from subquad.jobs.conversion import read_data, settled
+from subquad.model.base import plan_of
+from subquad.model.output_head import check_head
+from subquad.pretrained.load import load_teacher
+from subquad.recipes.load import load_recipe
+from subquad.utils.environment import machine, source_commit, versions
+from subquad.utils.files import write_json
+
+
+def evaluate_model(
+    model: str | Path,
+    *,
+    teacher: str | None = None,
+    data: list[str] | None = None,
+    tasks: list[str] | None = None,
+    limit: int | None = None,
+    changes: list[str] | None = None,
+    json_path: str | Path | None = None,
+    console: Console | None = None,
+    command: str | None = None,
+) -> dict[str, Any]:
+    """Measures a student's folder (or any causal language model) beside its teacher; returns metrics.json's rows.
+
+    `teacher`, `data`, `tasks` and `limit` (documents a task) default to those of the recipe that made the student, of
+    which `changes` (`evaluate.retrieval.count=20`) changes the rest. The model, whatever it is, is the row `student`.
+    Progress is shown on `console`, if there is one. Raises UserError where anything of this is unknown.
+    """
+    recipe_file = Path(model) / "recipe.yaml"
+    if teacher is None and not recipe_file.is_file():
+        raise UserError(f"{model} does not say what its teacher is: give --teacher")
+    recipe = load_recipe(recipe_file if recipe_file.is_file() else "quick", changes or [])
+    given = {key: value for key, value in {"tasks": tasks, "task_limit": limit}.items() if value is not None}
+    recipe.evaluate = recipe.evaluate.model_copy(update=given)
+    recipe = settled(recipe, teacher or recipe.teacher, data)
+    source = load_teacher(recipe.teacher, task=recipe.task, dtype=recipe.dtype)
+    measured = load_teacher(str(model), task=recipe.task, dtype=recipe.dtype).model
+    for one in (source.model, measured):
+        check_head(one)
+    corpus = read_data(recipe, source)
+    plans, settings = {"teacher": plan_of(source.model), "student": plan_of(measured)}, recipe.evaluate
+    metrics = measured_rows({"student": measured}, source, corpus, plans, settings, recipe.dtype, console)
+    if isinstance(corpus, Corpus):
+        prompts, length = settings.prompts, settings.max_new_tokens
+        metrics["samples"] = paired_samples(source.model, measured, source.tokenizer, prompts, length)
+    metrics |= {"teacher_name": source.name, "teacher_fingerprint": source.fingerprint, "versions": versions()}
+    metrics |= {"machine": machine(measured.device), "command": command, "commit": source_commit()}
+    if json_path is not None:
+        write_json(Path(json_path), metrics)
+    return dict(json.loads(json.dumps(metrics)))
