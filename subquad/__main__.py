@@ -1,5 +1,5 @@
 """`python -m subquad`, which is also what `accelerate launch -m subquad convert ...` starts."""
 
-from subquad.cli import main
+from subquad.cli.app import main
 
 main()

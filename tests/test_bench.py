@@ -12,8 +12,8 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from subquad import Plan, Student, UserError, bench, roofline, subjects
-from subquad.cli import app
-from subquad.cli_bench import numbers
+from subquad.cli.app import app
+from subquad.cli.bench import numbers
 from subquad.curves import (
     Forecast,
     Overtaking,

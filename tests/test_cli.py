@@ -13,7 +13,7 @@ from conftest import tiny
 from typer.testing import CliRunner
 
 import subquad
-from subquad.cli import app
+from subquad.cli.app import app
 from subquad.errors import UserError
 from subquad.recipes.load import load_recipe, recipe_names
 
@@ -67,7 +67,7 @@ def test_help_needs_no_heavy_import():
     code = """
 import sys
 from typer.testing import CliRunner
-from subquad.cli import app
+from subquad.cli.app import app
 for command in [[], *([name] for name in sys.argv[1:])]:
     result = CliRunner().invoke(app, [*command, "--help"])
     assert result.exit_code == 0, result.output

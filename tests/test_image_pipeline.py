@@ -12,7 +12,7 @@ from test_images import encoder
 from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification, ViTImageProcessorPil
 from typer.testing import CliRunner
 
-from subquad.cli import app
+from subquad.cli.app import app
 from subquad.data.batch import ImageBatch
 from subquad.errors import UserError
 from subquad.evaluate import likeness

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from test_pipeline import RECIPE
 from typer.testing import CliRunner
 
-from subquad.cli import app
+from subquad.cli.app import app
 from subquad.data.packing import tokenizer_hash
 from subquad.data.text import Corpus, load_corpus
 from subquad.distill import cache_writer, teacher_cache

@@ -141,7 +141,7 @@ def test_an_interrupted_run_ends_the_same(finished, teacher_folder, text, tmp_pa
 PROGRAM = """
 import signal
 signal.signal(signal.SIGINT, signal.default_int_handler)  # tests that run in the background are started to ignore it
-from subquad.cli import main
+from subquad.cli.app import main
 main()
 """
 

@@ -8,7 +8,7 @@ from rich.console import Console
 from test_report import make_plan
 from typer.testing import CliRunner
 
-from subquad.cli import app
+from subquad.cli.app import app
 from subquad.plan import AttentionShape, Plan
 from subquad.report import print_plan
 from subquad.report.plots import MIXER_COLOURS

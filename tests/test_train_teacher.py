@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from subquad.cli import app
+from subquad.cli.app import app
 from subquad.data import curriculum as lessons_module
 from subquad.data.curriculum import SHORTEST, TRAINING_SEEDS, VOCABULARY, Lessons, shares, train_tokenizer
 from subquad.data.packing import document_separator

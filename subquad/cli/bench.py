@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from subquad.cli_options import ModelArgument, command_line
+from subquad.cli.options import ModelArgument, command_line
 from subquad.errors import UserError
 
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from subquad.cli_options import (
+from subquad.cli.options import (
     DataOption,
     OverwriteOption,
     PickleOption,
