@@ -11,10 +11,9 @@ from conftest import make_teacher, tiny
 from rich.console import Console
 from typer.testing import CliRunner
 
-from subquad import Plan, Student, UserError, bench, roofline, subjects
-from subquad.cli.app import app
-from subquad.cli.bench import numbers
-from subquad.curves import (
+from subquad import Plan, Student, UserError
+from subquad.bench import measure, models, roofline
+from subquad.bench.extrapolate import (
     Forecast,
     Overtaking,
     Point,
@@ -26,13 +25,15 @@ from subquad.curves import (
     overtaking,
     spread,
 )
+from subquad.bench.models import Subject, cache_of, within_positions
+from subquad.bench.roofline import Costs, Roof, Work, mixing_flops
+from subquad.cli.app import app
+from subquad.cli.bench import numbers
 from subquad.evaluate import held_cache_bytes
 from subquad.model.cache import CACHE
 from subquad.model.interface import shapes_of
 from subquad.report import draw_bench, print_bench
-from subquad.report.bench import findings
-from subquad.roofline import Costs, Roof, Work, mixing_flops
-from subquad.subjects import Subject, cache_of, within_positions
+from subquad.report.bench_tables import findings
 from subquad.utils import memory
 from subquad.utils.files import make_room, write_json
 
@@ -57,8 +58,8 @@ def folders(tmp_path_factory):
 
 def make_small(monkeypatch):
     """Few rounds, and a roofline that needs no copy of 256 MiB."""
-    monkeypatch.setattr(bench, "ROUNDS", (2, 2))
-    monkeypatch.setattr(bench, "measure_roof", lambda *_: Roof(1e12, 1e12))
+    monkeypatch.setattr(measure, "ROUNDS", (2, 2))
+    monkeypatch.setattr(measure, "measure_roof", lambda *_: Roof(1e12, 1e12))
 
 
 @pytest.fixture
@@ -72,8 +73,8 @@ def report(folders):
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as monkeypatch:
         make_small(monkeypatch)
-        monkeypatch.setattr(bench, "expected", lambda costs, context: math.inf if context > 32 else 0.0)
-        return bench.bench(
+        monkeypatch.setattr(measure, "expected", lambda costs, context: math.inf if context > 32 else 0.0)
+        return measure.bench(
             folders[1], contexts=CONTEXTS, batches=[2, 1, 2], seconds=60, command="subquad bench it", seed=3
         )
 
@@ -124,10 +125,10 @@ def test_the_order_is_that_of_the_turns():
     def turn_of(name):
         return lambda: (taken.append(name), ({"decode": float(len(taken))}, None))[1]
 
-    order, samples = bench.race({"a": turn_of("a"), "b": turn_of("b")}, (3, 9), 0)
+    order, samples = measure.race({"a": turn_of("a"), "b": turn_of("b")}, (3, 9), 0)
     assert [name for names in order for name in names] == taken == ["a", "b", "b", "a", "a", "b"]
     assert samples == {("a", "decode"): [1, 4, 5], ("b", "decode"): [2, 3, 6]}
-    assert len(bench.race({"a": turn_of("a")}, (3, 9), 60)[0]) == 9
+    assert len(measure.race({"a": turn_of("a")}, (3, 9), 60)[0]) == 9
 
 
 def test_a_cache_holds_what_the_plan_says(report):
@@ -146,23 +147,23 @@ def test_extrapolated_rows_say_from_what_and_how(report):
 
 
 def test_the_two_shortest_are_measured_whatever_they_take(folders, small):
-    report = bench.bench(folders[0], against="none", contexts=[64, 8, 32], seconds=1e-9)
+    report = measure.bench(folders[0], against="none", contexts=[64, 8, 32], seconds=1e-9)
     assert {row["model"] for row in report["cells"]} == {"model"}
     assert {row["context"]: row["measured"] for row in report["cells"]} == {8: True, 32: True, 64: False}
     assert report["overtakes"] == []
 
 
 def test_what_does_not_fit_into_memory_is_not_tried(folders, small, monkeypatch):
-    monkeypatch.setattr(bench, "available_bytes", lambda _: 3 * 16 * 3 * 2 * 2 * 8 * 4 / 0.9)
-    report = bench.bench(folders[0], against=folders[0], contexts=[8, 16, 32], seconds=60)
+    monkeypatch.setattr(measure, "available_bytes", lambda _: 3 * 16 * 3 * 2 * 2 * 8 * 4 / 0.9)
+    report = measure.bench(folders[0], against=folders[0], contexts=[8, 16, 32], seconds=60)
     decoding = {row["context"]: row for row in rows_of(report, measure="decode", model="teacher")}
     assert [row["measured"] for row in decoding.values()] == [True, True, False]
     assert decoding[32]["too_little"] == "memory"
 
 
 def test_where_nothing_is_known_nothing_is_claimed(folders, small, monkeypatch):
-    monkeypatch.setattr(bench, "available_bytes", lambda _: 0)
-    report = bench.bench(folders[1], contexts=[8, 16], seconds=60)
+    monkeypatch.setattr(measure, "available_bytes", lambda _: 0)
+    report = measure.bench(folders[1], contexts=[8, 16], seconds=60)
     assert all(row["seconds"] is None and row["peak_bytes"] is None for row in report["cells"])
     assert report["overtakes"] == []
     assert printed(report).count("–") == 2 * 2 * 5
@@ -280,13 +281,13 @@ def test_models_of_other_vocabularies_are_refused(folders, tmp_path):
     make_teacher(tmp_path)
     tiny("llama", vocab_size=101).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="has a vocabulary of 97 tokens and .* one of 101"):
-        bench.bench(folders[1], against=str(tmp_path), contexts=[8])
+        measure.bench(folders[1], against=str(tmp_path), contexts=[8])
 
 
 def test_without_a_recipe_there_is_no_other_model(folders):
-    opened, dtype = subjects.open_subjects(folders[0], None, None, "cpu")
+    opened, dtype = models.open_subjects(folders[0], None, None, "cpu")
     assert [subject.name for subject in opened] == ["model"] and dtype == "float32"
-    opened, dtype = subjects.open_subjects(folders[1], None, "bfloat16", "cpu")
+    opened, dtype = models.open_subjects(folders[1], None, "bfloat16", "cpu")
     assert [subject.name for subject in opened] == ["student", "teacher"] and dtype == "bfloat16"
     assert {subject.model.dtype for subject in opened} == {torch.bfloat16}
 

@@ -238,7 +238,7 @@ def test_interrupted_says_how_to_go_on(already, run, called):
     [
         (["generate", "folder", "Once"], "generate", "subquad.jobs.evaluate"),
         (["eval", "folder"], "evaluate_model", "subquad.jobs.evaluate"),
-        (["bench", "folder"], "bench", "subquad.bench"),
+        (["bench", "folder"], "bench", "subquad.bench.measure"),
     ],
 )
 def test_interrupted_where_there_is_nothing_to_go_on_from(command, name, module, run, called):

@@ -10,9 +10,9 @@ from test_report import make_plan, make_run
 from typer.testing import CliRunner
 
 from subquad.cli.app import app
-from subquad.compare import Comparison, Row, compare_runs, differences, print_comparison
 from subquad.errors import UserError
 from subquad.plan import AttentionShape, Plan
+from subquad.report.compare import Comparison, Row, compare_runs, differences, print_comparison
 
 RECIPE = {
     "name": "quick",

@@ -26,7 +26,7 @@ from subquad.plan import Plan
 from subquad.pretrained.load import load_teacher
 from subquad.recipes.load import load_recipe, recipe_names
 from subquad.report import write_report
-from subquad.report.run import read_run
+from subquad.report.run_files import read_run
 
 T = 17  # a class token and 4 x 4 patches
 QUICK = [f"stages.{stage}.{key}" for stage in ("bridge", "distill") for key in (f"tokens={8 * 4 * T}", "batch=4")]

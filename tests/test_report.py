@@ -17,7 +17,7 @@ from subquad.errors import UserError
 from subquad.plan import AttentionShape, Plan
 from subquad.report import plan_picture, print_table, write_model_card, write_picture, write_report
 from subquad.report.plots import picture
-from subquad.report.run import read_run
+from subquad.report.run_files import read_run
 from subquad.report.score_plots import draw_front, draw_path, scores_picture
 from subquad.report.scores import ReplacementPath, Scores
 from subquad.select.budget import Budget

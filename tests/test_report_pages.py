@@ -17,7 +17,7 @@ from subquad.report import plots, write_report
 from subquad.report.overview import draw_overview, overview
 from subquad.report.plots import picture, stage_picture
 from subquad.report.retrieval_plots import depth_picture
-from subquad.report.run import read_run
+from subquad.report.run_files import read_run
 from subquad.utils import format as fmt
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

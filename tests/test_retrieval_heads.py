@@ -16,8 +16,8 @@ from subquad.model.mixed_attention import Pass
 from subquad.model.student import Student
 from subquad.plan import Plan
 from subquad.select import Budget, Choice, Work, choose_plan, retrieval_scores, units_of
+from subquad.select.ablation import Silence, silence_bill
 from subquad.select.retrieval_heads import _role, _sources
-from subquad.select.silence import Silence, silence_bill
 
 
 def probe_of(rows=6, length=24, seed=0, vocabulary=90):

@@ -29,10 +29,10 @@ from subquad.select import (
 )
 from subquad.select import gates as gating
 from subquad.select.alignment import alignment_losses
-from subquad.select.board import first_difference, without
 from subquad.select.greedy import greedy_path
 from subquad.select.halo import halo_scores
 from subquad.select.kl import candidates, gains_of, kl_without_training, round_tokens
+from subquad.select.supernet import first_difference, without
 from subquad.select.task import TaskScore, task_score
 from subquad.select.units import kind_of
 from subquad.select.work import bootstrap

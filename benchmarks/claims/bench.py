@@ -29,7 +29,7 @@ from subquad.model.tasks import TEXT
 from subquad.plan import JoinStart, Plan
 from subquad.pretrained.load import Teacher, load_teacher
 from subquad.recipes.stage import Stage
-from subquad.select.silence import Kind
+from subquad.select.ablation import Kind
 from subquad.utils.files import first_line, write_json
 
 SMALL_TEACHER = "tests/assets/small-teacher"

@@ -39,8 +39,8 @@ from subquad.model.student import Student, cache_after
 from subquad.plan import Join, Plan
 from subquad.recipes.stage import Stage
 from subquad.select import Work, retrieval_scores, uniform_layers
+from subquad.select.ablation import Kind
 from subquad.select.budget import largest_within
-from subquad.select.silence import Kind
 from subquad.utils.timing import clock
 
 PARTS = ("ablation", "heads", "join", "state", "serving")

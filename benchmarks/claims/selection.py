@@ -36,7 +36,7 @@ from subquad.model.student import Student
 from subquad.plan import Plan
 from subquad.recipes.stage import Stage
 from subquad.select import SELECTORS, Board, Budget, Choice, Question, Work
-from subquad.select.board import without
+from subquad.select.supernet import without
 from subquad.select.task import TaskScore, task_score
 from subquad.select.units import Wish, heads_of, units_of
 

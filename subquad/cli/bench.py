@@ -71,7 +71,7 @@ def bench(
     rows = numbers(batches, "--batch", "numbers of sequences with commas between them, such as 1,4")
     from rich.console import Console
 
-    from subquad.bench import bench as run
+    from subquad.bench.measure import bench as run
     from subquad.report import draw_bench, print_bench
     from subquad.utils.files import make_room, write_json
 

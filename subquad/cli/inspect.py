@@ -63,6 +63,6 @@ def compare(
     """
     from rich.console import Console
 
-    from subquad.compare import compare_runs, print_comparison
+    from subquad.report.compare import compare_runs, print_comparison
 
     print_comparison(compare_runs(run_a, run_b, json_path=json_path), Console())

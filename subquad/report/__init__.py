@@ -4,10 +4,10 @@ Everything is read back from the files of the run folder, so that a report can b
 finished run or from one that only got so far. Every number comes from those files (or is the ratio of two that do).
 """
 
-from subquad.report.bench import draw_bench, print_bench
+from subquad.report.bench_tables import draw_bench, print_bench
 from subquad.report.card import write_model_card
 from subquad.report.page import write_report
-from subquad.report.plan import print_plan
+from subquad.report.plan_table import print_plan
 from subquad.report.plots import plan_picture, write_picture
 from subquad.report.table import print_table
 

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 
 from subquad.report.metrics import Variant
 from subquad.report.plots import STUDENT, TEACHER, in_bytes, legend_above
-from subquad.report.run import Run
+from subquad.report.run_files import Run
 from subquad.utils import format as fmt
 from subquad.utils.format import NAN
 

@@ -25,7 +25,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocat
 from subquad.errors import UserError
 from subquad.plan import Plan
 from subquad.report.metrics import Metrics
-from subquad.report.run import LossPoint, Run, read_run
+from subquad.report.run_files import LossPoint, Run, read_run
 from subquad.utils import format as fmt
 from subquad.utils.format import NAN
 

@@ -1,13 +1,14 @@
 """The result in the terminal: held-out text, retrieval, tasks, the stages, what both models write, what was found."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from subquad.report.console import _style, _table
 from subquad.report.metrics import Answer, Band, Likeness, Measure, Metrics, Sample, Variant, check_metrics
 from subquad.utils import format as fmt
 from subquad.utils.format import NAN
@@ -23,19 +24,6 @@ def print_table(metrics: Mapping[str, Any], console: Console) -> None:
         console.print(_sample(sample))
     for verdict in checked.verdicts:
         console.print(Text(f"· {verdict}"))
-
-
-def _table(title: str, headings: Iterable[str], words: int = 1) -> Table:
-    """A table whose first columns, so many of them, hold words, and the others numbers."""
-    table = Table(title=Text(title), title_justify="left", box=None, header_style="bold", pad_edge=False)
-    for index, heading in enumerate(headings):
-        word = index < words
-        table.add_column(Text(heading), justify="left" if word else "right", style=_style(heading), no_wrap=word)
-    return table
-
-
-def _style(name: str) -> str:
-    return "bold" if name == "student" else ""
 
 
 def _images(metrics: Metrics) -> Table:

@@ -5,13 +5,12 @@ says what each is worth, or in which order they go; the budget says how much may
 budget. CONTRIBUTING.md says how to add a selector.
 """
 
-from subquad.select.board import Board
 from subquad.select.budget import Budget
-from subquad.select.choice import Choice, Question, choose_plan, pareto
+from subquad.select.ranking import Choice, Question, choose_plan, pareto
 from subquad.select.retrieval_heads import RetrievalScores, retrieval_scores
 from subquad.select.selectors import SELECTORS, Selector, check_alternatives, check_selector
-from subquad.select.uniform import uniform_layers
-from subquad.select.units import Unit, units_of
+from subquad.select.supernet import Board
+from subquad.select.units import Unit, uniform_layers, units_of
 from subquad.select.work import OnlyTheBill, Work
 from subquad.utils.token_cost import Bill
 

@@ -20,7 +20,7 @@ from subquad.distill.layer_losses import output_distance
 from subquad.model.base import Converted
 from subquad.model.interface import find_attention
 from subquad.model.output_head import final_hidden
-from subquad.select.board import Board
+from subquad.select.supernet import Board
 from subquad.select.units import Unit, heads_of, layers_in
 from subquad.select.work import Work
 from subquad.utils.token_cost import Bill

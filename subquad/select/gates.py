@@ -26,8 +26,8 @@ from torch import Tensor
 
 from subquad.model.mixed_attention import Pass
 from subquad.model.output_head import Head, final_hidden
-from subquad.select.board import Board
 from subquad.select.kl import kl
+from subquad.select.supernet import Board
 from subquad.select.units import Unit
 from subquad.select.work import Work
 from subquad.utils.token_cost import Bill

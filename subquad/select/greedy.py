@@ -18,7 +18,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from subquad.plan import Plan
-from subquad.select.board import Board, without
+from subquad.select.supernet import Board, without
 from subquad.select.task import TaskScore
 from subquad.select.units import Unit, heads_of
 from subquad.select.work import Work

@@ -20,7 +20,7 @@ from subquad.evaluate.retrieval import answers
 from subquad.model.base import Converted
 from subquad.model.output_head import final_hidden, head_logits
 from subquad.plan import Plan
-from subquad.select.board import Board, passes
+from subquad.select.supernet import Board, passes
 from subquad.select.task import TaskScore
 from subquad.select.work import Work
 from subquad.utils.token_cost import Bill

@@ -29,7 +29,7 @@ from subquad.distill.logit_losses import FromHidden, chunked_loss
 from subquad.model.base import Converted
 from subquad.model.output_head import Head, final_hidden
 from subquad.plan import Plan
-from subquad.select.board import Board, passes, without
+from subquad.select.supernet import Board, passes, without
 from subquad.select.units import Unit
 from subquad.select.work import Work
 from subquad.utils.token_cost import Bill

@@ -23,7 +23,7 @@ from subquad.model.interface import shapes_of, watched_attention
 from subquad.model.output_head import final_hidden
 from subquad.model.student import Student
 from subquad.plan import Plan
-from subquad.select.silence import Measure, Silence, measure_of, silence_bill
+from subquad.select.ablation import Measure, Silence, measure_of, silence_bill
 from subquad.select.units import Unit, by_layer, units_of
 from subquad.select.work import Work
 

@@ -15,15 +15,14 @@ from subquad.data.probes import TASKS, make_probe
 from subquad.errors import UserError, nearest
 from subquad.evaluate.retrieval import usable
 from subquad.recipes.schema import Recipe, SelectorConfig
-from subquad.select import alignment, gates, halo, kl, silence
-from subquad.select.board import passes
+from subquad.select import ablation, alignment, gates, halo, kl
 from subquad.select.budget import Budget
-from subquad.select.choice import Choice, Question
 from subquad.select.greedy import greedy_path
+from subquad.select.ranking import Choice, Question
 from subquad.select.retrieval_heads import retrieval_scores
+from subquad.select.supernet import passes
 from subquad.select.task import Score, task_score
-from subquad.select.uniform import uniform_layers
-from subquad.select.units import Wish, by_layer, layers_in
+from subquad.select.units import Wish, by_layer, layers_in, uniform_layers
 from subquad.select.work import bootstrap
 from subquad.utils.token_cost import Bill
 
@@ -122,7 +121,7 @@ def by_retrieval_heads(
     tasks: Sequence[str] = ("dictionary",),
     context: int = 512,
     rows: int = 64,
-    measure: silence.Measure = "auto",
+    measure: ablation.Measure = "auto",
     top: int | None = None,
     confidence: float = 0.95,
     seed: int = 0,

@@ -54,3 +54,8 @@ def by_layer(values: Sequence[Any], units: Sequence[Unit]) -> list[Any]:
     for value, unit in zip(values, units, strict=True):
         table[unit[0][0]].append(value)
     return table
+
+
+def uniform_layers(layers: int, count: int) -> list[int]:
+    """`count` of `layers` layer indices, at the centres of `count` equal stretches."""
+    return [int((index + 0.5) * layers / count) for index in range(count)]

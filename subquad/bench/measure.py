@@ -24,12 +24,23 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from subquad.curves import Curve, Forecast, Point, Spread, expected, fit, forecast, forecast_beside, overtaking, spread
+from subquad.bench.extrapolate import (
+    Curve,
+    Forecast,
+    Point,
+    Spread,
+    expected,
+    fit,
+    forecast,
+    forecast_beside,
+    overtaking,
+    spread,
+)
+from subquad.bench.models import Subject, cache_of, max_positions, open_subjects, within_positions
+from subquad.bench.roofline import Roof, measure_roof
 from subquad.errors import UserError
 from subquad.evaluate import held_cache_bytes
 from subquad.model.cache import CACHE
-from subquad.roofline import Roof, measure_roof
-from subquad.subjects import Subject, cache_of, max_positions, open_subjects, within_positions
 from subquad.utils.environment import machine, source_commit, versions
 from subquad.utils.logging import quiet
 from subquad.utils.memory import available_bytes, held_bytes, peak_memory_bytes, release_free_memory, reset_peak_memory

@@ -19,8 +19,8 @@ from subquad.evaluate import paired_gain
 from subquad.mixers import mixer_options
 from subquad.plan import Plan
 from subquad.report.metrics import Answer, Measure, Metrics, StageRecord, Variant
-from subquad.report.plan import CONTEXTS
-from subquad.report.run import Run, read_run
+from subquad.report.plan_table import CONTEXTS
+from subquad.report.run_files import Run, read_run
 from subquad.utils import format as fmt
 from subquad.utils.files import write_json
 from subquad.utils.format import NAN

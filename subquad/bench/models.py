@@ -15,13 +15,13 @@ import torch
 from torch import nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
+from subquad.bench.roofline import Costs
 from subquad.errors import UserError
 from subquad.model.base import plan_of
 from subquad.model.student import Student, cache_after
 from subquad.plan import ATTENTION, Plan
 from subquad.pretrained.load import load_teacher
 from subquad.recipes.load import load_recipe
-from subquad.roofline import Costs
 
 
 @dataclass(frozen=True)

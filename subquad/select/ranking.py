@@ -12,11 +12,11 @@ from subquad.data.text import Corpus
 from subquad.model.base import Converted
 from subquad.plan import ATTENTION, AttentionShape, Join, Plan, dtype_name
 from subquad.pretrained.load import Teacher
-from subquad.select.board import Board
 from subquad.select.budget import Budget, Cost
 from subquad.select.cost import best_units, front
 from subquad.select.kl import Train
 from subquad.select.knapsack import solve
+from subquad.select.supernet import Board
 from subquad.select.units import Unit, Wish, heads_of, kind_of, layers_in, units_of
 from subquad.select.work import Work
 
