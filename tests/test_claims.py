@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from rich.console import Console
-from test_image_pipeline import write_pictures
 
 from benchmarks.claims import cab, cab_vision, matrices, mohawk, retrieval_aware, selection
 from benchmarks.claims.bench import SMALL_TEACHER
@@ -14,6 +13,7 @@ from benchmarks.claims.rankings import overlap, spearman
 from benchmarks.claims.runs import Mean, Store
 from benchmarks.claims.tuning import Tuned, lowest
 from subquad.jobs.train_vit import train_vit
+from tests.helpers import write_pictures
 
 
 def test_finished_runs_are_not_run_again(tmp_path):

@@ -7,9 +7,6 @@ from typing import get_args
 from unittest.mock import patch
 
 import pytest
-from conftest import make_teacher, make_text
-from test_image_pipeline import converted_classifier
-from test_pipeline import RECIPE
 
 from subquad.data.probes import TASKS
 from subquad.jobs.convert import convert
@@ -18,6 +15,7 @@ from subquad.recipes.load import load_recipe, recipe_names
 from subquad.recipes.schema import Probe, Recipe
 from subquad.recipes.stage import Objective
 from subquad.select import SELECTORS
+from tests.helpers import RECIPE, converted_classifier, make_teacher, make_text
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

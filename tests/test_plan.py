@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from conftest import FAMILIES, tiny
 
 from subquad.errors import UserError
 from subquad.evaluate import held_cache_bytes
 from subquad.model.interface import shapes_of
 from subquad.model.student import Student
 from subquad.plan import AttentionShape, Plan
+from tests.helpers import FAMILIES, tiny
 
 SHAPE = AttentionShape(heads=6, kv_heads=2, head_dim=8, hidden_size=48)
 

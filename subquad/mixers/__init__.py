@@ -1,4 +1,4 @@
-"""Token mixers, one file each. To add one: write the file, add a row here and one in tests/test_mixers.py."""
+"""Token mixers, one file each. To add one: write the file, add a row here and one in tests/mixers/test_mixers.py."""
 
 from typing import Any
 

@@ -1,0 +1,298 @@
+"""From a model of images to a folder that transformers loads, by the same command as for text."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification
+from typer.testing import CliRunner
+
+from subquad.cli.app import app
+from subquad.data.batch import ImageBatch
+from subquad.errors import UserError
+from subquad.evaluate import likeness
+from subquad.jobs import convert, evaluate
+from subquad.jobs.conversion import settled
+from subquad.jobs.train_vit import train_vit
+from subquad.model.base import plan_of
+from subquad.model.image_student import ImageStudent
+from subquad.model.saliency import SaliencyConfig, SaliencyModel, saliency_distance
+from subquad.plan import Plan
+from subquad.pretrained.load import load_teacher
+from subquad.recipes.load import load_recipe, recipe_names
+from subquad.report import write_report
+from subquad.report.run_files import read_run
+from tests.helpers import encoder, saved, write_pictures
+
+T = 17  # a class token and 4 x 4 patches
+QUICK = [f"stages.{stage}.{key}" for stage in ("bridge", "distill") for key in (f"tokens={8 * 4 * T}", "batch=4")]
+QUICK += ["evaluate.rows=20", "data.heldout_fraction=0.1"]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return write_pictures(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.fixture(scope="module")
+def classifier_folder(tmp_path_factory):
+    model = encoder("vit", AutoModelForImageClassification, num_labels=4)
+    return saved(tmp_path_factory.mktemp("teachers") / "vit", model)
+
+
+@pytest.fixture(scope="module")
+def encoder_folder(tmp_path_factory):
+    return saved(tmp_path_factory.mktemp("teachers") / "dinov2", encoder("dinov2_with_registers"))
+
+
+@pytest.fixture(scope="module")
+def converted(classifier_folder, pictures, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "vit"
+    changes = [argument for change in QUICK for argument in ("--set", change)]
+    what = ["convert", classifier_folder, "--task", "image-classification", "--data", pictures, "--out", str(out)]
+    ran = CliRunner().invoke(app, [*what, *changes, "--budget", "1"])
+    assert ran.exit_code == 0, ran.output
+    return out
+
+
+def test_a_classifier_becomes_a_student(converted):
+    metrics = json.loads((converted / "metrics.json").read_text())
+    student, teacher, untrained = (metrics[name]["images"] for name in ("student", "teacher", "untrained"))
+    assert teacher["kl"] == teacher["distance"] == 0 and teacher["agreement"] == 1 and teacher["count"] == 20
+    assert 0 < student["kl"] < untrained["kl"] and 0 <= student["accuracy"] <= 1
+    assert metrics["stages"][0]["tokens"] == 8 * 4 * T and "window" not in metrics
+    assert any(line.startswith("training against none: won on 20 images") for line in metrics["verdicts"])
+    assert metrics["text"][0]["sha256"] and metrics["student"]["attention_layers"] == [1]
+    card = (converted / "README.md").read_text()
+    assert (
+        "pipeline_tag: image-classification" in card and "AutoModelForImageClassification, AutoImageProcessor" in card
+    )
+    page = (converted / "report.html").read_text()
+    assert "On images it has not seen" in page and "same class as the teacher" in page and "Perplexity" not in page
+
+
+def test_the_folder_loads_with_transformers(converted, pictures):
+    """In a new process, by the auto classes; and an image of another size works."""
+    program = (
+        "import torch\nfrom transformers import AutoImageProcessor, AutoModelForImageClassification\n"
+        f"model = AutoModelForImageClassification.from_pretrained({str(converted)!r}, trust_remote_code=True)\n"
+        f"processor = AutoImageProcessor.from_pretrained({str(converted)!r})\n"
+        "torch.manual_seed(0)\npixels = torch.randn(2, 3, 32, 32)\n"
+        "print(type(model).__name__, processor.size['height'], *model(pixels).logits.shape,\n"
+        "      *model(torch.randn(1, 3, 64, 48)).logits.shape, model(pixels).logits.sum().item())\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stderr
+    name, *numbers, total = ran.stdout.split()
+    assert name == "ImageStudent" and numbers == ["32", "2", "4", "1", "4"]
+    torch.manual_seed(0)
+    with torch.no_grad():
+        wanted = ImageStudent.from_pretrained(converted)(torch.randn(2, 3, 32, 32)).logits.sum().item()
+    assert float(total) == pytest.approx(wanted, rel=1e-4)
+
+
+def test_it_is_measured_again(converted, capsys):
+    before = json.loads((converted / "metrics.json").read_text())
+    again = evaluate.evaluate_model(converted, json_path=converted / "eval.json")
+    for measure, value in before["student"]["images"].items():
+        assert again["student"]["images"][measure] == pytest.approx(value, rel=1e-4, abs=1e-6)  # float32
+    write_report(converted)
+    assert read_run(converted).evaluation.student.images.count == 20
+    ran = CliRunner().invoke(app, ["eval", str(converted)])
+    assert ran.exit_code == 0 and "20 held-out images" in ran.output and "Held-out text" not in ran.output
+
+
+@pytest.mark.parametrize("name", [name for name in recipe_names() if load_recipe(name).task != "text-generation"])
+def test_every_recipe_of_images_runs(name, classifier_folder, encoder_folder, pictures, tmp_path):
+    recipe = load_recipe(name, [*QUICK, "data.max_images=20"])
+    teacher = classifier_folder if recipe.task == "image-classification" else encoder_folder
+    convert.convert(teacher, recipe, tmp_path / "run", data=[pictures])
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert [stage["name"] for stage in metrics["stages"]] == [stage.name for stage in recipe.stages]
+
+
+def test_an_encoder_becomes_a_student_by_its_features(encoder_folder, pictures, tmp_path):
+    recipe = load_recipe("cab-features-quick", QUICK)
+    student = convert.convert(encoder_folder, recipe, tmp_path / "run", data=[pictures])
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["student"]["images"]["distance"] < metrics["untrained"]["images"]["distance"]
+    assert "kl" not in metrics["student"]["images"] and not student.config.classifies
+    loaded = load_teacher(str(tmp_path / "run"), task="image-feature-extraction")
+    pixels = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(loaded.model(pixels).last_hidden_state, student(pixels).last_hidden_state)
+    assert AutoImageProcessor.from_pretrained(tmp_path / "run").size == loaded.reader.size
+
+
+def test_an_interrupted_run_goes_on(classifier_folder, pictures, tmp_path, monkeypatch):
+    recipe = load_recipe("cab-vision-quick", QUICK)
+    whole = convert.convert(classifier_folder, recipe, tmp_path / "whole", data=[pictures])
+    stages = convert.train_stages
+
+    def cut(*args, scope, **how):
+        if scope == "plan":
+            stages(*args, scope=scope, **how)
+            raise KeyboardInterrupt
+        return stages(*args, scope=scope, **how)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(convert, "train_stages", cut)
+        convert.convert(classifier_folder, recipe, tmp_path / "cut", data=[pictures])
+    again = convert.convert(classifier_folder, recipe, tmp_path / "cut", data=[pictures], resume=True)
+    for one, other in zip(whole.parameters(), again.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_dry_run_writes_nothing(classifier_folder, pictures, tmp_path):
+    changes = [argument for change in QUICK for argument in ("--set", change)]
+    what = ["convert", classifier_folder, "--task", "image-classification", "--data", pictures, "--dry-run"]
+    ran = CliRunner().invoke(app, [*what, *changes, "--out", str(tmp_path / "run")])
+    assert ran.exit_code == 0, ran.output
+    assert "36 images of 17 tokens" in ran.output and "nothing was written" in ran.output
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_smaller_student_of_its_own(classifier_folder, pictures, tmp_path):
+    changes = [*QUICK, "student.changes.num_hidden_layers=2", "student.start=teacher"]
+    student = convert.convert(
+        classifier_folder, load_recipe("cab-vision-quick", changes), tmp_path / "run", data=[pictures]
+    )
+    assert student.plan.num_layers == 2 and student.config.classifies
+
+
+REFUSED = {
+    "no data": (None, [], "image-classification needs one set of images: name it with --data"),
+    "selector": ("pictures", ["selector.by=kl"], "selector 'kl' measures on text, and the recipe is for image"),
+    "budget": ("pictures", ["selector.budget=1MiB@1k"], "a model of images has neither: give a number of layers"),
+    "tied": ("pictures", ["tied_embeddings=untie"], "tied_embeddings is of language models"),
+    "cache": (
+        "pictures",
+        ["stages.distill.objective=logits", "stages.distill.teacher_cache=x"],
+        "teacher_cache, which holds answers to text",
+    ),
+    "direction": ("pictures", ["mixer.options.bidirectional=false"], "looks back only, and ViTForImageClassification"),
+    "task": ("pictures", ["task=image-feature-extraction"], "is no image encoder without a head but a ViTFor"),
+    "selector's name": ("pictures", ["selector.by=uniforn"], "unknown selector 'uniforn'"),
+    "tokens": ("pictures", ["data.max_tokens=1k"], "data.max_tokens counts text: give data.max_images"),
+    "tasks": ("pictures", ["evaluate.tasks=[arc_easy]"], "evaluate.tasks are of language models"),
+    "rows": ("pictures", ["evaluate.rows=21"], "21 images are wanted of the part 'test', which has 20"),
+}
+
+
+@pytest.mark.parametrize("wrong", REFUSED)
+def test_what_cannot_be_is_refused(wrong, classifier_folder, pictures, tmp_path):
+    data, changes, message = REFUSED[wrong]
+    recipe = load_recipe("cab-vision-quick", [*QUICK, *changes])
+    with pytest.raises(UserError, match=message):
+        convert.convert(classifier_folder, recipe, tmp_path / "run", data=data and [pictures])
+
+
+def test_teachers_of_images_are_checked(classifier_folder, encoder_folder, tmp_path):
+    with pytest.raises(UserError, match="no default teacher for image-classification"):
+        load_teacher(task="image-classification")
+    with pytest.raises(UserError, match="is no model for image classification but a Dinov2WithRegistersModel"):
+        load_teacher(encoder_folder, task="image-classification")
+    with pytest.raises(UserError, match="is no causal language model but a ViTForImageClassification"):
+        load_teacher(classifier_folder)
+    encoder("vit", AutoModelForImageClassification, num_labels=2).save_pretrained(tmp_path)
+    assert load_teacher(str(tmp_path), task="image-classification").reader.size["height"] == 32  # the model's own
+
+
+def test_too_many_classes(pictures, tmp_path):
+    folder = saved(tmp_path / "two", encoder("vit", AutoModelForImageClassification, num_labels=2))
+    with pytest.raises(UserError, match="has 4 classes, and two knows 2"):
+        convert.convert(folder, load_recipe("cab-vision-quick", QUICK), tmp_path / "run", data=[pictures])
+
+
+def test_likeness_is_what_it_says(pictures, classifier_folder):
+    """Against arithmetic on the models' own answers, with one image unlabelled, in batches that do not divide."""
+    teacher = load_teacher(classifier_folder, task="image-classification").model
+    shapes = plan_of(teacher).shapes
+    plan = Plan.by_layer(shapes, [0], "gla", {"bidirectional": True})
+    student = ImageStudent.from_teacher(teacher, plan)
+    pixels, labels = torch.randn(5, 3, 32, 32), torch.tensor([0, 1, 2, -100, 3])
+    found = likeness(
+        {"student": student}, teacher, [ImageBatch(pixels[:3], labels[:3]), ImageBatch(pixels[3:], labels[3:])]
+    )["student"]
+    with torch.no_grad():
+        mine, theirs = student(pixels).logits.log_softmax(-1), teacher(pixels).logits.log_softmax(-1)
+    kl = (theirs.exp() * (theirs - mine)).sum(-1)
+    right = (mine.argmax(-1) == labels)[labels >= 0].float()
+    assert found["kl"] == pytest.approx(kl.mean().item(), rel=1e-4)
+    assert found["samples"] == pytest.approx(kl.tolist(), rel=1e-3, abs=1e-6)
+    assert found["kl_stderr"] == pytest.approx(kl.std().item() / 5**0.5, rel=1e-3)
+    assert found["accuracy"] == pytest.approx(right.mean().item()) and found["count"] == 5
+    assert found["agreement"] == pytest.approx((mine.argmax(-1) == theirs.argmax(-1)).float().mean().item())
+
+
+def test_a_small_vit_learns(pictures, tmp_path):
+    metrics = train_vit(pictures, tmp_path / "vit", epochs=60, size=32, patch=8)
+    assert metrics["accuracy"] > 0.5 and metrics["train_images"] == 39 and metrics["test_images"] == 20
+    teacher = load_teacher(str(tmp_path / "vit"), task="image-classification")
+    assert (
+        teacher.model.config.num_labels == 4 and "% on 20 test images" in (tmp_path / "vit" / "README.md").read_text()
+    )
+    with pytest.raises(UserError, match="32 pixels are not cut into patches of 5"):
+        train_vit(pictures, tmp_path / "other", size=32, patch=5)
+
+
+# Saliency ------------------------------------------------------------------------------------------------------------
+
+
+def saliency_teacher():
+    torch.manual_seed(0)
+    inside = encoder("dinov2_with_registers")
+    model = SaliencyModel(SaliencyConfig(encoder_config=inside.config.to_dict(), widths=(8, 4)))
+    model.encoder.load_state_dict(inside.state_dict())
+    return model.eval().requires_grad_(False)
+
+
+def test_a_saliency_model_is_converted_by_its_map(pictures, tmp_path):
+    folder = saved(tmp_path / "teacher", saliency_teacher())
+    changes = [*QUICK, "stages.distill.objective=saliency", f"stages.distill.tokens={40 * 4 * T}"]
+    recipe = load_recipe("cab-features-quick", changes)
+    student = convert.convert(folder, recipe, tmp_path / "run", data=[pictures])
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["teacher"]["images"]["saliency"] == 0
+    assert 0 < metrics["student"]["images"]["saliency"] < metrics["untrained"]["images"]["saliency"]
+    loaded = AutoModel.from_pretrained(tmp_path / "run")
+    pixels = torch.randn(2, 3, 64, 48)  # another size
+    with torch.no_grad():
+        assert torch.equal(loaded(pixels).saliency, student(pixels).saliency)
+    assert loaded(pixels).saliency.shape == (2, 64, 48)
+
+
+def test_the_map_is_of_the_pixels_that_the_patches_are_of():
+    model = saliency_teacher()
+    flat = torch.zeros(1, 3, 32, 32)
+    spot = flat.clone()
+    spot[..., :8, 24:] = 4.0  # one patch, in the corner
+    hidden = [model(pixels).last_hidden_state for pixels in (flat, spot)]
+    there = hidden[0].clone()
+    there[:, 5 + 3] = hidden[1][:, 5 + 3]  # five tokens are no patches; the fourth patch of the first row
+    change = (model.decode(there, (32, 32)) - model.decode(hidden[0], (32, 32)))[0].abs()
+    assert change[:8, 24:].mean() > 10 * change[16:, :16].mean()
+
+
+def test_a_map_is_nothing_away_from_itself():
+    map_BHW = torch.randn(2, 5, 5)
+    assert saliency_distance(map_BHW, map_BHW).abs() < 1e-6
+    other_BHW = torch.randn(2, 5, 5)
+    p, q = map_BHW.sigmoid(), other_BHW.sigmoid()
+    kl = p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
+    torch.testing.assert_close(saliency_distance(other_BHW, map_BHW), kl.mean())
+
+
+def test_models_without_a_map_are_refused(encoder_folder, pictures, tmp_path):
+    recipe = load_recipe("cab-features-quick", [*QUICK, "stages.distill.objective=saliency"])
+    with pytest.raises(
+        UserError, match="'saliency', and Dinov2WithRegistersModel makes no saliency map: choose features"
+    ):
+        convert.convert(encoder_folder, recipe, tmp_path / "run", data=[pictures])
+
+
+def test_text_has_no_images():
+    with pytest.raises(UserError, match="data.max_images counts images, and the recipe is for text"):
+        settled(load_recipe("quick", ["data.max_images=5"]), "default", None)

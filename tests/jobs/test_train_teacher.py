@@ -1,0 +1,290 @@
+"""The small teacher: what it learns from, that its training is exact and resumable, and the one that ships."""
+
+import json
+import random
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from subquad.cli.app import app
+from subquad.data import curriculum as lessons_module
+from subquad.data.curriculum import SHORTEST, TRAINING_SEEDS, VOCABULARY, Lessons, shares, train_tokenizer
+from subquad.data.packing import document_separator
+from subquad.data.probes import FILLER, WORDS, make_probe
+from subquad.data.text import load_corpus
+from subquad.errors import UserError
+from subquad.evaluate import retrieval
+from subquad.jobs import train_teacher as module
+from subquad.jobs.train_teacher import is_perfect, train_teacher
+from subquad.model.interface import shapes_of
+from subquad.model.student import Student
+from subquad.plan import Plan
+from subquad.pretrained.load import load_teacher
+
+ASSET = Path(__file__).parents[1] / "assets" / "small-teacher"
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """A file of words in random order among the sentences of the probes, and a cache of its own for the tokens."""
+    folder = tmp_path_factory.mktemp("text")
+    rng = random.Random(0)
+    asked = "There is a pass key hidden in a lot of irrelevant text. Find it and memorize it. Remember it. What is it? "
+    documents = [asked + FILLER + " ".join(rng.sample(WORDS, 100)) for _ in range(120)]
+    (folder / "words.txt").write_text("\n\n".join(documents))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SUBQUAD_CACHE", str(folder / "cache"))
+        yield [str(folder / "words.txt")]
+
+
+@pytest.fixture(scope="module")
+def lessons(text):
+    tokenizer = train_tokenizer(text)
+    return Lessons(load_corpus(text, tokenizer), tokenizer)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """A ladder of two contexts, rounds of one step and few questions, so that a run takes seconds."""
+    monkeypatch.setattr(module, "LADDER", {64: 0.5, 128: 1.0})
+    monkeypatch.setattr(module, "ROUND_TOKENS", 2048)
+    monkeypatch.setattr(module, "PROBE_ROWS", 2)
+    monkeypatch.setattr(module, "HELDOUT_ROWS", 2)
+
+
+# What it learns from -------------------------------------------------------------------------------------------------
+
+
+def test_the_tokenizer_has_single_digits_and_one_special_token(lessons):
+    tokenizer = lessons.tokenizer
+    assert len(tokenizer) == VOCABULARY
+    assert tokenizer.all_special_tokens == ["<|endoftext|>"]
+    assert document_separator(tokenizer) == tokenizer.bos_token_id == tokenizer.eos_token_id == tokenizer.pad_token_id
+    assert tokenizer.tokenize("1234") == ["1", "2", "3", "4"]
+    said = "Anything at all: 5 é\n\tand so on, isn't it?  "
+    assert tokenizer.decode(tokenizer(said)["input_ids"]) == said
+
+
+def test_a_key_is_one_token_wherever_it_stands(lessons):
+    """Else a model would have to know that two tokens mean one word, before it can look the word up."""
+    tokenizer = lessons.tokenizer
+    for word in WORDS:
+        (index,) = tokenizer(f"{word}")["input_ids"]
+        for said in (f"\n{word}:1", f"the key '{word}' is", f"3\n{word} is"):
+            assert index in tokenizer(said)["input_ids"], said
+
+
+def test_lessons_are_a_function_of_seed_and_step(lessons):
+    def batch(step, seed):
+        return lessons.batch(step, batch=8, sequence_length=128, seed=seed)
+
+    first = batch(3, 1)
+    batch(4, 1)
+    assert first.shape == (8, 128) and first.dtype == torch.int64
+    assert 0 <= first.min() and first.max() < VOCABULARY
+    assert torch.equal(first, batch(3, 1))
+    assert not torch.equal(first, batch(4, 1)) and not torch.equal(first, batch(3, 2))
+
+
+@pytest.mark.parametrize("length", [64, 128, 300])
+def test_lessons_never_use_a_seed_of_an_evaluation(length, lessons, monkeypatch):
+    seeds = []
+
+    def spy(*arguments, seed, **options):
+        seeds.append(seed)
+        return make_probe(*arguments, seed=seed, **options)
+
+    monkeypatch.setattr(lessons_module, "make_probe", spy)
+    for step in range(8):
+        assert lessons.batch(step, batch=16, sequence_length=length, seed=0).shape == (16, length)
+    assert len(seeds) >= 4 and min(seeds) >= TRAINING_SEEDS
+    assert len(set(seeds)) == len(seeds)
+
+
+@pytest.mark.parametrize("length", [64, 256, 512])
+def test_problems_are_right(length, lessons):
+    asked = dict.fromkeys(CHECKS, 0)
+    rows_of = {
+        "dictionary": lessons.dictionaries,
+        "passkey": lessons.pass_keys,
+        "copy": lessons.copying,
+    }
+    for step in range(12):
+        text_BT = lessons.corpus.batch(step, batch=1, sequence_length=length, seed=0)
+        for task in rows_of.keys() & shares(length).keys():
+            rows = rows_of[task](4, text_BT, random.Random(step))
+            assert rows.shape == (4, length)
+            for ids in rows.tolist():
+                ids = ids[:-1] if ids[-1] == document_separator(lessons.tokenizer) else ids
+                asked[task] += CHECKS[task](lessons.tokenizer.decode(ids), ids)
+    assert asked["dictionary"] > 2 * 48 and asked["copy"] == 48
+    assert asked["passkey"] == (48 if length >= SHORTEST["passkey"] else 0)
+
+
+def _dictionary(said, ids):
+    """All questions are about the dictionary above them, and the last may be cut off."""
+    assert said.startswith("Memorize the following dictionary:\n")
+    pairs: dict[str, str] = {}
+    questions = 0
+    for key, value, end in re.findall(r"(\w+)(?::|'? is )(\d+)(\n|$)", said):
+        if key in pairs:
+            assert pairs[key].startswith(value) and (pairs[key] == value or not end), (key, value)
+            questions += 1
+        else:
+            pairs[key] = value
+    return questions
+
+
+def _passkey(said, ids):
+    (key,) = re.findall(r"What is the pass key\? The pass key is (\d{5})$", said)
+    assert said.count(key) == 3
+    return 1
+
+
+def _copy(said, ids):
+    """The probe's format, after at most one token more, or a period that goes on to the end."""
+    half = len(ids) // 2
+    if ids[-half:] == ids[-2 * half : -half]:
+        return 1
+    assert any(ids[period:] == ids[:-period] for period in range(4, half + 1))
+    return 1
+
+
+CHECKS = {"dictionary": _dictionary, "passkey": _passkey, "copy": _copy}
+
+
+def test_small_batches_leave_no_task_out(lessons, monkeypatch):
+    """At 512 tokens a step has four rows: shares are chances, not counts that round to nothing."""
+    made = dict.fromkeys(("copying", "associations", "dictionaries", "pass_keys"), 0)
+
+    def spy(name):
+        make = getattr(Lessons, name)
+
+        def count(self, rows, *arguments):
+            made[name] += rows
+            return make(self, rows, *arguments)
+
+        return count
+
+    for name in made:
+        monkeypatch.setattr(Lessons, name, spy(name))
+    for step in range(30):
+        assert lessons.batch(step, batch=4, sequence_length=128, seed=0).shape == (4, 128)
+    assert all(rows > 10 for rows in made.values()) and sum(made.values()) < 115
+
+
+def test_associations_are_asked_as_they_were_said(lessons, monkeypatch):
+    monkeypatch.setattr(lessons_module, "FILLERS", ((1,), (1,), (2,), (3,)))  # between, after; before, between
+    strides = set()
+    for seed in range(20):
+        ids = lessons.pairs(400, random.Random(seed))
+        count = next(n for n in range(1, 101) if ids[4 * n + 1] != ids[1] or ids[4 * n] in ids[: 4 * n : 4])
+        said = dict(zip(ids[: 4 * count : 4], ids[2 : 4 * count : 4], strict=True))
+        assert {*ids[1 : 4 * count : 4]} == {ids[1]} and {*ids[3 : 4 * count : 4]} == {ids[3]}
+        questions = ids[4 * count :]
+        stride, place = (4, 2) if questions[1] == ids[1] else (8, 4)  # key, 1, value, 1; or key, 3, value, 1 + 2
+        strides.add(stride)
+        asked = list(zip(questions[::stride], questions[place::stride], strict=False))
+        assert len(asked) >= 10 and all(said[key] == value for key, value in asked)
+        assert len({key for key, _ in asked[:count]}) == min(count, len(asked))  # all of them, before any again
+    assert strides == {4, 8}
+
+
+# Training ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_a_teacher_that_converts(tmp_path, text, small):
+    metrics = train_teacher(tmp_path / "run", tokens="6k", data=text, command="subquad train-teacher")
+    assert json.loads((tmp_path / "run/metrics.json").read_text())["tokens"] == metrics["tokens"] == 6144
+    assert metrics["outcome"] == "token budget spent"
+    assert "token budget spent" in (tmp_path / "run/README.md").read_text()
+    teacher = load_teacher(str(tmp_path / "run"))
+    assert teacher.model.num_parameters() == metrics["parameters"]
+    shapes = shapes_of(teacher.model)
+    assert len(shapes) == 4 and {(s.heads, s.kv_heads, s.head_dim, s.hidden_size) for s in shapes} == {(8, 8, 32, 128)}
+    student = Student.from_teacher(teacher.model, Plan.by_layer(shapes, [1], "gla"))
+    assert student(torch.arange(8)[None]).logits.isfinite().all()
+
+
+def test_the_same_seed_gives_the_same_weights_also_after_an_interruption(tmp_path, text, small, monkeypatch):
+    def weights(name, seed=0, **options):
+        train_teacher(tmp_path / name, tokens="6k", seed=seed, data=text, **options)
+        return load_file(tmp_path / name / "model.safetensors")
+
+    def same(one, other):
+        return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+    whole = weights("whole")
+    assert same(whole, weights("again"))
+    assert not same(whole, weights("other", seed=1))
+
+    run_stage = module.run_stage
+
+    def interrupted(stage, *, index, **options):
+        if index == 1:
+            raise KeyboardInterrupt
+        return run_stage(stage, index=index, **options)
+
+    monkeypatch.setattr(module, "run_stage", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        weights("cut")
+    monkeypatch.setattr(module, "run_stage", run_stage)
+    assert same(whole, weights("cut", resume=True))
+
+
+def test_it_stops_when_it_is_perfect(tmp_path, text, small, monkeypatch):
+    monkeypatch.setattr(module, "NEEDED", dict.fromkeys(module.NEEDED, 0.0))
+    metrics = train_teacher(tmp_path / "run", tokens="1M", data=text)
+    assert metrics["outcome"] == "perfect"
+    assert [result["name"] for result in metrics["rounds"]] == ["context-64-round-0", "context-128-round-1"]
+
+
+def test_perfect_asks_every_task_and_context():
+    def scores(worst):
+        return {"copy": {64: {"accuracy": 1.0}}, "passkey": {128: {"accuracy": 1.0}, 256: {"accuracy": worst}}}
+
+    assert is_perfect(scores(0.98)) and not is_perfect(scores(0.97)) and is_perfect(scores(0.94), 0.95)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--layers", "3"], "has 4 to 8 layers, not 3"),
+        (["--tokens", "many"], "--tokens is 'many'"),
+        (["--tokens", "0"], "--tokens is '0'"),
+        (["--out", "{here}"], "holds something other than a run of Subquad"),
+    ],
+)
+def test_bad_options_are_one_sentence(options, said, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    options = [option.format(here=tmp_path) for option in options]
+    result = CliRunner().invoke(app, ["train-teacher", "--out", str(tmp_path / "run"), *options])
+    assert result.exit_code == 2
+    assert said in result.stderr and result.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_not_replaced_unasked(tmp_path, text, small):
+    train_teacher(tmp_path / "run", tokens=2048, data=text)
+    with pytest.raises(UserError, match="earlier run"):
+        train_teacher(tmp_path / "run", tokens=2048, data=text)
+
+
+# The one that ships --------------------------------------------------------------------------------------------------
+
+
+def test_the_shipped_teacher_scores_what_its_metrics_say():
+    metrics = json.loads((ASSET / "metrics.json").read_text())
+    teacher = load_teacher(str(ASSET))
+    assert (ASSET / "model.safetensors").stat().st_size <= 12_000_000
+    rows = 24
+    for task, by_context in metrics["retrieval"].items():
+        for context in {"128", "256"} & by_context.keys():  # none of the tasks it does not learn
+            probe = make_probe(task, teacher.tokenizer, int(context), rows, seed=7)
+            found = retrieval(teacher.model, {task: {int(context): probe}})[task][int(context)]["accuracy"]
+            stated = by_context[context]["accuracy"]
+            assert found == pytest.approx(stated, abs=0.1), (task, context)

@@ -1,0 +1,74 @@
+"""Heads with and without rotary embedding in one layer: the convention that is found is the model's own."""
+
+import pytest
+import torch
+
+from subquad.errors import UserError
+from subquad.model import rotary
+from subquad.model.interface import shapes_of
+from subquad.model.mixed_attention import Pass
+from subquad.model.rotary import Rotation
+from subquad.model.student import Student
+from subquad.plan import Plan
+from tests.helpers import FAMILIES, GROUPED, tiny
+
+# family -> its configuration, and how it turns queries and keys
+CONVENTIONS = {
+    "llama": (FAMILIES["llama"], Rotation("halves", "all")),
+    "gemma2": (FAMILIES["gemma2"], Rotation("halves", "all")),
+    "gpt_neox": ({**FAMILIES["gpt_neox"], "rotary_pct": 0.5}, Rotation("halves", "all")),  # half of the channels
+    "cohere": (GROUPED, Rotation("neighbours", "all")),
+    "glm": ({**GROUPED, "head_dim": 8}, Rotation("neighbours", "first")),
+    "helium": ({**GROUPED, "head_dim": 8}, Rotation("neighbours", "first")),
+}
+
+
+def teacher_of(family, monkeypatch):
+    monkeypatch.setitem(FAMILIES, family, CONVENTIONS[family][0])
+    monkeypatch.setattr(rotary, "_known", {})
+    return tiny(family)
+
+
+@pytest.mark.parametrize("family", CONVENTIONS)
+def test_attention_in_the_place_of_mixers_without_rotary_embedding_is_the_teachers(family, monkeypatch):
+    teacher = teacher_of(family, monkeypatch)
+    shapes = shapes_of(teacher)
+    student = Student.from_teacher(teacher, Plan.by_layer(shapes, [], "gla", {"rotary": False}))
+    tokens_BT = torch.randint(3, 97, (2, 20))
+    mask_BT = torch.ones_like(tokens_BT)
+    mask_BT[1, :7] = 0  # rows of different positions
+    restored = Pass(restored=frozenset(range(len(shapes))))
+    padded = {"attention_mask": mask_BT, "position_ids": mask_BT.cumsum(-1) - 1, "use_cache": False}
+    with torch.no_grad():
+        theirs = teacher(tokens_BT, **padded).logits
+        mine = student.backbone(tokens_BT, **padded, student_pass=restored).logits
+        without = student(tokens_BT, **padded).logits
+    real = mask_BT.bool()
+    torch.testing.assert_close(mine[real], theirs[real], rtol=1e-5, atol=1e-5)
+    assert (without - theirs)[real].abs().max() > 0.1
+    assert {*rotary._known.values()} == {CONVENTIONS[family][1]}
+
+
+def test_a_half_table_serves_both_halves():
+    x_BHTD, angle_BTK = torch.randn(1, 2, 3, 8), torch.randn(1, 3, 4)
+    short, whole = Rotation("halves", "pairs"), Rotation("halves", "all")
+    tables = angle_BTK.cos(), angle_BTK.sin()
+    doubled = [torch.cat([table, table], -1) for table in tables]
+    assert torch.equal(short.turned(x_BHTD, *short.tables(*tables)), whole.turned(x_BHTD, *doubled))
+
+
+def test_weights_of_zero_tell_nothing_and_are_not_remembered(monkeypatch):
+    teacher = teacher_of("cohere", monkeypatch)
+    for layer in teacher.model.layers:
+        layer.self_attn.q_proj.weight.zero_(), layer.self_attn.k_proj.weight.zero_()
+    plan = Plan.by_head(shapes_of(teacher), [(0, 0)], "gla", {"rotary": False})
+    Student.from_teacher(teacher, plan)(torch.randint(3, 97, (1, 5)))
+    assert rotary._known == {}
+
+
+def test_an_unknown_convention_is_refused_by_its_class(monkeypatch):
+    teacher = teacher_of("llama", monkeypatch)
+    student = Student.from_teacher(teacher, Plan.by_head(shapes_of(teacher), [(0, 0)], "gla", {"rotary": False}))
+    monkeypatch.setattr(Rotation, "turned", lambda self, x, cos, sin: x + 1)
+    with pytest.raises(UserError, match="LlamaAttention turns its queries and keys in a way .* rotary: true"):
+        student(torch.randint(3, 97, (1, 5)))

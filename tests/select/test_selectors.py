@@ -1,0 +1,426 @@
+"""Selectors: what each measures is what whole students measure, by layer, by head and by group."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from subquad.errors import UserError
+from subquad.evaluate import likelihood
+from subquad.model.interface import find_attention, shapes_of
+from subquad.model.mixed_attention import Pass
+from subquad.model.student import Student
+from subquad.plan import Plan
+from subquad.recipes.schema import Recipe, SelectorConfig
+from subquad.select import (
+    SELECTORS,
+    Bill,
+    Board,
+    Budget,
+    OnlyTheBill,
+    Question,
+    Work,
+    check_alternatives,
+    check_selector,
+    choose_plan,
+    uniform_layers,
+    units_of,
+)
+from subquad.select import gates as gating
+from subquad.select.alignment import alignment_losses
+from subquad.select.greedy import greedy_path
+from subquad.select.halo import halo_scores
+from subquad.select.kl import candidates, gains_of, kl_without_training, round_tokens
+from subquad.select.supernet import first_difference, without
+from subquad.select.task import TaskScore, task_score
+from subquad.select.units import kind_of
+from subquad.select.work import bootstrap
+from tests.helpers import FAMILIES, tiny
+
+UNITS = ["layer", "head", 2]
+quiet = {"say": lambda text: None}
+
+
+def linear_student(family="llama", mixer="hedgehog", options=None):
+    """A teacher, and its all-linear student with mixers that differ from calibrated and from untouched ones."""
+    teacher = tiny(family)
+    shapes = shapes_of(teacher)
+    student = Student.from_teacher(teacher, Plan.by_layer(shapes, [], mixer, options or {"window": 8, "sinks": 1}))
+    torch.manual_seed(1)
+    for _, parameter in student.mixer_parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return teacher, student.requires_grad_(False)
+
+
+def board_of(family="llama", **how):
+    teacher, student = linear_student(family, **how)
+    return Board(student, teacher)
+
+
+def text(rows=2, length=40):
+    torch.manual_seed(2)
+    return torch.randint(3, 97, (rows, length))
+
+
+def ruined_layer(layer=1):
+    """Layers that are linear for free, and one whose mixer sees next to nothing."""
+    teacher = tiny("llama")
+    shapes = shapes_of(teacher)
+    student = Student.from_teacher(teacher, Plan.by_layer(shapes, [], "hedgehog", {"window": 48, "sinks": 0}))
+    mixer = student.attention_modules()[layer].mixer["hedgehog"]
+    mixer.options = mixer.options.model_copy(update={"window": 1})
+    return teacher, student
+
+
+def asked(student, teacher, by, budget="1", **options):
+    question = Question(student, SimpleNamespace(model=teacher), text(), Budget.parse(budget), work=Work(**quiet))
+    return SELECTORS[by].choose(question, **options)
+
+
+# Units and boards ----------------------------------------------------------------------------------------------------
+
+
+def test_units():
+    shapes = shapes_of(tiny("llama"))
+    assert units_of(shapes, "layer")[1] == [(1, head) for head in range(6)]
+    assert units_of(shapes, "head")[7] == [(1, 1)]
+    assert [len(unit) for unit in units_of(shapes, 2)] == [12, 6]
+    assert units_of(shapes, [[0, 2], [1]])[0] == units_of(shapes, "layer")[0] + units_of(shapes, "layer")[2]
+    assert [kind_of(wish) for wish in ("layer", "head", 2, [[0], [1, 2]])] == ["layer", "head", "group", "group"]
+    for wish in ("tower", 0, [[0, 1], [1, 2]], [[0, 1], []]):
+        with pytest.raises(UserError, match=r"selector\.unit should"):
+            units_of(shapes, wish)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_board_follows_a_plan_as_its_student_does(family):
+    """Heads of a layer, whole layers and nothing at all; and the cache is the plan's."""
+    board = board_of(family)
+    tokens = text(rows=1)
+    plans = [board.keeping(heads) for heads in ([], [(0, 1), (2, 5)], [(1, head) for head in range(6)])]
+    for plan in [*plans, *reversed(plans)]:
+        wanted = Student.from_teacher(board.teacher, plan, mixers_from=board.student)
+        with board.following(plan) as student:
+            assert torch.equal(student.final_hidden(tokens), wanted.final_hidden(tokens))
+            cache = student.new_cache()
+            student(tokens, past_key_values=cache, use_cache=True)
+            assert cache.nbytes() == plan.cache_bytes(tokens.shape[1])
+    assert board.student.plan == board.linear
+
+
+def test_first_difference():
+    board = board_of()
+    one, other = board.keeping([(1, 0)]), board.keeping([(1, 0), (2, 3)])
+    assert first_difference(one, other) == 2 and first_difference(one, one) == 3
+    assert without([(0, 0), (0, 1), (1, 0)], [(0, 1), (1, 0)]) == [(0, 0)]
+
+
+# KL ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("base", ["restore", "remove"])
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gemma2"])
+def test_kl_is_that_of_whole_students(family, unit, base):
+    """Reusing the blocks below changes nothing: the same as building each candidate and measuring it."""
+    board = board_of(family)
+    tokens, units = text(), units_of(board.linear.shapes, unit)
+    plans = candidates(board, units, base)
+    found_NP = kl_without_training(board, plans, tokens, 1, Work(**quiet))
+    some = [0, 1, len(plans) - 1]
+    students = {
+        str(index): Student.from_teacher(board.teacher, plans[index], mixers_from=board.student) for index in some
+    }
+    wanted = likelihood(students, board.teacher, tokens, [40])
+    for index in some:
+        assert found_NP[:, index].tolist() == pytest.approx(wanted[str(index)]["kl_samples"][40], rel=1e-3, abs=1e-6)
+    gains_NU = gains_of(found_NP, base)
+    sign = 1 if base == "restore" else -1
+    torch.testing.assert_close(gains_NU[:, 0], sign * (found_NP[:, 0] - found_NP[:, 1]))
+    if base == "remove":
+        assert found_NP[:, 0].abs().max() < 1e-6, "the base is the teacher"
+
+
+@pytest.mark.parametrize("by", ["kl", "kl-removal", "alignment-loss", "gradient", "fisher"])
+def test_the_layer_that_was_ruined_keeps_its_attention(by):
+    teacher, student = ruined_layer()
+    choice = asked(student, teacher, by)
+    plan, kept = choose_plan(student, Budget.parse("1"), choice)
+    assert kept == [1] == plan.attention_layers
+    assert choice.report["order"][0] == 1
+    assert choice.report["low"][1] <= choice.report["scores"][1] <= choice.report["high"][1]
+
+
+def test_candidates_are_trained_before_they_are_measured():
+    """The tokens are the round's, a quarter of the units goes on to the next, and the rest keeps its place."""
+    teacher, student = ruined_layer()
+    trained = []
+
+    def train(candidate, tokens, name):
+        trained.append((candidate.plan.pattern(), tokens))
+
+    work = Work(**quiet)
+    question = Question(
+        student, SimpleNamespace(model=teacher), text(), Budget.parse("1"), "head", train=train, work=work
+    )
+    choice = SELECTORS["kl"].choose(question, retrain_tokens=1600, rounds=2)
+    assert round_tokens(1600, 2) == [400, 1600]
+    assert [tokens for _, tokens in trained] == [400] * 19 + [1600] * 5  # with all-linear, in each round
+    last = [turn for row in choice.report["last_round"] for turn in row]
+    assert last.count(1) == 4 and trained[19][0] == "HHH"
+    assert work.announced.training_tokens == work.spent.training_tokens == 19 * 400 + 5 * 1600
+    question.train = None
+    with pytest.raises(UserError, match="has no stage on logits"):
+        SELECTORS["kl"].choose(question, retrain_tokens=10)
+
+
+def test_units_get_the_mixer_that_is_worth_its_bytes():
+    """One layer is ruined in the first mixer and a window serves it; elsewhere a window sees less than the first."""
+    teacher, student = ruined_layer(1)
+    plan = Plan.by_layer(student.plan.shapes, [], "sliding_window", {"window": 16, "sinks": 0})  # of 40 tokens
+    window = Student.from_teacher(teacher, plan)
+    question = Question(
+        student,
+        SimpleNamespace(model=teacher),
+        text(),
+        Budget.parse("0"),
+        work=Work(**quiet),
+        alternatives={"sliding_window": window},
+    )
+    choice = SELECTORS["kl"].choose(question)
+    gains = choice.alternatives["sliding_window"]
+    assert choice.worth[1] > gains[1] > 0.1 * choice.worth[1] and gains[0] < 0 and gains[2] < 0
+    wanted = Student.from_teacher(
+        teacher, student.plan.with_layers("sliding_window", plan.mixers["sliding_window"], [1]), [student, window]
+    )
+    with question.new_board().following(wanted.plan) as following:
+        assert torch.equal(following.final_hidden(text()), wanted.final_hidden(text()))
+
+    def chosen(budget):
+        others = {"sliding_window": window}
+        return choose_plan(student, Budget.parse(budget), choice, others=others)[0]
+
+    assert [layer for layer in range(3) if "sliding_window" in chosen("0").layers[layer]] == [1]
+    assert [*chosen("1").layers[1]] == ["attention"]
+    least, most = student.plan.cache_bytes(4096), Plan.all_attention(plan.shapes).cache_bytes(4096)
+    for share in (0.0, 0.3, 0.6, 1.0):
+        bytes_ = round(least + share * (most - least))
+        assert chosen(f"{bytes_}B@4096").cache_bytes(4096) <= bytes_
+    assert chosen(f"{most}B@4096").layers[1] == {"attention": [*range(6)]}
+    with pytest.raises(UserError, match="impossible"):
+        chosen("1KiB@4096")
+
+
+# Alignment -----------------------------------------------------------------------------------------------------------
+
+
+def test_alignment_losses_of_heads_and_layers():
+    """A layer is worth all of its distance, a head what is nearer with it."""
+    board = board_of()
+    tokens = text(rows=1)
+    by_layer = alignment_losses(board, units_of(board.linear.shapes, "layer"), tokens, Work(**quiet))
+    both = alignment_losses(board, units_of(board.linear.shapes, 3), tokens, Work(**quiet))
+    torch.testing.assert_close(by_layer.sum(1, keepdim=True), both)
+    heads = units_of(board.linear.shapes, "head")
+    found = alignment_losses(board, heads, tokens, Work(**quiet))
+    ids, sites = tokens, find_attention(board.teacher)
+    student = Student.from_teacher(board.teacher, board.keeping([(1, 4)]), mixers_from=board.student)
+    seen = {}
+
+    @torch.no_grad()
+    def keep(module, args, kwargs, output):
+        mine = [s.attention_modules()[1](*args, **kwargs)[0] for s in (board.student, student)]
+        seen["distances"] = [(one - output[0]).square().mean(-1).sqrt().mean() for one in mine]
+
+    hook = board.teacher.get_submodule(sites[1].path).register_forward_hook(keep, with_kwargs=True)
+    board.teacher(ids, use_cache=False)
+    hook.remove()
+    all_linear, with_head = seen["distances"]
+    assert found[0, heads.index([(1, 4)])] == pytest.approx(float(all_linear - with_head), rel=1e-4)
+
+
+# Gates ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gates_lead_from_the_student_to_the_teacher(family):
+    teacher, student = linear_student(family)
+    tokens = text(rows=1)
+    shut, open_ = ({layer: torch.full((6,), share) for layer in range(3)} for share in (0.0, 1.0))
+    plain = student.final_hidden(tokens)
+    torch.testing.assert_close(student.final_hidden(tokens, student_pass=Pass(gates=shut)), plain)
+    theirs = teacher.base_model(tokens).last_hidden_state
+    torch.testing.assert_close(student.final_hidden(tokens, student_pass=Pass(gates=open_)), theirs, rtol=0, atol=1e-5)
+
+
+def test_integrated_gradients_are_complete():
+    """The scores of all heads sum to the KL of the all-linear student; groups are worth the sum of their heads."""
+    board = board_of()
+    tokens = text()
+    heads = units_of(board.linear.shapes, "head")
+    found = gating.gradient_scores(board, heads, tokens, Work(**quiet), points=24)
+    whole = kl_without_training(board, [board.linear], tokens, 1, Work(**quiet))[:, 0]
+    torch.testing.assert_close(found.sum(1), whole, rtol=0.02, atol=0)
+    layers = gating.gradient_scores(board, units_of(board.linear.shapes, "layer"), tokens, Work(**quiet), points=24)
+    torch.testing.assert_close(layers, found.unflatten(1, (3, 6)).sum(2), rtol=1e-4, atol=1e-7)
+
+
+def test_fisher_is_the_curvature_of_the_kl():
+    """Half the second derivative at the teacher: the KL of a gate that is shut a little, over its square."""
+    board = board_of()
+    tokens = text(rows=1, length=64)
+    units = units_of(board.linear.shapes, "layer")
+    found = gating.fisher_scores(board, units, tokens, Work(**quiet), draws=400)[0]
+    little = 0.03
+    for layer in range(3):
+        gates = {index: torch.full((6,), 1.0 - little * (index == layer)) for index in range(3)}
+        with torch.no_grad():
+            curvature = float(gating._kl(board, tokens, gates)) / little**2
+        assert found[layer] == pytest.approx(curvature, rel=0.3)
+
+
+def test_trained_gates_open_where_attention_is_needed():
+    teacher, student = ruined_layer()
+    board, units = Board(student, teacher), units_of(student.plan.shapes, "layer")
+
+    def rows(step):
+        return torch.randint(3, 97, (2, 32), generator=torch.Generator().manual_seed(step))
+
+    odds = gating.trained_gates(board, units, rows, Work(**quiet), steps=40, share=1 / 3, seed=0)[0]
+    assert int(odds.argmax()) == 1
+    drawn = gating._drawn(torch.tensor([8.0, -8.0]), torch.Generator().manual_seed(0))
+    assert drawn.tolist() == [1.0, 0.0]
+
+
+# Tasks ---------------------------------------------------------------------------------------------------------------
+
+
+def worth_of(worths):
+    """A task whose score is what the attention layers are worth, and on test documents a little less."""
+
+    def score(model, tokenizer, part):
+        kept = model.plan.attention_layers if isinstance(model, Student) else range(3)
+        return sum(worths[layer] for layer in kept) - 0.01 * (part == "test")
+
+    return TaskScore("worth", score)
+
+
+def test_greedy_goes_to_the_floor():
+    board = board_of()
+    units = units_of(board.linear.shapes, "layer")
+    path = greedy_path(board, units, worth_of([0.1, -0.2, 1.0]), None, Work(**quiet), tolerance=0.05)
+    assert path.base == pytest.approx(0.9) and path.floor == pytest.approx(0.855)
+    assert [step.unit for step in path.steps] == [1, 0]
+    assert [step.score for step in path.steps] == pytest.approx([1.1, 1.0])
+    assert path.best == 1 and path.opt == 2
+    assert path.kept(3, path.best) == [0, 2] and path.kept(3, path.opt) == [2]
+    assert path.test == pytest.approx({"base": 0.89, "best": 1.09, "opt": 0.99})
+    strict = greedy_path(board, units, worth_of([0.1, 0.2, 1.0]), None, Work(**quiet), tolerance=0.0)
+    assert strict.steps == [] and strict.best == strict.opt == 0
+
+
+def test_greedy_with_a_number_of_units_goes_on_below_the_floor():
+    teacher, student = linear_student()
+    task = worth_of([0.1, 0.2, 1.0]).score
+    question = Question(
+        student,
+        SimpleNamespace(model=teacher, tokenizer=None),
+        text(),
+        Budget.parse("1"),
+        work=Work(**quiet),
+    )
+    choice = SELECTORS["greedy"].choose(question, task=task)
+    assert choose_plan(student, Budget.parse("1"), choice)[1] == [2]
+    assert choice.report["order"] == [2, 1, 0] and choice.named == {"best": [0, 1, 2], "opt": [0, 1, 2]}
+    assert choose_plan(student, Budget.parse("best"), choice)[0].attention_layers == [0, 1, 2]
+
+
+def test_what_is_no_task_is_refused():
+    with pytest.raises(UserError):
+        task_score("no-such-task")
+
+
+def test_halo_is_recall_lost_over_the_rest_lost():
+    recall, common = torch.tensor([90.0, 80.0, 60.0]), torch.tensor([50.0, 48.0, 49.0])
+    assert halo_scores(recall, common).tolist() == pytest.approx([0.0, 5.0, 30.0])
+    assert halo_scores(recall, torch.tensor([50.0, 50.0, 50.0])).tolist() == pytest.approx([0.0, 50.0, 50.0])
+
+
+# Work ----------------------------------------------------------------------------------------------------------------
+
+
+def test_pieces_are_kept(tmp_path):
+    done = []
+
+    def piece(index):
+        done.append(index)
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        return [index, 0.1 * index]
+
+    work = Work(file=tmp_path / "selection.jsonl", **quiet)
+    with pytest.raises(KeyboardInterrupt):
+        work.pieces("a", 4, piece, each=Bill(forward_tokens=10))
+    with work.file.open("a") as file:
+        file.write('{"key": "a", "piece": 2, "val')  # torn
+    again = Work(file=work.file, **quiet)
+    with pytest.raises(KeyboardInterrupt):
+        done[:] = ["x"] * 2
+        again.pieces("a", 4, piece, each=Bill(forward_tokens=10))
+    assert done[2:] == [2]
+    found = Work(file=work.file, **quiet).pieces("a", 4, lambda i: [i, 0.1 * i], each=Bill(forward_tokens=10))
+    assert found.tolist() == [[index, 0.1 * index] for index in range(4)]
+    whole = Work(file=work.file, **quiet).pieces("a", 4, lambda i: pytest.fail("it is done"), each=Bill())
+    assert torch.equal(whole, found)
+
+
+def test_the_bill_comes_first():
+    said = []
+    work = Work(said.append, speed=lambda: 100.0, dry_run=True)
+    with pytest.raises(OnlyTheBill):
+        work.announce("kl", Bill(forward_tokens=1000, training_tokens=500))
+    assert said == ["kl: 1,000 tokens forward and 500 tokens of training, about 30\xa0s"]
+
+
+def test_bootstrap():
+    low, high = bootstrap(torch.randn(200, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+    assert (low < 0.2).all() and (high > -0.2).all() and (0.2 < high - low).all() and (high - low < 0.4).all()
+    assert bootstrap(torch.ones(1, 2))[0].isnan().all()
+
+
+# The lot -------------------------------------------------------------------------------------------------------------
+
+
+def test_uniform_is_even():
+    assert uniform_layers(30, 15) == list(range(1, 30, 2))
+    assert uniform_layers(28, 4) == [3, 10, 17, 24]
+    for layers in (3, 28, 30):
+        for count in range(layers + 1):
+            chosen = uniform_layers(layers, count)
+            assert len(set(chosen)) == count and all(0 <= layer < layers for layer in chosen)
+
+
+def test_unknown_selectors_options_and_budgets_are_refused():
+    with pytest.raises(UserError, match="did you mean 'uniform'"):
+        check_selector(SelectorConfig(by="unifrom"))
+    with pytest.raises(UserError, match="no option 'strid'"):
+        check_selector(SelectorConfig(by="kl", options={"strid": 3}))
+    with pytest.raises(UserError, match="only the selector greedy finds"):
+        check_selector(SelectorConfig(by="kl", budget="opt"))
+    for by in SELECTORS.keys() - {"fixed"}:
+        check_selector(SelectorConfig(by=by))
+
+
+@pytest.mark.parametrize(
+    ("mixer", "selector", "message"),
+    [
+        ({"name": "gla", "alternatives": [{"name": "gla"}]}, {}, "should be other mixers than 'gla'"),
+        ({"alternatives": [{"name": "gla"}]}, {"by": "uniform"}, "are chosen by the selector kl"),
+        ({"alternatives": [{"name": "gla"}]}, {"unit": "head"}, "are chosen by the selector kl"),
+        ({"alternatives": [{"name": "gla"}], "join": "parallel"}, {}, "are chosen by the selector kl"),
+        ({"alternatives": [{"name": "gla"}]}, {"budget": "2x@4k"}, "knows one mixer"),
+    ],
+)
+def test_alternatives_where_they_cannot_be_chosen(mixer, selector, message):
+    with pytest.raises(UserError, match=message):
+        check_alternatives(Recipe(name="tiny", mixer=mixer, selector=selector))
