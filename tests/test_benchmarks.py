@@ -11,7 +11,7 @@ from benchmarks.ops import __main__ as command
 from benchmarks.ops import measures
 from benchmarks.ops import report as pages
 from benchmarks.ops.contenders import COMPILED, FORMULAS, MODES, Settings, find_contenders, make_inputs, useful_flops
-from subquad.pretrained.load import load_teacher
+from subquad.pretrained.load import load_pretrained
 from subquad.utils.files import package_file
 
 TINY = ["heads=2", "width=8", "lengths=[32,64]", "positions=[10,40]", "step_rounds=3", "memory_length=64", "matmul=32"]
@@ -170,7 +170,7 @@ def test_the_vision_teacher_is_refused_where_it_is_not(monkeypatch, capsys):
 def test_the_vision_teacher_looks_where_something_is(tmp_path):
     pytest.importorskip("onnx", reason="onnx is not installed")
     focus_teacher.main(["--out", str(tmp_path)])
-    teacher = load_teacher(str(tmp_path), task="image-feature-extraction")
+    teacher = load_pretrained(str(tmp_path), task="image-feature-extraction")
     picture = Image.new("RGB", (224, 224), (120, 160, 120))
     picture.paste((200, 30, 30), (140, 140, 200, 200))
     with torch.no_grad():

@@ -8,11 +8,11 @@ from unittest.mock import patch
 
 import pytest
 
-from subquad.data.probes import TASKS
+from subquad.data.probes import PROBE_TASKS
 from subquad.jobs.convert import convert
 from subquad.mixers import MIXERS
 from subquad.recipes.load import load_recipe, recipe_names
-from subquad.recipes.schema import Probe, Recipe
+from subquad.recipes.schema import ProbeTask, Recipe
 from subquad.recipes.stage import Objective
 from subquad.select import SELECTORS
 from tests.helpers import RECIPE, converted_classifier, make_teacher, make_text
@@ -75,5 +75,5 @@ def test_every_selector_is_in_the_documentation():
 
 def test_every_retrieval_task_is_in_the_documentation():
     page = (ROOT / "docs" / "how-it-works.md").read_text(encoding="utf-8")
-    assert set(get_args(Probe)) == set(TASKS)
-    assert all(f"| `{task}` |" in page for task in TASKS)
+    assert set(get_args(ProbeTask)) == set(PROBE_TASKS)
+    assert all(f"| `{task}` |" in page for task in PROBE_TASKS)

@@ -22,12 +22,12 @@ from subquad.data.text import load_corpus
 from subquad.distill.loop import run_stage
 from subquad.evaluate.retrieval import answers, usable
 from subquad.jobs.run import make_accelerator
-from subquad.model.base import Converted
+from subquad.model.base import BaseStudent
 from subquad.model.interface import shapes_of
 from subquad.model.student import Student
 from subquad.model.tasks import TEXT
 from subquad.plan import JoinStart, Plan
-from subquad.pretrained.load import Teacher, load_teacher
+from subquad.pretrained.load import Teacher, load_pretrained
 from subquad.recipes.stage import Stage
 from subquad.select.ablation import Kind
 from subquad.utils.files import first_line, write_json
@@ -44,10 +44,10 @@ class Base:
     def __init__(self, teacher: str, store: Store, task: str = TEXT) -> None:
         self.store = store
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.teacher: Teacher = load_teacher(teacher, task=task, device=self.device)
+        self.teacher: Teacher = load_pretrained(teacher, task=task, device=self.device)
         self.shapes = shapes_of(self.teacher.model)
 
-    def train(self, student: Converted, stages: Sequence[Stage], seed: int) -> list[Result]:
+    def train(self, student: BaseStudent, stages: Sequence[Stage], seed: int) -> list[Result]:
         """What became of each stage."""
         results = []
         with tempfile.TemporaryDirectory() as folder:

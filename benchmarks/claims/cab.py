@@ -35,7 +35,7 @@ from benchmarks.claims.cab_report import draw, print_report
 from benchmarks.claims.runs import Result, Settings, Store
 from benchmarks.claims.tuning import TunedText
 from benchmarks.common import wide_console
-from subquad.distill.estimate import probe_stage
+from subquad.distill.estimate import estimate_stage
 from subquad.evaluate import likelihood
 from subquad.jobs.base_model import take_weights
 from subquad.jobs.run import make_accelerator
@@ -166,7 +166,7 @@ class Cab(TunedText):
         for length, kind in itertools.product(self.setup.lengths, ("bridge", "matrix")):
             stage = self.stage(kind, 2 * tokens, 1e-3, sequence_length=length, batch=tokens // length)
             with TemporaryDirectory() as folder:
-                probe = probe_stage(
+                probe = estimate_stage(
                     stage,
                     index=0,
                     student=self.fresh(settings),

@@ -34,7 +34,7 @@ from benchmarks.claims.runs import Result, Settings, Store
 from benchmarks.claims.tuning import Tuned
 from benchmarks.common import wide_console
 from subquad.data.images import ImageSet, load_images, processed_size
-from subquad.evaluate import likeness
+from subquad.evaluate import image_fidelity
 from subquad.model.image_student import ImageStudent, image_tokens
 from subquad.model.interface import shapes_of
 from subquad.plan import Plan
@@ -106,7 +106,7 @@ class CabVision(Tuned):
         self.lessons, self.sources = self.images, self.images.sources
         self.test = [*self.images.heldout_batches(min(setup.test_images, len(self.images.parts["test"])), batch=256)]
         self.tuning = [*self.images.heldout_batches(len(self.images.parts["selection"]), "selection", batch=256)]
-        self.accuracy = likeness({}, model, self.test)["teacher"]["accuracy"]
+        self.accuracy = image_fidelity({}, model, self.test)["teacher"]["accuracy"]
 
     # ------------------------------------------------------------------ a student and its stages
 
@@ -148,7 +148,7 @@ class CabVision(Tuned):
         student = self.fresh(settings)
         results = self.train(student, self.stages_of(settings), seed)
         shown = self.tuning if seed == setup.tuning_seed else self.test
-        found = likeness({"student": student}, self.teacher.model, shown)["student"]
+        found = image_fidelity({"student": student}, self.teacher.model, shown)["student"]
         found.pop("samples")
         return found | {"stages": results}
 

@@ -35,7 +35,7 @@ from subquad.evaluate import likelihood
 from subquad.model.student import Student
 from subquad.plan import Plan
 from subquad.recipes.stage import Stage
-from subquad.select import SELECTORS, Board, Budget, Choice, Question, Work
+from subquad.select import SELECTORS, Budget, Ranking, SelectorInputs, Supernet, Work
 from subquad.select.supernet import without
 from subquad.select.task import TaskScore, task_score
 from subquad.select.units import Wish, heads_of, units_of
@@ -237,12 +237,12 @@ class Selection(Bench):
         """What a selector scores on; HALO sets recall against what needs none, so it gets text alone."""
         return self.plain_rows if by == "halo" else self.scored_rows
 
-    def choice(self, student: Student, by: str, options: dict[str, Any], seed: int, work: Work) -> Choice:
+    def choice(self, student: Student, by: str, options: dict[str, Any], seed: int, work: Work) -> Ranking:
         def train(candidate: Student, tokens: int, name: str) -> None:
             self.logits(candidate, tokens, self.rate, seed)
 
         budget = Budget.parse(str(self.count(0.25)))
-        question = Question(
+        question = SelectorInputs(
             student, self.teacher, self.rows_for(by), budget, self.setup.unit, self.lessons, train, seed, work
         )
         return SELECTORS[by].choose(question, **options)
@@ -300,7 +300,7 @@ class Selection(Bench):
 
     def scorer(self, settings: Settings) -> Callable[[Sequence[int], str], float]:
         """The score of the aligned student with these units replaced, on the documents of a part."""
-        board = Board(self.aligned(settings["seed"]), self.teacher.model)
+        board = Supernet(self.aligned(settings["seed"]), self.teacher.model)
         task = self.task(settings["task"])
 
         def score(gone: Sequence[int], part: str) -> float:
@@ -321,7 +321,9 @@ class Selection(Bench):
         setup, score = self.setup, self.scorer(settings)
         budget = Budget.parse(str(len(self.units) - max(self.counts)))
         work = Work(say=lambda text: None)
-        question = Question(self.aligned(settings["seed"]), self.teacher, self.text, budget, setup.unit, work=work)
+        question = SelectorInputs(
+            self.aligned(settings["seed"]), self.teacher, self.text, budget, setup.unit, work=work
+        )
         options = {"task": settings["task"], "limit": setup.greedy_rows, "context": setup.context}
         path = SELECTORS["greedy"].choose(question, **options).report["path"]
         order = [step["unit"] for step in path["steps"]]

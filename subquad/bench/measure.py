@@ -36,7 +36,7 @@ from subquad.bench.extrapolate import (
     overtaking,
     spread,
 )
-from subquad.bench.models import Subject, cache_of, max_positions, open_subjects, within_positions
+from subquad.bench.models import BenchModel, cache_of, max_positions, open_subjects, within_positions
 from subquad.bench.roofline import Roof, measure_roof
 from subquad.errors import UserError
 from subquad.evaluate import held_cache_bytes
@@ -59,7 +59,7 @@ AS_PREFILL = ("prefill", "first_token")  # those that read the whole prompt; the
 Turn: TypeAlias = Callable[[], tuple[dict[str, float], Cache | None]]
 
 
-def decode(subject: Subject, tokens_BT: Tensor) -> Turn:
+def decode(subject: BenchModel, tokens_BT: Tensor) -> Turn:
     """A few steps, one token for each sequence. The cache is that many tokens longer after each turn."""
     cache, last_B1 = cache_of(subject, *tokens_BT.shape), tokens_BT[:, -1:]
 
@@ -72,7 +72,7 @@ def decode(subject: Subject, tokens_BT: Tensor) -> Turn:
     return turn
 
 
-def prefill(subject: Subject, tokens_BT: Tensor) -> Turn:
+def prefill(subject: BenchModel, tokens_BT: Tensor) -> Turn:
     """One pass over the prompt that fills a cache and gives the last token's logits."""
 
     def turn() -> tuple[dict[str, float], Cache]:
@@ -83,7 +83,7 @@ def prefill(subject: Subject, tokens_BT: Tensor) -> Turn:
     return turn
 
 
-def generate(subject: Subject, tokens_BT: Tensor) -> Turn:
+def generate(subject: BenchModel, tokens_BT: Tensor) -> Turn:
     """What users call: the time to the first token, and the median of those between two tokens after it."""
     length = 1 + NEW_TOKENS
 
@@ -123,7 +123,7 @@ class _Times:
         pass
 
 
-KINDS: dict[str, Callable[[Subject, Tensor], Turn]] = {"decode": decode, "prefill": prefill, "generate": generate}
+KINDS: dict[str, Callable[[BenchModel, Tensor], Turn]] = {"decode": decode, "prefill": prefill, "generate": generate}
 
 
 # Measuring -----------------------------------------------------------------------------------------------------------
@@ -142,7 +142,7 @@ class Cell:
 @torch.no_grad()
 def measure(
     kind: str,
-    subjects: Sequence[Subject],
+    subjects: Sequence[BenchModel],
     contexts: Sequence[int],
     batch: int,
     seconds: float,
@@ -167,7 +167,7 @@ def measure(
 
 
 def measure_cell(
-    kind: str, subjects: Sequence[Subject], context: int, batch: int, seconds: float, seed: int
+    kind: str, subjects: Sequence[BenchModel], context: int, batch: int, seconds: float, seed: int
 ) -> tuple[Cell, float]:
     """One cell, with more than the least number of rounds while there are `seconds`; and what that number takes."""
     started = time.perf_counter()
@@ -179,7 +179,7 @@ def measure_cell(
     return Cell(order, samples, peak, held), least
 
 
-def prepared(kind: str, subjects: Sequence[Subject], context: int, batch: int, seed: int) -> dict[str, Turn]:
+def prepared(kind: str, subjects: Sequence[BenchModel], context: int, batch: int, seed: int) -> dict[str, Turn]:
     """A turn for each model, on the same random tokens."""
     generator = torch.Generator().manual_seed(seed)
     tokens_BT = torch.randint(subjects[0].vocabulary, (batch, context), generator=generator)
@@ -188,7 +188,7 @@ def prepared(kind: str, subjects: Sequence[Subject], context: int, batch: int, s
 
 
 def warmed_up(
-    kind: str, subjects: Sequence[Subject], turns: Mapping[str, Turn], context: int, batch: int
+    kind: str, subjects: Sequence[BenchModel], turns: Mapping[str, Turn], context: int, batch: int
 ) -> tuple[dict[str, int], dict[str, int]]:
     """One turn of each model, untimed: the peak of its memory, and what the cache that it filled holds."""
     peak, held = {}, {}
@@ -226,7 +226,9 @@ def race(
     return order, dict(samples)
 
 
-def needed_bytes(kind: str, subjects: Sequence[Subject], cells: Mapping[int, Cell], context: int, batch: int) -> float:
+def needed_bytes(
+    kind: str, subjects: Sequence[BenchModel], cells: Mapping[int, Cell], context: int, batch: int
+) -> float:
     """What is expected to be taken on top of the weights: decoding keeps the caches of all models at once."""
     caches = [subject.costs.cache_bytes(context, batch) for subject in subjects]
     if kind == "decode":
@@ -237,7 +239,7 @@ def needed_bytes(kind: str, subjects: Sequence[Subject], cells: Mapping[int, Cel
     )
 
 
-def peak_at(subject: Subject, cells: Mapping[int, Cell], context: int) -> float:
+def peak_at(subject: BenchModel, cells: Mapping[int, Cell], context: int) -> float:
     """The peak of a model's memory at a context, measured, or as those that are let expect; 0: nothing is known."""
     if context in cells:
         return cells[context].peak[subject.name]
@@ -311,7 +313,7 @@ def bench(
     }
 
 
-def _about(subject: Subject) -> dict[str, Any]:
+def _about(subject: BenchModel) -> dict[str, Any]:
     return {
         "title": subject.title,
         "weight_bytes": subject.weight_bytes,
@@ -322,7 +324,7 @@ def _about(subject: Subject) -> dict[str, Any]:
 
 def rows_of(
     kind: str,
-    subject: Subject,
+    subject: BenchModel,
     cells: Mapping[int, Cell],
     contexts: Sequence[int],
     batch: int,
@@ -367,7 +369,7 @@ def rows_of(
 
 
 def forecast_of(
-    measured: str, subject: Subject, found: Mapping[int, Spread], batch: int, before: Sequence[Mapping[str, Any]]
+    measured: str, subject: BenchModel, found: Mapping[int, Spread], batch: int, before: Sequence[Mapping[str, Any]]
 ) -> Forecast | None:
     """What to expect of the contexts that were not measured; None where too few were."""
     if measured in KINDS and measured != "generate":

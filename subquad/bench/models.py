@@ -20,12 +20,12 @@ from subquad.errors import UserError
 from subquad.model.base import plan_of
 from subquad.model.student import Student, cache_after
 from subquad.plan import ATTENTION, Plan
-from subquad.pretrained.load import load_teacher
+from subquad.pretrained.load import load_pretrained
 from subquad.recipes.load import load_recipe
 
 
 @dataclass(frozen=True)
-class Subject:
+class BenchModel:
     """A model that is measured: `name` is student, model or teacher; `title` is for people."""
 
     name: str
@@ -71,7 +71,7 @@ class Subject:
         return (0, 2) if "eager" in base.config._attn_implementation else (0, 1)
 
 
-def cache_of(subject: Subject, batch: int, context: int) -> Cache:
+def cache_of(subject: BenchModel, batch: int, context: int) -> Cache:
     """The cache of `batch` sequences of `context` tokens, of the right size and with anything in it."""
     model = subject.model
     if isinstance(model, Student):
@@ -93,7 +93,9 @@ def cache_of(subject: Subject, batch: int, context: int) -> Cache:
     return cache
 
 
-def open_subjects(model: str, against: str | None, dtype: str | None, device: str | None) -> tuple[list[Subject], str]:
+def open_subjects(
+    model: str, against: str | None, dtype: str | None, device: str | None
+) -> tuple[list[BenchModel], str]:
     """The model and the one it is compared with, loaded and once run, and their dtype.
 
     Raises UserError where one cannot be loaded, or their vocabularies differ.
@@ -106,10 +108,10 @@ def open_subjects(model: str, against: str | None, dtype: str | None, device: st
     sources = {"model": model} | ({} if against in (None, "none") else {"teacher": str(against)})
     subjects = []
     for name, source in sources.items():
-        loaded = load_teacher(source, dtype=dtype, device=device)
+        loaded = load_pretrained(source, dtype=dtype, device=device)
         lm = loaded.model
         role = "student" if name == "model" and isinstance(lm, Student) else name
-        subjects.append(Subject(role, loaded.name, lm, plan_of(lm)))
+        subjects.append(BenchModel(role, loaded.name, lm, plan_of(lm)))
     sizes = [subject.vocabulary for subject in subjects]
     if len({*sizes}) > 1:
         raise UserError(
@@ -127,7 +129,9 @@ def max_positions(model: PreTrainedModel) -> int | None:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
-def within_positions(subjects: Sequence[Subject], contexts: Sequence[int], written: int) -> tuple[list[int], list[str]]:
+def within_positions(
+    subjects: Sequence[BenchModel], contexts: Sequence[int], written: int
+) -> tuple[list[int], list[str]]:
     """The contexts that all models can run with `written` tokens after them, and notes for people.
 
     Rotary positions have no end, so such models run on past the longest context they were made for. Learned ones do.

@@ -22,7 +22,7 @@ _ROUNDS = 7
 _SAMPLES = 64  # contexts at which the mixing of a prefill is counted
 
 
-class Work(NamedTuple):
+class PassCost(NamedTuple):
     """What a pass moves and computes."""
 
     bytes: float
@@ -36,7 +36,7 @@ class Roof:
     bytes_per_second: float
     flops_per_second: float
 
-    def seconds(self, work: Work) -> float:
+    def seconds(self, work: PassCost) -> float:
         """The least that this work takes."""
         return max(work.bytes / self.bytes_per_second, work.flops / self.flops_per_second)
 
@@ -90,17 +90,17 @@ class Costs:
             head_flops=2 * head.weight.numel(),
         )
 
-    def decode(self, context: int, batch: int) -> Work:
+    def decode(self, context: int, batch: int) -> PassCost:
         """One more token for each of `batch` sequences of `context` tokens: reads the weights and the caches."""
         flops = self.token_flops + self.head_flops + mixing_flops(self.plan, context)
-        return Work(self.weight_bytes + self.cache_bytes(context, batch), batch * flops)
+        return PassCost(self.weight_bytes + self.cache_bytes(context, batch), batch * flops)
 
-    def prefill(self, context: int, batch: int) -> Work:
+    def prefill(self, context: int, batch: int) -> PassCost:
         """`batch` prompts of `context` tokens: reads the weights, writes the caches, and gives the last logits."""
         on_the_way = (round((i + 0.5) * context / _SAMPLES) for i in range(_SAMPLES))
         mixing = fmean(mixing_flops(self.plan, seen) for seen in on_the_way)
         flops = context * (self.token_flops + mixing) + self.head_flops
-        return Work(self.weight_bytes + self.cache_bytes(context, batch), batch * flops)
+        return PassCost(self.weight_bytes + self.cache_bytes(context, batch), batch * flops)
 
     def cache_bytes(self, context: int, batch: int) -> int:
         """What the plan says that the caches take."""

@@ -80,9 +80,9 @@ def convert(
         "trust_remote_code": trust_remote_code,
     }
     if dry_run:
-        from subquad.jobs.dry_run import preview
+        from subquad.jobs.dry_run import dry_run as estimate
 
-        preview(**what)
+        estimate(**what)
     else:
         from subquad.jobs.convert import convert as run
 

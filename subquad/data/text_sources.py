@@ -1,7 +1,7 @@
 """Documents from what a user has: files, folders, and data sets on the Hub.
 
 Notable:
-- A `Source` yields whole documents lazily, so a file larger than memory and a streamed data set work alike.
+- A `TextSource` yields whole documents lazily, so a file larger than memory and a streamed data set work alike.
 - A long .txt is cut at blank lines into documents of at most a sixteenth of the source, so that whole documents can be
   held out of a single book as well.
 - Every complaint names the file, and the byte or line in it.
@@ -35,7 +35,7 @@ class Document:
 
 
 @dataclass(frozen=True)
-class Source:
+class TextSource:
     """Texts of one kind.
 
     Attributes:
@@ -64,7 +64,7 @@ def clean(text: str) -> str:
     return re.sub(r"\n{3,}", "\n\n", text).strip("\n").rstrip()
 
 
-def open_source(spec: str) -> Source:
+def open_source(spec: str) -> TextSource:
     """The source a user names: a file, a folder of files, or `org/name[:config[:split[:column]]]` on the Hub.
 
     Raises:
@@ -99,7 +99,7 @@ def _suffix(path: Path) -> str | None:
     return next((suffix for suffix in reversed(SUFFIXES) if path.name.lower().endswith(suffix)), None)
 
 
-def _files_source(path: Path, files: list[Path]) -> Source:
+def _files_source(path: Path, files: list[Path]) -> TextSource:
     txt_bytes = sum(file.stat().st_size for file in files if _suffix(file) == ".txt")
     longest = min(LONGEST_TXT_DOCUMENT, max(1, txt_bytes // 16))
 
@@ -111,7 +111,7 @@ def _files_source(path: Path, files: list[Path]) -> Source:
             except PermissionError as error:
                 raise UserError(f"the text file {file} may not be read: change its permissions") from error
 
-    return Source(str(path), "not stated (the user's own text)", stat_signature(files), documents)
+    return TextSource(str(path), "not stated (the user's own text)", stat_signature(files), documents)
 
 
 def _read(file: Path, longest: int) -> Iterator[str]:
@@ -213,7 +213,7 @@ def _parquet_texts(file: Path) -> Iterator[str]:
         raise UserError(f"the table {file} is damaged or cut short ({error}): copy it again") from error
 
 
-def _hub_source(spec: str) -> Source:
+def _hub_source(spec: str) -> TextSource:
     name, config, split, column = (spec.split(":") + ["", "", ""])[:4]
     column = column or "text"
 
@@ -231,4 +231,4 @@ def _hub_source(spec: str) -> Source:
                 "(org/name:config:split:column), the network and your access"
             ) from error
 
-    return Source(spec, "see the data set's card on the Hub", spec, documents, endless=True)
+    return TextSource(spec, "see the data set's card on the Hub", spec, documents, endless=True)

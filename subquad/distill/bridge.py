@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from subquad.errors import UserError
 from subquad.mixers import Mixer, MixerInputs
-from subquad.model.base import Converted
+from subquad.model.base import BaseStudent
 from subquad.model.interface import AttentionCall, layer_map
 from subquad.ops.common import wide
 from subquad.plan import ATTENTION, AttentionShape
@@ -36,7 +36,7 @@ class Bridge(nn.Module):
     """
 
     def __init__(
-        self, stage: Stage, student: Converted, layers: Sequence[int], theirs: Sequence[AttentionShape], seed: int
+        self, stage: Stage, student: BaseStudent, layers: Sequence[int], theirs: Sequence[AttentionShape], seed: int
     ) -> None:
         super().__init__()
         settings, count = stage.bridge, student.plan.num_layers

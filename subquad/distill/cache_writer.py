@@ -29,7 +29,7 @@ from subquad.data.text import Corpus
 from subquad.distill.logit_losses import CHUNK_ELEMENTS
 from subquad.distill.teacher_cache import FORMAT, KIND, Meta, normalised, read_meta, row_keys, shard_keys
 from subquad.errors import UserError
-from subquad.model.output_head import Head, final_hidden
+from subquad.model.output_head import OutputHead, final_hidden
 from subquad.ops.common import wide
 from subquad.plan import dtype_name
 from subquad.pretrained.load import Teacher
@@ -84,7 +84,7 @@ def write_cache(
             shorter than one row; logits that are not finite; a disk that cannot be written.
     """
     claim_cache(folder, resume=resume)
-    vocabulary = Head.of(teacher.model).weight_VM.shape[0]
+    vocabulary = OutputHead.of(teacher.model).weight_VM.shape[0]
     if not 1 <= top_k <= vocabulary:
         raise UserError(
             f"top-k is {top_k}, but the teacher '{teacher.name}' has a vocabulary of {vocabulary}: give 1 to that many"
@@ -186,7 +186,7 @@ def _rows(corpus: Corpus, start: int, stop: int, length: int) -> Tensor:
 
 def _answers(teacher: Teacher, ids_BT: Tensor, k: int, first_row: int) -> tuple[dict[str, Tensor], list[float]]:
     """What a shard holds of some rows, and the sums over their tokens of the KL that is lost and the mass kept."""
-    head = Head.of(teacher.model)
+    head = OutputHead.of(teacher.model)
     vocabulary = head.weight_VM.shape[0]
     hidden_NM = final_hidden(teacher.model, ids_BT.to(teacher.model.device)).flatten(0, 1)
     chunks = []

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from subquad.data.batch import TokenSource
 from subquad.distill.loop import micro_rows, prepared
 from subquad.distill.passes import LogitsStore
-from subquad.model.base import Converted
+from subquad.model.base import BaseStudent
 from subquad.recipes.stage import Stage
 from subquad.utils.timing import clock
 
@@ -27,7 +27,7 @@ SHORTEST = 64  # tokens of a row: shorter ones tell little of longer ones
 
 
 @dataclass(frozen=True)
-class Probe:
+class StageEstimate:
     """One process's part in a stage, as tried."""
 
     tokens: int  # of the micro-batch that was tried
@@ -44,18 +44,18 @@ class Probe:
         return steps * (stage.accumulate * self.pass_seconds + self.update_seconds)
 
 
-def probe_stage(
+def estimate_stage(
     stage: Stage,
     *,
     index: int,
-    student: Converted,
+    student: BaseStudent,
     teacher_model: PreTrainedModel,
     corpus: TokenSource,
     seed: int,
     accelerator: Accelerator,
     tokens: int,
     logits_from: PreTrainedModel | LogitsStore | None = None,
-) -> Probe:
+) -> StageEstimate:
     """Tries stage number `index` on micro-batches of about `tokens` tokens, shorter rows first; changes `student`.
 
     Seconds and activations are extrapolated in proportion to tokens. Raises UserError for what training would refuse.
@@ -76,7 +76,7 @@ def probe_stage(
         run.optimizer.step()
         update = clock(run.training_pass.device) - stepped
         more = rows * longest / (tried * length)
-        return Probe(
+        return StageEstimate(
             tokens=tried * length,
             whole=rows * longest,
             pass_seconds=more * max(0.0, stepped - start - update),

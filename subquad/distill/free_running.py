@@ -17,13 +17,13 @@ from subquad.data.batch import Batch, inputs_of, labels_of
 from subquad.distill.bridge import Bridge
 from subquad.distill.layer_losses import output_distance
 from subquad.distill.logit_losses import FromHidden, TeacherLogits, chunked_loss
-from subquad.distill.passes import LogitsStore, _first, layers_in_order, moved
+from subquad.distill.passes import LogitsStore, _first, in_mixer_order, layers_in_order
 from subquad.errors import UserError
 from subquad.mixers import MixerInputs
-from subquad.model.base import Converted
+from subquad.model.base import BaseStudent
 from subquad.model.interface import AttentionCall, find_attention, input_device, watched_attention
-from subquad.model.mixed_attention import Pass
-from subquad.model.output_head import Head, causal_lm, final_hidden, has_head
+from subquad.model.mixed_attention import ForwardContext
+from subquad.model.output_head import OutputHead, causal_lm, final_hidden, has_head
 from subquad.model.saliency import saliency_distance, saliency_model
 from subquad.recipes.stage import OF_OUTPUTS, OF_TOKENS, Stage
 
@@ -34,14 +34,14 @@ class FreeRunning:
     def __init__(
         self,
         stage: Stage,
-        student: Converted,
+        student: BaseStudent,
         teacher: PreTrainedModel,
         logits_from: PreTrainedModel | LogitsStore,
         seed: int = 0,
     ) -> None:
         self.stage, self.student, self.teacher, self.logits_from = stage, student, teacher, logits_from
         self.layers, waiting = layers_in_order(student, stage.replaced)
-        self.student_pass = Pass(restored=waiting)
+        self.forward_context = ForwardContext(restored=waiting)
         self.weights = {name: weight for name, weight in stage.weights.items() if name in OF_OUTPUTS}
         self.hidden = {name: weight for name, weight in stage.weights.items() if name not in OF_OUTPUTS}
         for name, weight in self.hidden.items():
@@ -81,11 +81,11 @@ class FreeRunning:
             mine = within.enter_context(_outputs({name: modules[1] for name, modules in self.modules.items()}))
             if self.bridge is not None:
                 heard = within.enter_context(self.bridge.listening())
-            student_BTM = self.student.final_hidden(inputs, student_pass=self.student_pass)
+            student_BTM = self.student.final_hidden(inputs, forward_context=self.forward_context)
         parts: dict[str, Tensor] = {}
         if self.bridge is not None:
             for layer, given in heard.items():
-                call = moved(calls[self.attention[self.bridge.teacher_layers[layer]]], self.student)
+                call = in_mixer_order(calls[self.attention[self.bridge.teacher_layers[layer]]], self.student)
                 parts[f"bridge of layer {layer}"] = self.bridge.loss(layer, given, call)
         for name in self.modules:
             for layer, student, target in zip(self.layers, mine[name], theirs[name], strict=True):
@@ -102,7 +102,7 @@ class FreeRunning:
             parts["saliency"] = saliency_distance(mine_BHW, theirs_BHW.detach().to(mine_BHW.device))
         total = sum((self.weights[part] * loss for part, loss in parts.items()), torch.zeros((), device=self.device))
         if not self.weights.keys().isdisjoint(OF_TOKENS):
-            head = Head.of(self.student)
+            head = OutputHead.of(self.student)
             if isinstance(teacher, FromHidden):  # heads are padded to various sizes
                 head = head.first(len(teacher.head.weight_VM))
             loss = chunked_loss(
@@ -128,10 +128,12 @@ class FreeRunning:
         hidden_BTM = final_hidden(self.logits_from, inputs.to(self.logits_from.device))
         if not has_head(self.student):
             return hidden_BTM, None
-        return hidden_BTM, FromHidden(hidden_BTM, Head.of(self.logits_from).first(len(Head.of(self.student).weight_VM)))
+        return hidden_BTM, FromHidden(
+            hidden_BTM, OutputHead.of(self.logits_from).first(len(OutputHead.of(self.student).weight_VM))
+        )
 
 
-def _check_outputs(stage: Stage, student: Converted, teacher: PreTrainedModel) -> None:
+def _check_outputs(stage: Stage, student: BaseStudent, teacher: PreTrainedModel) -> None:
     """Raises UserError where an objective needs a head, or states of one width, that are not there."""
     missing = [name for name in OF_TOKENS if name in stage.weights and not has_head(student)]
     if missing:

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from subquad.model.output_head import Head
+from subquad.model.output_head import OutputHead
 from subquad.ops.common import wide
 from subquad.recipes.stage import Divergence
 
@@ -42,7 +42,7 @@ class FromHidden:
     """The teacher's head on its last hidden states (B, T, M)."""
 
     hidden_BTM: Tensor
-    head: Head
+    head: OutputHead
 
     def log_probs(self, rows: slice, student_CV: Tensor, temperature: float) -> Tensor:
         logits_CV = wide(self.head(self.hidden_BTM.detach().flatten(0, -2)[rows])).to(student_CV)
@@ -126,7 +126,7 @@ class TokenLoss(NamedTuple):
 
 def chunked_loss(
     student_BTM: Tensor,
-    student_head: Head,
+    student_head: OutputHead,
     *,
     weights: Mapping[str, float],
     teacher: TeacherLogits | None = None,
@@ -171,7 +171,7 @@ def chunked_loss(
 class _Task:
     """Everything about a chunked loss that takes no gradient."""
 
-    student_head: Head
+    student_head: OutputHead
     teacher: TeacherLogits | None
     labels_N: Tensor | None
     count: int  # positions

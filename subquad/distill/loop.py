@@ -43,7 +43,7 @@ from subquad.distill.state import Ledger, StageResult, identity, mean
 from subquad.distill.teacher_forced import TeacherForced
 from subquad.distill.throughput import bare_forward_speed
 from subquad.errors import UserError
-from subquad.model.base import Converted
+from subquad.model.base import BaseStudent
 from subquad.recipes.stage import Stage
 from subquad.utils.interrupt import interrupt_waits
 from subquad.utils.memory import peak_memory_bytes, reset_peak_memory
@@ -57,7 +57,7 @@ def run_stage(
     stage: Stage,
     *,
     index: int,
-    student: Converted,
+    student: BaseStudent,
     teacher_model: PreTrainedModel,
     corpus: TokenSource,
     seed: int,
@@ -261,7 +261,7 @@ class StageRun:
 def prepared(
     stage: Stage,
     index: int,
-    student: Converted,
+    student: BaseStudent,
     teacher_model: PreTrainedModel,
     logits_from: PreTrainedModel | LogitsStore | None,
     seed: int,
@@ -294,7 +294,7 @@ def micro_rows(stage: Stage, processes: int) -> int:
 
 def make_pass(
     stage: Stage,
-    student: Converted,
+    student: BaseStudent,
     teacher: PreTrainedModel,
     logits_from: PreTrainedModel | LogitsStore | None = None,
     seed: int = 0,

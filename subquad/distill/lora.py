@@ -14,14 +14,14 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from subquad.errors import UserError
-from subquad.model.base import Converted
+from subquad.model.base import BaseStudent
 from subquad.model.student import tied
 from subquad.recipes.stage import Stage
 
 ADAPTER = "default"
 
 
-def lora_targets(student: Converted, stage: Stage) -> list[str]:
+def lora_targets(student: BaseStudent, stage: Stage) -> list[str]:
     """Paths, in the student's backbone, of the linear maps that get adapters.
 
     Raises UserError for a glob that matches no linear map.
@@ -43,7 +43,7 @@ def lora_targets(student: Converted, stage: Stage) -> list[str]:
 
 
 @contextmanager
-def adapters(student: Converted, stage: Stage, seed: int) -> Iterator[None]:
+def adapters(student: BaseStudent, stage: Stage, seed: int) -> Iterator[None]:
     """Within, the student has the adapters that `stage` asks for (if any); afterwards they are merged."""
     if stage.lora is None:
         yield

@@ -2,7 +2,7 @@
 
 Notable:
 - Everything else is frozen, so autograd does no work for it, and it goes on sharing its memory with the teacher. A
-  shared parameter that is to be trained gets a copy of its own first (`Converted.unshare`).
+  shared parameter that is to be trained gets a copy of its own first (`BaseStudent.unshare`).
 - Parameters of half precision are trained as float32 and rounded when the stage ends: AdamW's small steps would be lost
   in bfloat16. The forward pass then runs under autocast.
 - Weight decay is for matrices; norms, biases and gates of one dimension are left alone.
@@ -21,13 +21,13 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from subquad.errors import UserError
-from subquad.model.base import Converted
+from subquad.model.base import BaseStudent
 from subquad.recipes.stage import Stage
 
 Parameters = dict[str, nn.Parameter]
 
 
-def choose_parameters(student: Converted, stage: Stage, reachable: set[str]) -> Parameters:
+def choose_parameters(student: BaseStudent, stage: Stage, reachable: set[str]) -> Parameters:
     """The parameters that `stage` trains, by name, each with memory of its own; requires_grad is set for these alone.
 
     `reachable` are the names that get a gradient from the stage's pass: others are left out.
@@ -47,7 +47,7 @@ def choose_parameters(student: Converted, stage: Stage, reachable: set[str]) -> 
     return parameters
 
 
-def parameter_names(student: Converted, wish: str, stage: Stage) -> set[str]:
+def parameter_names(student: BaseStudent, wish: str, stage: Stage) -> set[str]:
     """The names of the parameters in a set of `stage.SETS`, or of those that match a glob.
 
     Raises UserError for a glob that matches none.
@@ -72,7 +72,7 @@ def parameter_names(student: Converted, wish: str, stage: Stage) -> set[str]:
     return matched
 
 
-def _mlp_names(student: Converted) -> set[str]:
+def _mlp_names(student: BaseStudent) -> set[str]:
     """Parameters of what stands in a block beside its attention module and has a matrix: norms have none."""
     beside: set[nn.Parameter] = set()
     for block, attention in zip(student.blocks(), student.attention_modules(), strict=True):
@@ -83,7 +83,7 @@ def _mlp_names(student: Converted) -> set[str]:
     return {name for name, parameter in student.named_parameters() if parameter in beside}
 
 
-def _hint(student: Converted, glob: str, names: list[str]) -> str:
+def _hint(student: BaseStudent, glob: str, names: list[str]) -> str:
     example = next((name for name in names if ".mixer." in name), names[0])
     head = student.get_output_embeddings()
     heads = [name for name, module in student.named_modules() if module is head]
@@ -92,7 +92,7 @@ def _hint(student: Converted, glob: str, names: list[str]) -> str:
     return f": names look like '{example}'."
 
 
-def make_optimizer(parameters: Parameters, stage: Stage, student: Converted) -> torch.optim.AdamW:
+def make_optimizer(parameters: Parameters, stage: Stage, student: BaseStudent) -> torch.optim.AdamW:
     """AdamW with one group for each learning rate and kind of weight decay; a group keeps its own rate as `base_lr`."""
     rates = [(parameter_names(student, wish, stage), lr) for wish, lr in stage.lr_groups.items()]
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
@@ -125,7 +125,7 @@ def trained_in_float32(parameters: Parameters) -> Iterator[torch.dtype | None]:
 
 
 @contextmanager
-def checkpointed_blocks(student: Converted, wanted: bool) -> Iterator[None]:
+def checkpointed_blocks(student: BaseStudent, wanted: bool) -> Iterator[None]:
     """Within, if `wanted`, every block computes its inside again in the backward pass instead of keeping it.
 
     Raises UserError for a model whose blocks cannot. They do it in training mode only, so they alone are put into it;

@@ -14,7 +14,7 @@ from torch import Tensor
 from subquad.data.batch import Batch
 from subquad.distill.bridge import Bridge
 from subquad.distill.logit_losses import TeacherLogits
-from subquad.model.base import Converted
+from subquad.model.base import BaseStudent
 from subquad.model.interface import AttentionCall
 from subquad.model.mixed_attention import to_middle
 
@@ -36,7 +36,7 @@ class TrainingPass(Protocol):
     def __call__(self, batch: Batch, share: float) -> dict[str, Tensor]: ...
 
 
-def layers_in_order(student: Converted, share: float) -> tuple[list[int], frozenset[int]]:
+def layers_in_order(student: BaseStudent, share: float) -> tuple[list[int], frozenset[int]]:
     """This share of the layers with mixers, evenly spread, and those that wait and attend meanwhile.
 
     A larger share contains a smaller one: layers join in the order of their bit-reversed index, so that halves are
@@ -54,7 +54,7 @@ def _first(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-def moved(call: AttentionCall, student: Converted) -> AttentionCall:
+def in_mixer_order(call: AttentionCall, student: BaseStudent) -> AttentionCall:
     """The teacher's call with its tokens in the order in which the student's mixers see them."""
     count = getattr(student.config, "prefix_tokens", 0)
     if count == 0:

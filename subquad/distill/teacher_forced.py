@@ -20,12 +20,12 @@ from transformers import PreTrainedModel
 from subquad.data.batch import Batch, inputs_of
 from subquad.distill.bridge import Bridge
 from subquad.distill.layer_losses import matrix_distance, output_distance
-from subquad.distill.passes import _first, layers_in_order, moved
+from subquad.distill.passes import _first, in_mixer_order, layers_in_order
 from subquad.errors import UserError
 from subquad.mixers import Mixer, MixerInputs
-from subquad.model.base import Converted
+from subquad.model.base import BaseStudent
 from subquad.model.interface import AttentionCall, find_attention, input_device, watched_attention
-from subquad.model.mixed_attention import LayerMixer, Pass
+from subquad.model.mixed_attention import ForwardContext, LayerMixer
 from subquad.model.output_head import final_hidden
 from subquad.plan import ATTENTION
 from subquad.recipes.stage import Stage
@@ -38,9 +38,9 @@ class _Done(Exception):
 class TeacherForced:
     """Distances of the student's layers from the teacher's, each given the teacher's input; means over layers."""
 
-    def __init__(self, stage: Stage, student: Converted, teacher: PreTrainedModel, seed: int = 0) -> None:
+    def __init__(self, stage: Stage, student: BaseStudent, teacher: PreTrainedModel, seed: int = 0) -> None:
         self.layers, waiting = layers_in_order(student, stage.replaced)
-        self.student_pass = Pass(restored=waiting)
+        self.forward_context = ForwardContext(restored=waiting)
         self.student, self.teacher, self.kind = student, teacher, stage.loss
         self.device = input_device(teacher)
         sites = find_attention(teacher)
@@ -88,11 +88,11 @@ class TeacherForced:
             with torch.enable_grad():
                 if "matrix" in self.objectives:
                     pairs = self._inputs(layer, args, kwargs)
-                    call = moved(calls[module], self.student)
+                    call = in_mixer_order(calls[module], self.student)
                     _backward(weighted("matrix", layer, _matrix_distances(pairs, call)))
                 if self.bridge is not None:
                     inputs = [given for _, given in self._inputs(layer, args, kwargs)]
-                    call = moved(calls[self.attention[self.bridge.teacher_layers[layer]]], self.student)
+                    call = in_mixer_order(calls[self.attention[self.bridge.teacher_layers[layer]]], self.student)
                     _backward(weighted("bridge", layer, self.bridge.loss(layer, inputs, call)))
                 if "mixer_output" in self.objectives:
                     student_BTM = self.student.attention_modules()[layer](*args, **kwargs)[0]
@@ -105,7 +105,7 @@ class TeacherForced:
             with torch.enable_grad():
                 if layer > group[0]:
                     args, kwargs = _with_hidden(args, kwargs, free.pop())
-                kwargs = {**kwargs, "student_pass": self.student_pass}
+                kwargs = {**kwargs, "forward_context": self.forward_context}
                 student_BTM = _first(self.student.blocks()[layer](*args, **kwargs))
                 distance = output_distance(student_BTM, _first(output), self.kind)
                 of_group.append(weighted("block_output", layer, distance))
@@ -142,7 +142,9 @@ class TeacherForced:
             if name != ATTENTION:
                 seen.append((mixers.by_name[name], inputs))
 
-        self.student.attention_modules()[layer](*args, **{**kwargs, "student_pass": Pass(inspector=inspect)})
+        self.student.attention_modules()[layer](
+            *args, **{**kwargs, "forward_context": ForwardContext(inspector=inspect)}
+        )
         return seen
 
 
@@ -153,7 +155,7 @@ def _matrix_distances(pairs: Sequence[tuple[Mixer, MixerInputs]], call: Attentio
     return torch.stack([n * d for n, d in zip(heads, distances, strict=True)]).sum() / sum(heads)
 
 
-def _check_matrices(stage: Stage, student: Converted, layers: list[int]) -> None:
+def _check_matrices(stage: Stage, student: BaseStudent, layers: list[int]) -> None:
     for layer in layers:
         for name, mixer in student.mixers(layer).items():
             if type(mixer).mix is Mixer.mix:

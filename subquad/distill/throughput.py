@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedModel
 
 from subquad.data.batch import Batch, inputs_of
-from subquad.model.output_head import Head, final_hidden, has_head
+from subquad.model.output_head import OutputHead, final_hidden, has_head
 
 
 @torch.no_grad()
@@ -19,7 +19,7 @@ def bare_forward_speed(
     `sequence_length`: tokens that an image comes to.
     """
     inputs = inputs_of(batch)
-    head = Head.of(teacher) if has_head(teacher) else (lambda hidden: hidden)
+    head = OutputHead.of(teacher) if has_head(teacher) else (lambda hidden: hidden)
     tokens, start = 0, time.perf_counter()
     while True:
         hidden_NM = final_hidden(teacher, inputs).flatten(0, 1)

@@ -2,7 +2,7 @@
 
 from subquad.evaluate.footprint import cache_table, held_cache_bytes
 from subquad.evaluate.harness import harness
-from subquad.evaluate.images import likeness
+from subquad.evaluate.images import image_fidelity
 from subquad.evaluate.likelihood import likelihood, paired_gain
 from subquad.evaluate.retrieval import answers, retrieval, usable
 from subquad.evaluate.samples import paired_samples, samples
@@ -13,7 +13,7 @@ __all__ = [
     "harness",
     "held_cache_bytes",
     "likelihood",
-    "likeness",
+    "image_fidelity",
     "paired_gain",
     "paired_samples",
     "retrieval",

@@ -22,7 +22,7 @@ GROUPS = 32  # of images, whose means are the samples of a comparison
 
 
 @torch.no_grad()
-def likeness(
+def image_fidelity(
     models: Mapping[str, PreTrainedModel],
     teacher: PreTrainedModel,
     batches: Iterable[ImageBatch],

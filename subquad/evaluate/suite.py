@@ -13,16 +13,16 @@ from rich.console import Console
 from subquad.data.images import ImageSet
 from subquad.data.probes import Probe, make_probe
 from subquad.data.text import Corpus
-from subquad.evaluate import cache_table, harness, likelihood, likeness, retrieval
+from subquad.evaluate import cache_table, harness, image_fidelity, likelihood, retrieval
 from subquad.evaluate.harness import load_tasks
 from subquad.plan import Plan
 from subquad.pretrained.load import Teacher
 from subquad.recipes.schema import EvaluateConfig
 from subquad.utils.progress import StageProgress
-from subquad.utils.token_cost import Bill
+from subquad.utils.token_cost import TokenCost
 
 
-def measured_rows(
+def evaluate_models(
     models: Mapping[str, Any],
     source: Teacher,
     data: Corpus | ImageSet,
@@ -35,7 +35,7 @@ def measured_rows(
 
     Progress is shown on `console`, if there is one.
     """
-    total, done, start = round(evaluation_bill(config, 1 + len(models), data).forward_tokens), 0, time.perf_counter()
+    total, done, start = round(evaluation_cost(config, 1 + len(models), data).forward_tokens), 0, time.perf_counter()
     with StageProgress(console, "measure", steps=total, unit="token") as bar:
 
         def tick(tokens: int) -> None:
@@ -46,7 +46,7 @@ def measured_rows(
         if isinstance(data, ImageSet):
             per_image = data.tokens
             images = data.heldout_batches(config.rows)
-            found = likeness(models, source.model, images, tick=lambda count: tick(per_image * count))
+            found = image_fidelity(models, source.model, images, tick=lambda count: tick(per_image * count))
             rows: dict[str, dict[str, Any]] = {name: {"images": measures} for name, measures in found.items()}
         else:
             rows = _on_text(models, source, data, config, tick)
@@ -100,9 +100,9 @@ def questions(
     return rows, probes
 
 
-def evaluation_bill(config: EvaluateConfig, models: int, data: Corpus | ImageSet) -> Bill:
+def evaluation_cost(config: EvaluateConfig, models: int, data: Corpus | ImageSet) -> TokenCost:
     """What measuring that many models, the teacher among them, costs on held-out data and retrieval (not on tasks)."""
     if isinstance(data, ImageSet):
-        return Bill(forward_tokens=models * config.rows * data.tokens)
+        return TokenCost(forward_tokens=models * config.rows * data.tokens)
     probes = len(config.retrieval.tasks) * config.retrieval.count * sum(config.retrieval.contexts)
-    return Bill(forward_tokens=models * (config.rows * max(config.contexts) + probes))
+    return TokenCost(forward_tokens=models * (config.rows * max(config.contexts) + probes))

@@ -9,8 +9,8 @@ from subquad.data.text import Corpus
 from subquad.distill.cache_writer import claim_cache, write_cache
 from subquad.distill.teacher_cache import TeacherCache
 from subquad.errors import UserError
-from subquad.jobs.conversion import open_data, open_teacher, settled
-from subquad.jobs.run import Run, facts, make_accelerator
+from subquad.jobs.conversion import checked_recipe, open_data, open_teacher
+from subquad.jobs.run import Run, make_accelerator, provenance
 from subquad.recipes.schema import Recipe
 from subquad.utils.format import nats, percent, size
 
@@ -37,7 +37,7 @@ def cache_teacher(
     `resume`: go on with an interrupted cache in `out`; `overwrite`: delete an earlier one first. Raises UserError for
     anything wrong with what was given.
     """
-    recipe = settled(recipe, teacher, data)
+    recipe = checked_recipe(recipe, teacher, data)
     out = Path(out)
     stage = next((stage for stage in recipe.stages if "logits" in stage.weights), None)
     if stage is not None:
@@ -56,7 +56,7 @@ def cache_teacher(
     run.say(f"teacher: {source.name}; {corpus.amount}")
     if len(corpus.train) < tokens:
         run.say(f"the text is shorter than the {tokens:,} tokens that were asked for: all of it is cached")
-    about = facts(run, command)
+    about = provenance(run, command)
     write_cache(
         out,
         source,

@@ -14,14 +14,14 @@ from subquad.evaluate.harness import load_tasks
 from subquad.jobs.base_model import fresh_model
 from subquad.jobs.run import Run
 from subquad.mixers import mixer_options
-from subquad.model.base import Converted
+from subquad.model.base import BaseStudent
 from subquad.model.image_student import image_tokens
 from subquad.model.interface import find_attention, shapes_of
 from subquad.model.output_head import check_head
 from subquad.model.student import tied
 from subquad.model.tasks import TASKS
 from subquad.plan import ATTENTION, Plan
-from subquad.pretrained.load import Teacher, load_teacher
+from subquad.pretrained.load import Teacher, load_pretrained
 from subquad.recipes.load import load_recipe
 from subquad.recipes.schema import NamedMixer, Recipe
 from subquad.select import SELECTORS, Budget, check_alternatives, check_selector
@@ -31,7 +31,7 @@ CALIBRATION_TOKENS = 1024
 Data: TypeAlias = Corpus | ImageSet
 
 
-def settled(recipe: Recipe | str | Path, teacher: str, data: list[str] | None) -> Recipe:
+def checked_recipe(recipe: Recipe | str | Path, teacher: str, data: list[str] | None) -> Recipe:
     """The recipe with what was given beside it, and checked by those who know its mixer, its selector and its tasks."""
     recipe = (recipe if isinstance(recipe, Recipe) else load_recipe(recipe)).model_copy(deep=True)
     recipe.teacher = teacher
@@ -93,7 +93,7 @@ def _check_images(recipe: Recipe) -> None:
 def open_teacher(run: Run, **how: Any) -> Teacher:
     """The recipe's teacher, on this process's device; refused by name if it cannot be converted."""
     recipe, device = run.recipe, str(run.accelerator.device)
-    source = load_teacher(recipe.teacher, task=recipe.task, dtype=recipe.dtype, device=device, **how)
+    source = load_pretrained(recipe.teacher, task=recipe.task, dtype=recipe.dtype, device=device, **how)
     find_attention(source.model)
     check_head(source.model)
     if recipe.tied_embeddings == "refuse" and tied(source.model):
@@ -144,7 +144,7 @@ def read_data(recipe: Recipe, source: Teacher) -> Data:
     return found
 
 
-def new_student(run: Run, plan: Plan, data: Data, mixers_from: Iterable[Converted] = ()) -> Converted:
+def new_student(run: Run, plan: Plan, data: Data, mixers_from: Iterable[BaseStudent] = ()) -> BaseStudent:
     """A student with this plan: its mixers are another one's where that has the same, and calibrated elsewhere."""
     torch.manual_seed(0)  # the few new weights that start at random: gates' inner projections
     start = run.recipe.mixer.join_start
@@ -161,7 +161,7 @@ def mixers_of(recipe: Recipe) -> dict[str, dict[str, Any]]:
     return {mixer.name: mixer.options for mixer in mixers}
 
 
-def all_linear(run: Run, data: Data) -> dict[str, Converted]:
+def all_linear(run: Run, data: Data) -> dict[str, BaseStudent]:
     """A student without attention for each of the recipe's mixers, the recipe's own first."""
     shapes = shapes_of(run.base)
     with run.timed("calibrate"):

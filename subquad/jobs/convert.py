@@ -14,13 +14,13 @@ from typing import Any
 from subquad.data.text import Corpus
 from subquad.distill.state import StageResult
 from subquad.evaluate import paired_samples
-from subquad.evaluate.suite import measured_rows
+from subquad.evaluate.suite import evaluate_models
 from subquad.jobs.baselines import even_plan, verdicts, window_plan
-from subquad.jobs.conversion import Data, all_linear, new_student, open_data, open_teacher, settled
-from subquad.jobs.run import Run, facts, start_run
+from subquad.jobs.conversion import Data, all_linear, checked_recipe, new_student, open_data, open_teacher
+from subquad.jobs.run import Run, provenance, start_run
 from subquad.jobs.select import named_plans, select_plan
 from subquad.jobs.train import align, train_stages
-from subquad.model.base import Converted, plan_of
+from subquad.model.base import BaseStudent, plan_of
 from subquad.model.student import Student, tied
 from subquad.plan import Plan
 from subquad.pretrained.load import Teacher
@@ -43,7 +43,7 @@ def convert(
     trust_remote_code: bool = False,
     layers: int | None = None,
     command: str | None = None,
-) -> Converted:
+) -> BaseStudent:
     """Converts `teacher` by `recipe` into the folder `out`, and returns the student.
 
     `plan`: a plan file to use instead of selecting. `data`: text, or images, instead of the recipe's. `resume`: go on
@@ -54,7 +54,7 @@ def convert(
     Raises UserError for anything wrong with what was given.
     """
     started = time.perf_counter()
-    recipe = settled(recipe, teacher, data)
+    recipe = checked_recipe(recipe, teacher, data)
     given_plan = None if plan is None else Plan.load(plan)
     run = start_run(recipe, Path(out), resume=resume, overwrite=overwrite)
     with run.timed("load"):
@@ -90,7 +90,7 @@ def convert(
                         _save(new_student(run, named, corpus, mixers_from=linear.values()), source, folder)
                     run.say(f"the plan '{name}' of the selector is a model too, in {run.out / name}")
         run.seconds["total"] = time.perf_counter() - started
-        metrics |= _bill(run, source, results, scores) | facts(run, command) | _hashes(run, corpus)
+        metrics |= _bill(run, source, results, scores) | provenance(run, command) | _hashes(run, corpus)
         run.write("metrics.json", json.dumps(metrics, indent=1))
         write_report(run.out)
         write_model_card(run.out)
@@ -100,13 +100,13 @@ def convert(
     return student
 
 
-def _save(student: Converted, source: Teacher, folder: Path) -> None:
+def _save(student: BaseStudent, source: Teacher, folder: Path) -> None:
     student.save_pretrained(folder)
     source.reader.save_pretrained(folder)
 
 
 def _measure(
-    run: Run, source: Teacher, data: Data, student: Converted, linear: Mapping[str, Converted]
+    run: Run, source: Teacher, data: Data, student: BaseStudent, linear: Mapping[str, BaseStudent]
 ) -> dict[str, Any]:
     """metrics.json's rows, samples and verdicts: the student beside the rivals of the same budget or cache bytes."""
     recipe, plan = run.recipe, student.plan
@@ -116,7 +116,7 @@ def _measure(
         what = "text and retrieval" if isinstance(data, Corpus) else "images"
         run.say(f"measuring the teacher and {fmt.count(len(models), 'model')} on held-out {what} ...")
         plans = {"teacher": plan_of(source.model)} | {name: model.plan for name, model in models.items()}
-        metrics = measured_rows(models, source, data, plans, recipe.evaluate, recipe.dtype, run.console)
+        metrics = evaluate_models(models, source, data, plans, recipe.evaluate, recipe.dtype, run.console)
         if isinstance(data, Corpus):
             prompts, length = recipe.evaluate.prompts, recipe.evaluate.max_new_tokens
             metrics["samples"] = paired_samples(source.model, student, source.tokenizer, prompts, length)
@@ -124,7 +124,7 @@ def _measure(
     return metrics
 
 
-def _rivals(run: Run, plan: Plan, data: Data, linear: Mapping[str, Converted]) -> dict[str, Converted]:
+def _rivals(run: Run, plan: Plan, data: Data, linear: Mapping[str, BaseStudent]) -> dict[str, BaseStudent]:
     """Students of the same budget or cache bytes that were trained less, or not."""
     recipe = run.recipe
     even = even_plan(plan, recipe.mixer.name, recipe.mixer.options, recipe.dtype)

@@ -19,21 +19,21 @@ from rich.text import Text
 from transformers import PreTrainedModel
 
 from subquad.distill.checkpoint import KEEP
-from subquad.distill.estimate import Probe, probe_stage, weights_of
-from subquad.evaluate.suite import check_heldout, evaluation_bill
+from subquad.distill.estimate import StageEstimate, estimate_stage, weights_of
+from subquad.evaluate.suite import check_heldout, evaluation_cost
 from subquad.jobs.baselines import even_plan
-from subquad.jobs.conversion import Data, all_linear, new_student, open_data, open_teacher, settled
+from subquad.jobs.conversion import Data, all_linear, checked_recipe, new_student, open_data, open_teacher
 from subquad.jobs.run import Run, start_run
-from subquad.jobs.select import selection_bill, teacher_speed
+from subquad.jobs.select import selection_cost, teacher_speed
 from subquad.jobs.train import of_stage
-from subquad.model.base import Converted
+from subquad.model.base import BaseStudent
 from subquad.model.student import Student
 from subquad.plan import Plan
 from subquad.pretrained.load import Teacher
 from subquad.recipes.schema import Recipe
 from subquad.recipes.stage import Stage
 from subquad.report import print_plan
-from subquad.select import SELECTORS, Budget, Choice, choose_plan, uniform_layers, units_of
+from subquad.select import SELECTORS, Budget, Ranking, choose_plan, uniform_layers, units_of
 from subquad.utils import format as fmt
 from subquad.utils.token_cost import TRAINING
 
@@ -47,7 +47,7 @@ class StagePreview:
 
     stage: Stage
     students: int
-    probe: Probe
+    probe: StageEstimate
     frozen_bytes: int  # weights of the teacher, and of the stage's own
     student_bytes: int  # weights that the students do not share with it
 
@@ -106,7 +106,7 @@ class Preview:
         return self.disk_bytes + max((stage.checkpoint_bytes for stage in self.stages), default=0)
 
 
-def preview(
+def dry_run(
     teacher: str = "default",
     recipe: Recipe | str | Path = "quick",
     out: str | Path = "runs/quick",
@@ -120,7 +120,7 @@ def preview(
 
     Raises UserError for what `convert` would refuse, but for what `out` holds.
     """
-    recipe = settled(recipe, teacher, data)
+    recipe = checked_recipe(recipe, teacher, data)
     given_plan = None if plan is None else Plan.load(plan)
     with tempfile.TemporaryDirectory() as folder:
         run = start_run(recipe, Path(folder) / "run", resume=False, overwrite=False)
@@ -138,13 +138,13 @@ def preview(
 
 
 def _previewed(
-    run: Run, source: Teacher, data: Data, linear: Mapping[str, Converted], given_plan: Plan | None
+    run: Run, source: Teacher, data: Data, linear: Mapping[str, BaseStudent], given_plan: Plan | None
 ) -> Preview:
     recipe, speed = run.recipe, teacher_speed(source, data)
     seconds = {part: run.seconds[part] for part in ("load", "data", "calibrate")}
     if given_plan is None:
         run.say(f"plan: {recipe.selector.by} will choose it, under a budget of {recipe.selector.budget}")
-        bill = selection_bill(run, linear, source, data)
+        bill = selection_cost(run, linear, source, data)
         run.say("what follows is for a plan of the budget's size, evenly spaced:\n")
         seconds["select"] = bill.seconds(speed)
     plan = given_plan or _stand_in(linear[recipe.mixer.name], recipe)
@@ -167,7 +167,7 @@ def _previewed(
     rivals = 0 if recipe.student else 2 + aligned + (even.layers != plan.layers)  # untrained and window, and these
     models = 2 + rivals
     calibrated = 2 * seconds["calibrate"] / len(linear)
-    seconds["evaluate"] = evaluation_bill(recipe.evaluate, models, data).seconds(speed) + calibrated
+    seconds["evaluate"] = evaluation_cost(recipe.evaluate, models, data).seconds(speed) + calibrated
     return found
 
 
@@ -175,14 +175,14 @@ def _count(model: PreTrainedModel) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _stand_in(linear: Converted, recipe: Recipe) -> Plan:
+def _stand_in(linear: BaseStudent, recipe: Recipe) -> Plan:
     """A plan of the budget's size, evenly spaced; half of it attends where only the selector knows how much."""
     settings, budget = recipe.selector, Budget.parse(recipe.selector.budget)
     if budget.word is not None or budget.speedup is not None:
         budget = Budget.parse("50%")
     unit = SELECTORS[settings.by].unit if settings.unit is None else settings.unit
     units = units_of(linear.plan.shapes, unit)
-    choice = Choice(units, lambda count: uniform_layers(len(units), count), unit)
+    choice = Ranking(units, lambda count: uniform_layers(len(units), count), unit)
     return choose_plan(linear, budget, choice, recipe.mixer.join)[0]
 
 
@@ -191,8 +191,8 @@ def _try(
     index: int,
     source: Teacher,
     data: Data,
-    linear: Mapping[str, Converted],
-    student: Converted,
+    linear: Mapping[str, BaseStudent],
+    student: BaseStudent,
     speed: float,
 ) -> StagePreview:
     """One stage, tried on its own student: that of the plan, or the first of the all-linear ones."""
@@ -206,7 +206,7 @@ def _try(
         of_stage(run, index, source, data),
         round(SECONDS / len(run.recipe.stages) * speed / PASSES / TRAINING),
     )
-    probe = probe_stage(stage, student=trained, tokens=tokens, **how)
+    probe = estimate_stage(stage, student=trained, tokens=tokens, **how)
     target = how["logits_from"]
     teachers = weights_of(source.model, *([target] if isinstance(target, PreTrainedModel) else []))
     own = sum(size for place, size in {**beside, **probe.weights}.items() if place not in teachers)

@@ -9,11 +9,11 @@ from rich.console import Console
 from subquad.data.text import Corpus
 from subquad.errors import UserError
 from subquad.evaluate import paired_samples
-from subquad.evaluate.suite import measured_rows
-from subquad.jobs.conversion import read_data, settled
+from subquad.evaluate.suite import evaluate_models
+from subquad.jobs.conversion import checked_recipe, read_data
 from subquad.model.base import plan_of
 from subquad.model.output_head import check_head
-from subquad.pretrained.load import load_teacher
+from subquad.pretrained.load import load_pretrained
 from subquad.recipes.load import load_recipe
 from subquad.utils.environment import machine, source_commit, versions
 from subquad.utils.files import write_json
@@ -43,14 +43,14 @@ def evaluate_model(
     recipe = load_recipe(recipe_file if recipe_file.is_file() else "quick", changes or [])
     given = {key: value for key, value in {"tasks": tasks, "task_limit": limit}.items() if value is not None}
     recipe.evaluate = recipe.evaluate.model_copy(update=given)
-    recipe = settled(recipe, teacher or recipe.teacher, data)
-    source = load_teacher(recipe.teacher, task=recipe.task, dtype=recipe.dtype)
-    measured = load_teacher(str(model), task=recipe.task, dtype=recipe.dtype).model
+    recipe = checked_recipe(recipe, teacher or recipe.teacher, data)
+    source = load_pretrained(recipe.teacher, task=recipe.task, dtype=recipe.dtype)
+    measured = load_pretrained(str(model), task=recipe.task, dtype=recipe.dtype).model
     for one in (source.model, measured):
         check_head(one)
     corpus = read_data(recipe, source)
     plans, settings = {"teacher": plan_of(source.model), "student": plan_of(measured)}, recipe.evaluate
-    metrics = measured_rows({"student": measured}, source, corpus, plans, settings, recipe.dtype, console)
+    metrics = evaluate_models({"student": measured}, source, corpus, plans, settings, recipe.dtype, console)
     if isinstance(corpus, Corpus):
         prompts, length = settings.prompts, settings.max_new_tokens
         metrics["samples"] = paired_samples(source.model, measured, source.tokenizer, prompts, length)

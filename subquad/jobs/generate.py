@@ -6,7 +6,7 @@ from typing import Any, cast
 import torch
 
 from subquad.errors import UserError
-from subquad.pretrained.load import load_teacher
+from subquad.pretrained.load import load_pretrained
 
 
 def generate(
@@ -19,7 +19,7 @@ def generate(
     chat: bool = False,
 ) -> str:
     """The model's continuation of `prompt` (or, with `chat`, its answer), greedy at temperature 0."""
-    loaded = load_teacher(str(model))
+    loaded = load_pretrained(str(model))
     lm, tokenizer = loaded.model, loaded.tokenizer
     if chat:
         if tokenizer.chat_template is None:

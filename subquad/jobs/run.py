@@ -99,7 +99,7 @@ def _claim(out: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
     claim_folder(out, earlier=before.is_file(), kind="run", resume=resume, overwrite=overwrite)
 
 
-def facts(run: Run, command: str | None) -> dict[str, Any]:
+def provenance(run: Run, command: str | None) -> dict[str, Any]:
     """Seed, versions, machine, memory, command and commit, for metrics.json."""
     return {
         "seed": run.recipe.seed,

@@ -18,16 +18,16 @@ from subquad.data.images import ImageSet
 from subquad.data.text import Corpus
 from subquad.distill.throughput import bare_forward_speed
 from subquad.errors import UserError
-from subquad.jobs.conversion import Data, all_linear, mixers_of, open_data, open_teacher, settled
+from subquad.jobs.conversion import Data, all_linear, checked_recipe, mixers_of, open_data, open_teacher
 from subquad.jobs.run import Run, start_run
 from subquad.jobs.train import align, candidate_training
-from subquad.model.base import Converted
+from subquad.model.base import BaseStudent
 from subquad.model.interface import shapes_of
 from subquad.model.student import Student
 from subquad.plan import Plan
 from subquad.pretrained.load import Teacher
 from subquad.recipes.schema import Recipe
-from subquad.select import SELECTORS, Bill, Budget, Choice, OnlyTheBill, Question, Work, choose_plan, pareto
+from subquad.select import SELECTORS, Budget, OnlyTheBill, Ranking, SelectorInputs, TokenCost, Work, choose_plan, pareto
 from subquad.select.speed import DecodeCost, decode_cost
 from subquad.select.units import kind_of, layers_in
 from subquad.utils.progress import StageProgress
@@ -56,7 +56,7 @@ def select(
     `resume`: go on with an interrupted selection. Raises UserError for anything wrong with what was given, or when
     `out` exists and is not to be overwritten.
     """
-    recipe = settled(recipe, teacher, data)
+    recipe = checked_recipe(recipe, teacher, data)
     out = Path(out)
     if out.exists() and not overwrite and not dry_run:
         raise UserError(f"{out} exists; give --overwrite to replace it")
@@ -102,7 +102,7 @@ def _from_scores(run: Run, file: Path, **how: Any) -> Plan:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
         known = found["teacher_fingerprint"] == source.fingerprint and found["mixer"] == recipe.mixer.name
-        choice = Choice.of_scores(found, shapes_of(source.model)) if known else None
+        choice = Ranking.of_scores(found, shapes_of(source.model)) if known else None
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(
             f"{file} is not the scores.json of a selection with scores: run `subquad select` first"
@@ -131,11 +131,11 @@ def _bill(run: Run, **how: Any) -> None:
             if stage.scope == "all-linear":
                 times = f", {len(linear)} times" if len(linear) > 1 else ""
                 run.say(f"{stage.name}: {stage.tokens:,} tokens of training{times}")
-    selection_bill(run, linear, source, data)
+    selection_cost(run, linear, source, data)
     run.end()
 
 
-def selection_bill(run: Run, linear: Mapping[str, Converted], source: Teacher, data: Data) -> Bill:
+def selection_cost(run: Run, linear: Mapping[str, BaseStudent], source: Teacher, data: Data) -> TokenCost:
     """What selecting would cost, said and returned."""
     work = _work(run, source, data)
     work.dry_run = True
@@ -144,7 +144,9 @@ def selection_bill(run: Run, linear: Mapping[str, Converted], source: Teacher, d
     return work.announced
 
 
-def select_plan(run: Run, linear: Mapping[str, Converted], source: Teacher, data: Data) -> tuple[Plan, dict[str, Any]]:
+def select_plan(
+    run: Run, linear: Mapping[str, BaseStudent], source: Teacher, data: Data
+) -> tuple[Plan, dict[str, Any]]:
     """The plan and scores.json: read, when an interrupted run had got as far, else measured and written."""
     plan_file, scores_file = run.out / "plan.yaml", run.out / "scores.json"
     if run.resume and plan_file.is_file() and scores_file.is_file():
@@ -181,7 +183,7 @@ def _work(run: Run, source: Teacher, data: Data) -> Work:
 
 
 def _choose(
-    run: Run, aligned: Mapping[str, Converted], source: Teacher, data: Data, work: Work
+    run: Run, aligned: Mapping[str, BaseStudent], source: Teacher, data: Data, work: Work
 ) -> tuple[Plan, dict[str, Any]]:
     recipe, settings = run.recipe, run.recipe.selector
     selector, budget = SELECTORS[settings.by], Budget.parse(settings.budget)
@@ -189,10 +191,10 @@ def _choose(
     linear = alternatives.pop(recipe.mixer.name)
     text_BT = torch.zeros(0, 0, dtype=torch.long)
     if selector.text:
-        assert isinstance(data, Corpus)  # as opening.settled sees to
+        assert isinstance(data, Corpus)  # as `checked_recipe` ensures
         rows = math.ceil(settings.tokens / settings.sequence_length)
         text_BT = data.heldout_batch(rows, settings.sequence_length, part="selection")
-    question = Question(
+    question = SelectorInputs(
         linear,
         source,
         text_BT,
@@ -227,7 +229,7 @@ def _choose(
     return plan, scores
 
 
-def _decoding(work: Work, source: Teacher, linear: Converted) -> Callable[[int], DecodeCost]:
+def _decoding(work: Work, source: Teacher, linear: BaseStudent) -> Callable[[int], DecodeCost]:
     """What decoding steps take, measured when it is asked for.
 
     It is a piece of the work, so that all processes have the same, and an interrupted run the same again.
@@ -240,7 +242,7 @@ def _decoding(work: Work, source: Teacher, linear: Converted) -> Callable[[int],
         return [*found.attention, *found.mixer, found.rest]
 
     def seconds(context: int) -> DecodeCost:
-        found = work.pieces(f"decoding after {context}", 1, lambda _: measured(context), each=Bill())[0].tolist()
+        found = work.pieces(f"decoding after {context}", 1, lambda _: measured(context), each=TokenCost())[0].tolist()
         layers = linear.plan.num_layers
         return DecodeCost(found[:layers], found[layers:-1], found[-1])
 

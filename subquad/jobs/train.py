@@ -13,14 +13,14 @@ from subquad.distill.teacher_cache import TeacherCache
 from subquad.errors import UserError
 from subquad.jobs.conversion import Data
 from subquad.jobs.run import Run
-from subquad.model.base import Converted
+from subquad.model.base import BaseStudent
 from subquad.model.tasks import TASKS
-from subquad.pretrained.load import Teacher, load_teacher
+from subquad.pretrained.load import Teacher, load_pretrained
 from subquad.recipes.stage import Stage
 from subquad.select.kl import Train
 
 
-def align(run: Run, linear: Mapping[str, Converted], source: Teacher, data: Data) -> list[StageResult]:
+def align(run: Run, linear: Mapping[str, BaseStudent], source: Teacher, data: Data) -> list[StageResult]:
     """The all-linear stages, for the student of every mixer; what became of them for the first, the recipe's own."""
     first, *others = linear
     results = train_stages(run, linear[first], source, data, scope="all-linear")
@@ -32,7 +32,7 @@ def align(run: Run, linear: Mapping[str, Converted], source: Teacher, data: Data
 
 
 def train_stages(
-    run: Run, student: Converted, source: Teacher, data: Data, scope: str, out: Path | None = None
+    run: Run, student: BaseStudent, source: Teacher, data: Data, scope: str, out: Path | None = None
 ) -> list[StageResult]:
     """The stages of one scope, in order. `out`: where their log and checkpoints go; none: the run's folder."""
     if out is not None and run.main:
@@ -72,7 +72,7 @@ def _logits_from(run: Run, stage: Stage, source: Teacher, data: Data) -> tuple[A
     """What a stage's own teacher or its stored logits are, if it has such, and the text that these know."""
     recipe, device = run.recipe, str(run.accelerator.device)
     if stage.teacher is not None:
-        other = load_teacher(stage.teacher, task=recipe.task, dtype=recipe.dtype, device=device)
+        other = load_pretrained(stage.teacher, task=recipe.task, dtype=recipe.dtype, device=device)
         if _answers(other) != _answers(source):
             what = "set of classes" if TASKS[source.task].of_images else "vocabulary"
             raise UserError(
@@ -80,7 +80,7 @@ def _logits_from(run: Run, stage: Stage, source: Teacher, data: Data) -> tuple[A
             )
         return other.model, data
     if stage.teacher_cache is not None:
-        assert isinstance(data, Corpus)  # as opening.settled sees to
+        assert isinstance(data, Corpus)  # as `checked_recipe` ensures
         cache = TeacherCache.open(
             Path(stage.teacher_cache),
             teacher_fingerprint=source.fingerprint,
@@ -109,7 +109,7 @@ def candidate_training(run: Run, source: Teacher, data: Data) -> Train | None:
     index, stage = found
     how = of_stage(run, index, source, data)
 
-    def train(student: Converted, tokens: int, name: str) -> None:
+    def train(student: BaseStudent, tokens: int, name: str) -> None:
         folder = run.out / "candidates" / name
         if run.main:
             folder.mkdir(parents=True, exist_ok=True)

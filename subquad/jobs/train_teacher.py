@@ -29,7 +29,7 @@ from subquad.distill.state import StageResult
 from subquad.errors import UserError
 from subquad.evaluate import likelihood, retrieval
 from subquad.evaluate.retrieval import Score
-from subquad.jobs.run import Run, facts, start_run
+from subquad.jobs.run import Run, provenance, start_run
 from subquad.model.interface import shapes_of
 from subquad.model.student import Student
 from subquad.plan import Plan
@@ -91,7 +91,7 @@ def train_teacher(
         metrics = _measured(model, corpus, rounds, scores)
         metrics["seconds"] = sum(result.seconds for result in rounds)
         metrics["total_seconds"] = time.perf_counter() - started
-        metrics |= {"layers": layers, "budget": count_of(tokens, "--tokens")} | facts(run, command)
+        metrics |= {"layers": layers, "budget": count_of(tokens, "--tokens")} | provenance(run, command)
         with run.writing() as folder:
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)

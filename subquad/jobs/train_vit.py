@@ -18,8 +18,8 @@ from subquad.data.images import ImageSet, load_images
 from subquad.distill.loop import run_stage
 from subquad.distill.state import StageResult
 from subquad.errors import UserError
-from subquad.evaluate import likeness
-from subquad.jobs.run import Run, facts, start_run
+from subquad.evaluate import image_fidelity
+from subquad.jobs.run import Run, provenance, start_run
 from subquad.model.base import plan_of
 from subquad.model.image_student import ImageStudent
 from subquad.recipes.schema import DataConfig, Recipe
@@ -84,7 +84,7 @@ def train_vit(
     metrics: dict[str, Any] = {}
     if run.main:
         metrics = _measured(run, model, images, result)
-        metrics |= {"epochs": epochs, "total_seconds": time.perf_counter() - started} | facts(run, command)
+        metrics |= {"epochs": epochs, "total_seconds": time.perf_counter() - started} | provenance(run, command)
         with run.writing() as folder:
             model.save_pretrained(folder)
             processor.save_pretrained(folder)
@@ -146,7 +146,7 @@ def new_vit(images: ImageSet, patch: int) -> ViTForImageClassification:
 def _measured(run: Run, model: ViTForImageClassification, images: ImageSet, result: StageResult) -> dict[str, Any]:
     """metrics.json: the accuracy on all test images, and what it took."""
     test = images.heldout_batches(len(images.parts["test"]), batch=256)
-    measured = likeness({}, model.eval(), test)["teacher"]
+    measured = image_fidelity({}, model.eval(), test)["teacher"]
     return {
         "accuracy": measured["accuracy"],
         "accuracy_stderr": measured["accuracy_stderr"],

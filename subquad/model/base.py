@@ -22,13 +22,13 @@ from typing_extensions import Self
 from subquad.errors import UserError
 from subquad.mixers import Mixer, MixerInputs
 from subquad.model.interface import block_path, find_attention, shapes_of
-from subquad.model.mixed_attention import LayerMixer, Pass, attach, keep_initialised, layer_mixer
+from subquad.model.mixed_attention import ForwardContext, LayerMixer, attach, keep_initialised, layer_mixer
 from subquad.plan import ATTENTION, JoinStart, Plan
 
 REMOTE_FILE = "modeling_subquad.py"
 
 
-class ConvertedConfig(PreTrainedConfig):
+class BaseStudentConfig(PreTrainedConfig):
     """What a student's configuration says beyond its backbone's, which a subclass names.
 
     `plan` is the plan's YAML text; `attention_paths` are module paths in the teacher, one a layer; `attention` is the
@@ -40,7 +40,7 @@ class ConvertedConfig(PreTrainedConfig):
     attention: str = "sdpa"
 
 
-class Converted(PreTrainedModel):
+class BaseStudent(PreTrainedModel):
     """Base of the students; a subclass names its configuration and makes its backbone. Make one with `from_teacher`."""
 
     base_model_prefix = "backbone"
@@ -120,11 +120,11 @@ class Converted(PreTrainedModel):
         student.new_mixers = {
             (layer, name) for layer, mixers in enumerate(plan.layers) for name in mixers if name != ATTENTION
         }
-        for other in [mixers_from] if isinstance(mixers_from, Converted) else mixers_from:
+        for other in [mixers_from] if isinstance(mixers_from, BaseStudent) else mixers_from:
             student._take_mixers(other)
         return student.eval()
 
-    def _take_mixers(self, other: Converted) -> None:
+    def _take_mixers(self, other: BaseStudent) -> None:
         for layer, (mine, theirs) in enumerate(zip(self.blocks(), other.blocks(), strict=True)):
             if self.plan.layers[layer] == other.plan.layers[layer] and self.plan.join == other.plan.join:
                 for parameter, source in zip(mine.parameters(), theirs.parameters(), strict=True):
@@ -174,7 +174,7 @@ class Converted(PreTrainedModel):
             if name in wanted:
                 parameter.data = parameter.data.clone()
 
-    def final_hidden(self, inputs: Tensor, *, student_pass: Pass | None = None) -> Tensor:
+    def final_hidden(self, inputs: Tensor, *, forward_context: ForwardContext | None = None) -> Tensor:
         """The hidden states that the model's head reads, (B, T, M), of token ids or of images."""
         raise NotImplementedError
 
@@ -189,17 +189,17 @@ class Converted(PreTrainedModel):
             if mixers is None or (layer.layer, name) in mixers:
                 layer.by_name[name].calibrate(inputs, target_BHTD)
 
-        self.final_hidden(inputs, student_pass=Pass(observer=fit))
+        self.final_hidden(inputs, forward_context=ForwardContext(observer=fit))
 
 
-def auto_map(config: type[PreTrainedConfig], model: type[Converted], autos: Sequence[str]) -> dict[str, str]:
+def auto_map(config: type[PreTrainedConfig], model: type[BaseStudent], autos: Sequence[str]) -> dict[str, str]:
     """The classes of the file beside a saved student, by the auto classes that load them."""
     module = REMOTE_FILE.removesuffix(".py")
     names = {"AutoConfig": config.__name__} | {auto: model.__name__ for auto in autos}
     return {auto: f"{module}.{name}" for auto, name in names.items()}
 
 
-def _remote_code(model: type[Converted]) -> str:
+def _remote_code(model: type[BaseStudent]) -> str:
     """Lets a folder load with trust_remote_code=True where Subquad is installed but not imported."""
     names = f"{model.__name__}, {model.config_class.__name__}"  # type: ignore[union-attr]
     return (
@@ -218,4 +218,4 @@ def _shared_copy(model: PreTrainedModel) -> PreTrainedModel:
 
 def plan_of(model: Any) -> Plan:
     """A student's own plan; any other model's is all attention."""
-    return model.plan if isinstance(model, Converted) else Plan.all_attention(shapes_of(model))
+    return model.plan if isinstance(model, BaseStudent) else Plan.all_attention(shapes_of(model))

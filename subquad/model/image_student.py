@@ -17,14 +17,14 @@ from transformers.configuration_utils import SubConfigSpec
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
 from subquad.errors import UserError
-from subquad.model.base import Converted, ConvertedConfig, auto_map
+from subquad.model.base import BaseStudent, BaseStudentConfig, auto_map
 from subquad.model.interface import image_size, least_inputs, patch_grid
-from subquad.model.mixed_attention import Pass
+from subquad.model.mixed_attention import ForwardContext
 from subquad.model.saliency import SaliencyModel
 from subquad.plan import ATTENTION, Plan
 
 
-class ImageStudentConfig(ConvertedConfig):
+class ImageStudentConfig(BaseStudentConfig):
     """The teacher's configuration, the plan, and where the attention modules are.
 
     `classifies`: whether the teacher has a classifier on top. `prefix_tokens`: tokens before those of the patches.
@@ -38,7 +38,7 @@ class ImageStudentConfig(ConvertedConfig):
     prefix_tokens: int = 0
 
 
-class ImageStudent(Converted):
+class ImageStudent(BaseStudent):
     """An image encoder, with a classifier or without, that has the plan's mixers in place of attention."""
 
     config_class = ImageStudentConfig
@@ -76,9 +76,9 @@ class ImageStudent(Converted):
         """What the teacher returns: class logits, or hidden states. Images (B, channels, height, width) of any size."""
         return self.backbone(pixel_values, **{**_positions(self.backbone, pixel_values), **kwargs})
 
-    def final_hidden(self, inputs: Tensor, *, student_pass: Pass | None = None) -> Tensor:
+    def final_hidden(self, inputs: Tensor, *, forward_context: ForwardContext | None = None) -> Tensor:
         """What the classifier reads, (B, 1, M), or, without one, the states of all tokens, (B, T, M)."""
-        return read_by_head(self.backbone, inputs, student_pass=student_pass)
+        return read_by_head(self.backbone, inputs, forward_context=forward_context)
 
 
 def _positions(model: Any, pixels_BCHW: Tensor) -> dict[str, bool]:

@@ -123,7 +123,7 @@ def find_attention(model: PreTrainedModel) -> list[AttentionSite]:
     sites: list[AttentionSite] = []
 
     def reach(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        if "student_pass" in kwargs:
+        if "forward_context" in kwargs:
             reached.add(module)
 
     def look(
@@ -151,7 +151,7 @@ def find_attention(model: PreTrainedModel) -> list[AttentionSite]:
         for module in model.modules():
             within.callback(module.register_forward_pre_hook(reach, with_kwargs=True).remove)
         try:
-            model(**least_inputs(model), student_pass=None)
+            model(**least_inputs(model), forward_context=None)
         except TypeError as error:
             raise UserError(f"{family} does not take the attention function's keyword arguments ({error})") from None
     if not sites:

@@ -3,11 +3,11 @@
 A student's model is told to call our function instead of its own (interface.py), and nothing of its code changes:
 
 - `attach` gives each of those modules a `LayerMixer` and a hook that leaves there, for the length of the call, what the
-  function is not given (`Given`: the hidden states, for gates). For a mixer without rotary embedding the hook gives the
-  module cosines of 1 and sines of 0 (rotary.py).
+  function is not given (`LayerCall`: the hidden states, for gates). For a mixer without rotary embedding the hook gives
+  the module cosines of 1 and sines of 0 (rotary.py).
 - `mixed_attention` splits the heads by mixer and joins their outputs. What a forward pass needs beyond its inputs (the
-  2D padding mask, the cache) comes in one `Pass`, as a keyword argument of the model, which the models pass on as far
-  as their attention modules. No module holds a mode.
+  2D padding mask, the cache) comes in one `ForwardContext`, as a keyword argument of the model, which the models pass
+  on as far as their attention modules. No module holds a mode.
 - The tokens at the front of an image encoder (class, registers) stand in the middle for the mixers, where two scans
   see them from both sides (Vision Mamba, arXiv 2401.09417).
 
@@ -44,7 +44,7 @@ Inspector = Callable[["LayerMixer", str, MixerInputs], None]
 
 
 @dataclass
-class Pass:
+class ForwardContext:
     """What one forward pass of a student carries besides its inputs.
 
     With an `observer` the pass is teacher-forced: every layer computes the teacher's attention, shows the observer each
@@ -62,7 +62,7 @@ class Pass:
 
 
 @dataclass
-class Given:
+class LayerCall:
     """What one call of an attention module is about, beyond what it gives its attention function.
 
     `rotary`: turns queries and keys that come without rotary embedding, for who wants it. With `look` nothing is
@@ -70,7 +70,7 @@ class Given:
     """
 
     hidden_BTM: Tensor | None = None
-    student_pass: Pass = field(default_factory=Pass)
+    forward_context: ForwardContext = field(default_factory=ForwardContext)
     rotary: Callable[[Tensor], Tensor] | None = None
     look: list[tuple[Tensor, Tensor]] | None = None
 
@@ -81,7 +81,7 @@ class LayerMixer(nn.ModuleDict):
     State dict: `<attention module>.mixer.<name>.*`. `middle`: so many tokens at the front are moved to the middle.
     """
 
-    given: Given  # of the call under way
+    given: LayerCall  # of the call under way
 
     def __init__(self, plan: Plan, layer: int, join_start: JoinStart = "identity", middle: int = 0) -> None:
         parts: dict[str, nn.Module] = {
@@ -91,7 +91,7 @@ class LayerMixer(nn.ModuleDict):
         if plan.joined(layer):
             parts["join"] = RecolouringAdapter(plan.shapes[layer].hidden_size, join_start)
         super().__init__(parts)
-        self.layer, self.middle, self.given = layer, middle, Given()
+        self.layer, self.middle, self.given = layer, middle, LayerCall()
         together = [name for name in self.by_name if self.adapter is None or name != ATTENTION]
         order = [head for name in together for head in self.by_name[name].group.heads]
         self.places = tuple(sorted(range(len(order)), key=order.__getitem__))  # of each head, in the mixers' outputs
@@ -136,7 +136,7 @@ def mixed_attention(
     if given.look is not None:
         given.look.append((query, key))
         return torch.zeros_like(query).transpose(1, 2), None
-    student_pass, rotary, hidden_BTM = given.student_pass, given.rotary, given.hidden_BTM
+    forward_context, rotary, hidden_BTM = given.forward_context, given.rotary, given.hidden_BTM
     assert hidden_BTM is not None
     if layer.middle:
         query, key, value = (to_middle(x, 2, layer.middle) for x in (query, key, value))
@@ -153,10 +153,10 @@ def mixed_attention(
         hidden_BTM,
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         softcap=kwargs.get("softcap"),
-        padding_BL=student_pass.padding_BL,
+        padding_BL=forward_context.padding_BL,
         attend=attend,
     )
-    cached = None if student_pass.cache is None else student_pass.cache.layers[layer.layer]
+    cached = None if forward_context.cache is None else forward_context.cache.layers[layer.layer]
     if cached is not None:
         whole = replace(whole, past=cached.tokens - query.shape[2], append=append)
 
@@ -174,16 +174,16 @@ def mixed_attention(
         inputs = turned(whole)
         return attend(inputs.q_BHTD, inputs.k_BGTD, value)
 
-    if student_pass.inspector is not None:
+    if forward_context.inspector is not None:
         for name, mixer in mixers.items():
-            student_pass.inspector(layer, name, inputs_of(mixer))
+            forward_context.inspector(layer, name, inputs_of(mixer))
         return torch.zeros_like(query).transpose(1, 2), None
-    if student_pass.observer is not None:
+    if forward_context.observer is not None:
         y_BHTD = attended()
         for name, mixer in mixers.items():
-            student_pass.observer(layer, name, inputs_of(mixer), picked(y_BHTD, mixer.group.heads))
+            forward_context.observer(layer, name, inputs_of(mixer), picked(y_BHTD, mixer.group.heads))
         return out(y_BHTD), None
-    if layer.layer in student_pass.restored:
+    if layer.layer in forward_context.restored:
         return out(attended()), None
 
     outputs = {}
@@ -199,11 +199,11 @@ def mixed_attention(
         (y_BHTD,) = outputs.values()
     else:
         y_BHTD = picked(torch.cat([*outputs.values()], 1), layer.places)
-    if layer.layer in student_pass.gates:
-        gate_H11 = student_pass.gates[layer.layer].to(y_BHTD.dtype)[:, None, None]
+    if layer.layer in forward_context.gates:
+        gate_H11 = forward_context.gates[layer.layer].to(y_BHTD.dtype)[:, None, None]
         y_BHTD = y_BHTD + gate_H11 * (attended() - y_BHTD)
-    if layer.layer in student_pass.gains:
-        gain_BH11 = student_pass.gains[layer.layer].to(y_BHTD.dtype)[:, :, None, None]
+    if layer.layer in forward_context.gains:
+        gain_BH11 = forward_context.gains[layer.layer].to(y_BHTD.dtype)[:, :, None, None]
         y_BHTD = y_BHTD * gain_BH11
         if branch is not None:
             gain_BTHD = picked(gain_BH11, branch.group.heads).transpose(1, 2)
@@ -297,22 +297,22 @@ def keep_initialised(module: nn.Module) -> Any:
 def _provide(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Leaves what the attention function is not given; where a mixer wants no rotary embedding, that is left to it."""
     kwargs = {**kwargs}
-    student_pass = kwargs.pop("student_pass", None) or Pass()
+    forward_context = kwargs.pop("forward_context", None) or ForwardContext()
     layer, hidden_BTM = layer_mixer(module), args[0] if args else kwargs["hidden_states"]
-    layer.given = given = Given(hidden_BTM, student_pass)
+    layer.given = given = LayerCall(hidden_BTM, forward_context)
     wishes = {mixer.rotary for mixer in layer.by_name.values()}
     if False not in wishes or kwargs.get("position_embeddings") is None:
         return args, kwargs
     cos, sin = kwargs["position_embeddings"]
     kwargs["position_embeddings"] = torch.ones_like(cos), torch.zeros_like(sin)
-    restored = layer.layer in student_pass.restored or layer.layer in student_pass.gates
-    attends = restored or student_pass.observer is not None
+    restored = layer.layer in forward_context.restored or layer.layer in forward_context.gates
+    attends = restored or forward_context.observer is not None
     if wishes == {False} and not attends:
         return args, kwargs
 
     def look(module: nn.Module, hidden_BTM: Tensor, tables: Tables) -> tuple[Tensor, Tensor]:
         seen: list[tuple[Tensor, Tensor]] = []
-        layer.given = Given(look=seen)
+        layer.given = LayerCall(look=seen)
         changed = {"hidden_states": hidden_BTM, "position_embeddings": tables, "attention_mask": None}
         no_cache = {name: None if isinstance(value, StudentCache) else value for name, value in kwargs.items()}
         module.forward(**no_cache | changed)
@@ -327,7 +327,7 @@ def _provide(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 def _forget(module: nn.Module, args: Any, output: Any) -> None:
     """Lets go of what the call was given, which would live as long as the model does."""
-    layer_mixer(module).given = Given()
+    layer_mixer(module).given = LayerCall()
 
 
 def _join(projection: nn.Module, module: nn.Module, args: Any, output: tuple[Any, ...]) -> Any:

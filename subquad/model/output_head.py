@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from subquad.errors import UserError
-from subquad.model.base import Converted
+from subquad.model.base import BaseStudent
 from subquad.model.image_student import ImageStudent, classifier, read_by_head
 from subquad.model.interface import least_inputs
 from subquad.model.student import Student
@@ -19,7 +19,7 @@ from subquad.model.student import Student
 
 def causal_lm(model: PreTrainedModel) -> PreTrainedModel:
     """The transformers model that holds the output head: the model itself, or a student's backbone."""
-    return model.backbone if isinstance(model, Converted) else model
+    return model.backbone if isinstance(model, BaseStudent) else model
 
 
 def final_hidden(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -38,7 +38,7 @@ def final_hidden(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tens
 
 
 @dataclass(frozen=True)
-class Head:
+class OutputHead:
     """An output head: `softcap(scale * (hidden @ weight.T + bias))`, the soft-cap being `cap * tanh(x / cap)`."""
 
     weight_VM: Tensor
@@ -47,7 +47,7 @@ class Head:
     softcap: float | None = None
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> "Head":
+    def of(cls, model: PreTrainedModel) -> "OutputHead":
         """The head of a causal LM, or a classifier's. Raises `UserError` where the model has no plain linear one."""
         model = causal_lm(model)
         linear = classifier(model) if model.main_input_name == "pixel_values" else model.get_output_embeddings()
@@ -58,7 +58,7 @@ class Head:
         scale = (config.get("logit_scale") or 1.0) / (config.get("logits_scaling") or 1.0)
         return cls(linear.weight, linear.bias, float(scale), config.get("final_logit_softcapping"))
 
-    def first(self, tokens: int) -> "Head":
+    def first(self, tokens: int) -> "OutputHead":
         """The same head for the first `tokens` of the vocabulary."""
         bias_V = None if self.bias_V is None else self.bias_V[:tokens]
         return replace(self, weight_VM=self.weight_VM[:tokens], bias_V=bias_V)
@@ -90,7 +90,7 @@ def has_head(model: PreTrainedModel) -> bool:
 
 def head_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """Next-token logits (..., V) from the `final_hidden` states (..., M) of `model`: a few positions at a time."""
-    return Head.of(model)(hidden)
+    return OutputHead.of(model)(hidden)
 
 
 @torch.no_grad()

@@ -17,14 +17,14 @@ from transformers.configuration_utils import SubConfigSpec
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from subquad.errors import UserError
-from subquad.model.base import Converted, ConvertedConfig, auto_map
+from subquad.model.base import BaseStudent, BaseStudentConfig, auto_map
 from subquad.model.cache import CACHE, StudentCache
 from subquad.model.interface import shapes_of
-from subquad.model.mixed_attention import Pass
+from subquad.model.mixed_attention import ForwardContext
 from subquad.plan import AttentionShape, Plan
 
 
-class StudentConfig(ConvertedConfig):
+class StudentConfig(BaseStudentConfig):
     """The teacher's configuration, the plan, and where the attention modules are."""
 
     model_type = "subquad"
@@ -34,7 +34,7 @@ class StudentConfig(ConvertedConfig):
     tie_word_embeddings: bool = False
 
 
-class Student(Converted, GenerationMixin):
+class Student(BaseStudent, GenerationMixin):
     """A causal language model with the plan's mixers in place of attention. Make one with `from_teacher`."""
 
     config_class = StudentConfig
@@ -112,30 +112,30 @@ class Student(Converted, GenerationMixin):
             labels=labels,
             use_cache=use_cache,
             logits_to_keep=logits_to_keep,
-            student_pass=self._pass(attention_mask, cache),
+            forward_context=self._pass(attention_mask, cache),
             **{CACHE: cache},
             **kwargs,
         )
 
     def final_hidden(
-        self, inputs: Tensor, attention_mask: Tensor | None = None, student_pass: Pass | None = None
+        self, inputs: Tensor, attention_mask: Tensor | None = None, forward_context: ForwardContext | None = None
     ) -> Tensor:
         """The states that the output head reads, (B, T, M), without the head's own cost."""
         return self.backbone.base_model(
             input_ids=inputs,
             attention_mask=attention_mask,
             use_cache=False,
-            student_pass=student_pass or self._pass(attention_mask, None),
+            forward_context=forward_context or self._pass(attention_mask, None),
         ).last_hidden_state
 
-    def _pass(self, attention_mask: Tensor | None, cache: StudentCache | None) -> Pass:
+    def _pass(self, attention_mask: Tensor | None, cache: StudentCache | None) -> ForwardContext:
         if cache is not None and not isinstance(cache, StudentCache):
             raise ValueError(f"a student needs its own cache (student.new_cache()), not a {type(cache).__name__}")
         if attention_mask is None or bool(attention_mask.all()):
-            return Pass(None, cache)
+            return ForwardContext(None, cache)
         if attention_mask.dim() != 2:
             raise ValueError(f"attention_mask must be (batch, tokens), not {tuple(attention_mask.shape)}")
-        return Pass(attention_mask.bool(), cache)
+        return ForwardContext(attention_mask.bool(), cache)
 
     def new_cache(self) -> StudentCache:
         """An empty cache for this student's plan."""

@@ -11,7 +11,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING_NAMES,
 )
 
-from subquad.model.base import Converted
+from subquad.model.base import BaseStudent
 from subquad.model.image_student import ImageStudent
 from subquad.model.saliency import SaliencyConfig, SaliencyModel
 from subquad.model.student import Student
@@ -26,7 +26,7 @@ class Task:
     name: str
     auto: Any
     families: Mapping[str, Any]
-    student: type[Converted]
+    student: type[BaseStudent]
     what: str
     wanted: str
 

@@ -28,7 +28,7 @@ from subquad.pretrained.source import DEFAULT_TEACHER, checked_config, checked_w
 from subquad.utils.files import cache_dir, first_line
 from subquad.utils.logging import quiet
 
-__all__ = ["DEFAULT_TEACHER", "Teacher", "cache_dir", "load_teacher", "load_tokenizer"]
+__all__ = ["DEFAULT_TEACHER", "Teacher", "cache_dir", "load_pretrained", "load_tokenizer"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 PLAIN = (0.5, 0.5, 0.5)  # mean and deviation of images, where a folder has no processor
@@ -42,7 +42,7 @@ class Teacher:
         model: in evaluation mode, no parameter requires a gradient.
         reader: the tokenizer, or the image processor.
         name: for people.
-        source: what to give `load_teacher` to get it again, from any working directory.
+        source: what to give `load_pretrained` to get it again, from any working directory.
         fingerprint: hex SHA-256 of the config, the names and sizes of the weights files, and samples of their bytes.
             Cheap, and tells a fine-tuned checkpoint from its base.
         task: what it was loaded for.
@@ -62,7 +62,7 @@ class Teacher:
         return tokenizer
 
 
-def load_teacher(
+def load_pretrained(
     source: str = DEFAULT_TEACHER,
     *,
     task: str = TEXT,

@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from subquad.plan import Join, JoinStart
 from subquad.recipes.stage import Count, Length, Section, Stage, check_order, parse_count
 
-Probe: TypeAlias = Literal["copy", "dictionary", "passkey", "associative", "variables", "questions"]
+ProbeTask: TypeAlias = Literal["copy", "dictionary", "passkey", "associative", "variables", "questions"]
 
 
 def _text(value: object) -> object:
@@ -91,7 +91,7 @@ class SelectorConfig(Section):
 class RetrievalConfig(Section):
     """Can the student still fetch what stands far back?"""
 
-    tasks: list[Probe] = ["copy", "dictionary", "passkey"]
+    tasks: list[ProbeTask] = ["copy", "dictionary", "passkey"]
     contexts: list[Length] = [256, 1024, 2048]
     count: Length = 8
     """Prompts for each task and context length."""

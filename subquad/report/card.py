@@ -8,7 +8,7 @@ from huggingface_hub import ModelCardData
 from subquad.model.tasks import TASKS, TEXT
 from subquad.report.metrics import VARIANTS
 from subquad.report.page import templates, write_text
-from subquad.report.run_files import Run, read_run
+from subquad.report.run_files import RunFiles, read_run
 from subquad.utils import format as fmt
 
 DEFAULT_TEACHER = {"base_model": "HuggingFaceTB/SmolLM2-135M-Instruct", "license": "apache-2.0"}
@@ -42,7 +42,7 @@ def write_model_card(run_dir: Path | str) -> Path:
     return write_text(run.folder / "README.md", card)
 
 
-def _teacher(run: Run) -> str | None:
+def _teacher(run: RunFiles) -> str | None:
     """The teacher as the recipe names it: "default", a Hub id, a folder or a file; None without a recipe."""
     settings = run.settings
     return None if settings is None else str(settings.get("teacher", "default"))
@@ -53,6 +53,6 @@ def _hub_id(teacher: str | None) -> str | None:
     return teacher if teacher and HUB_ID.fullmatch(teacher) and not Path(teacher).exists() else None
 
 
-def _tags(run: Run) -> list[str]:
+def _tags(run: RunFiles) -> list[str]:
     mixers = {mixer for heads in run.plan.head_table() for mixer in heads} - {"attention"} if run.plan else set()
     return ["subquad", "linear-attention", "hybrid", "distillation", *sorted(mixers)]

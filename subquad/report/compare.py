@@ -20,7 +20,7 @@ from subquad.mixers import mixer_options
 from subquad.plan import Plan
 from subquad.report.metrics import Answer, Measure, Metrics, StageRecord, Variant
 from subquad.report.plan_table import CONTEXTS
-from subquad.report.run_files import Run, read_run
+from subquad.report.run_files import RunFiles, read_run
 from subquad.utils import format as fmt
 from subquad.utils.files import write_json
 from subquad.utils.format import NAN
@@ -125,7 +125,7 @@ def differences(a: Any, b: Any, at: str = "") -> Iterator[tuple[str, Pair]]:
         yield at, (a, b)
 
 
-def _missing(run: Run) -> list[str]:
+def _missing(run: RunFiles) -> list[str]:
     said = []
     for file, what in FILES.items():
         if not (run.folder / file).is_file():
@@ -180,7 +180,7 @@ def _layer(plan: Plan, layer: int) -> str:
     return "; ".join(f"{name} {fmt.ranges(sorted(mixers[name]))}" for name in sorted(mixers))
 
 
-def _caches(a: Run, plan_a: Plan, b: Run, plan_b: Plan) -> list[Row]:
+def _caches(a: RunFiles, plan_a: Plan, b: RunFiles, plan_b: Plan) -> list[Row]:
     """Bytes of one sequence's cache, each in the precision of its run."""
     dtype_a, dtype_b = ((run.settings or {}).get("dtype", "float32") for run in (a, b))
     return [

@@ -58,7 +58,7 @@ class Answer(BaseModel):
     by_depth: list[Band] = []
 
 
-class Likeness(BaseModel):
+class ImageFidelity(BaseModel):
     """What was measured on images; `kl`, `agreement` and `accuracy` of classifiers only."""
 
     count: int = 0
@@ -102,7 +102,7 @@ class Variant(BaseModel):
     buckets: dict[int, Bucket] = {}
     retrieval: dict[str, dict[int, Answer]] = {}
     tasks: dict[str, dict[str, Measure]] = {}
-    images: Likeness | None = None
+    images: ImageFidelity | None = None
     cache_bytes: dict[int, Number] = {}
     attention_layers: list[int] = []
     plan_pattern: str | None = None
@@ -138,7 +138,7 @@ class Selection(BaseModel):
     seconds: Number = NAN
 
 
-class Source(BaseModel):
+class TextSource(BaseModel):
     """A text that was read, and the hash of its bytes."""
 
     name: str
@@ -164,7 +164,7 @@ class Metrics(BaseModel):
     command: str | None = None
     commit: str | None = None
     teacher_fingerprint: str | None = None
-    text: list[Source] = []
+    text: list[TextSource] = []
     sha256: dict[str, str] = {}
     samples: list[Sample] = []
     teacher_name: str | None = None

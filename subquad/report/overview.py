@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 
 from subquad.report.metrics import Variant
 from subquad.report.plots import STUDENT, TEACHER, in_bytes, legend_above
-from subquad.report.run_files import Run
+from subquad.report.run_files import RunFiles
 from subquad.utils import format as fmt
 from subquad.utils.format import NAN
 
@@ -19,7 +19,7 @@ class Standing:
     """One run beside the others; what was not measured is NaN."""
 
     name: str
-    run: Run
+    run: RunFiles
     kl: float
     kl_stderr: float
     perplexity: float
@@ -65,7 +65,7 @@ class Overview:
         ]
 
 
-def overview(runs: Sequence[tuple[str, Run]]) -> Overview:
+def overview(runs: Sequence[tuple[str, RunFiles]]) -> Overview:
     """Several runs, each with the name that it goes by."""
     all_metrics = [run.metrics for _, run in runs]
     context = _shared([metrics.contexts for metrics in all_metrics])
@@ -84,7 +84,7 @@ def _shared(lengths: Sequence[Sequence[int]]) -> int:
     return max(set(lengths[0]).intersection(*lengths[1:]), default=0)
 
 
-def _standing(name: str, run: Run, context: int, cache_context: int) -> Standing:
+def _standing(name: str, run: RunFiles, context: int, cache_context: int) -> Standing:
     student, teacher = run.metrics.student or Variant(), run.metrics.teacher or Variant()
     return Standing(
         name,

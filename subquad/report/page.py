@@ -20,7 +20,7 @@ from subquad.report.bench_tables import draw_speed
 from subquad.report.metrics import VARIANTS, Metrics
 from subquad.report.overview import Overview, draw_overview, overview
 from subquad.report.retrieval_plots import depth_picture
-from subquad.report.run_files import Run, read_run
+from subquad.report.run_files import RunFiles, read_run
 from subquad.report.scores import Scores
 from subquad.utils import format as fmt
 from subquad.utils.format import NAN
@@ -31,7 +31,7 @@ class View:
     """One run as the page shows it: its files and the pictures drawn from them, those that cannot be drawn left out."""
 
     name: str
-    run: Run
+    run: RunFiles
     drawn: dict[str, Markup | None]
     curves: list[tuple[str, Markup]]
     maps: list[tuple[str, Markup]]
@@ -57,7 +57,7 @@ def write_report(run_dir: Path | str, *others: Path | str, out: Path | str | Non
     page = templates(autoescape=True).get_template("report.html.j2").render(
         views=views,
         title=" · ".join(name for name, _ in runs) if others else views[0].run.name,
-        facts={} if others else facts(views[0].run),
+        run_facts={} if others else run_facts(views[0].run),
         overview=together,
         front_svg=_together(together),
         samples=_samples(runs),
@@ -71,7 +71,7 @@ def _names(folders: list[Path]) -> list[str]:
     return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
 
 
-def _view(name: str, run: Run, prefix: str) -> View:
+def _view(name: str, run: RunFiles, prefix: str) -> View:
     """`prefix`: of the ids of all its drawings, for a page has many."""
 
     def drawn(what: str, figure: Figure | None) -> Markup | None:
@@ -106,7 +106,7 @@ def _view(name: str, run: Run, prefix: str) -> View:
     )
 
 
-def _samples(runs: list[tuple[str, Run]]) -> dict[str, list[tuple[str, str]]]:
+def _samples(runs: list[tuple[str, RunFiles]]) -> dict[str, list[tuple[str, str]]]:
     """What was written after each prompt, and by whom: the teacher's text once, then that of each run's student."""
     found: dict[str, list[tuple[str, str]]] = {}
     for name, run in runs:
@@ -118,7 +118,7 @@ def _samples(runs: list[tuple[str, Run]]) -> dict[str, list[tuple[str, str]]]:
     return found
 
 
-def facts(run: Run) -> dict[str, str]:
+def run_facts(run: RunFiles) -> dict[str, str]:
     """The few numbers that stand at the top, as label -> text."""
     metrics, context = run.metrics, run.metrics.headline_context
     found: dict[str, str] = {}
@@ -184,7 +184,7 @@ def write_text(path: Path, text: str) -> Path:
     return path
 
 
-def _scores(run: Run) -> Figure | None:
+def _scores(run: RunFiles) -> Figure | None:
     scores = run.scores
     if scores is None or not any(math.isfinite(score) for row in scores.rows for score in row):
         return None
@@ -198,7 +198,7 @@ def _path(scores: Scores | None) -> Figure | None:
     return plots.picture(lambda ax: score_plots.draw_path(ax, path, unit))
 
 
-def _front(run: Run) -> Figure | None:
+def _front(run: RunFiles) -> Figure | None:
     scores = run.scores
     if scores is None or len(scores.front) < 2:  # nothing is of worth: the plan without attention is alone
         return None
@@ -218,7 +218,7 @@ def _cache(metrics: Metrics) -> Figure | None:
     return plots.picture(lambda ax: plots.draw_cache(ax, metrics))
 
 
-def _speed(run: Run, measure: str) -> Figure | None:
+def _speed(run: RunFiles, measure: str) -> Figure | None:
     bench = run.bench
     if bench is None or not any(cell["measure"] == measure and cell["tokens_per_second"] for cell in bench["cells"]):
         return None

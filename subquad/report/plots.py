@@ -25,7 +25,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocat
 from subquad.errors import UserError
 from subquad.plan import Plan
 from subquad.report.metrics import Metrics
-from subquad.report.run_files import LossPoint, Run, read_run
+from subquad.report.run_files import LossPoint, RunFiles, read_run
 from subquad.utils import format as fmt
 from subquad.utils.format import NAN
 
@@ -256,7 +256,7 @@ def save_png(figure: Figure, path: Path, dpi: int) -> None:
     os.replace(aside, path)
 
 
-def _summary(run: Run, plan: Plan, context: int) -> Figure:
+def _summary(run: RunFiles, plan: Plan, context: int) -> Figure:
     plan_height = _plan_height(plan, 9, tallest=1.6)
     height = plan_height + 3.5
     figure = Figure(figsize=(9, height))

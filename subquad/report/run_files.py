@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 from subquad.errors import UserError
 from subquad.plan import Plan
-from subquad.report.metrics import AGAIN, Bench, Likeness, Metrics, check, check_metrics
+from subquad.report.metrics import AGAIN, Bench, ImageFidelity, Metrics, check, check_metrics
 from subquad.report.scores import Scores
 from subquad.utils import format as fmt
 from subquad.utils.format import NAN, Number
@@ -32,7 +32,7 @@ class LossPoint(BaseModel):
 
 
 @dataclass
-class Run:
+class RunFiles:
     """One run folder. `curves` holds the logged losses by stage, in the order they were trained.
 
     `evaluation` and `bench`: what was measured later, by `subquad eval` and `subquad bench`, and left in the folder as
@@ -136,7 +136,7 @@ class Run:
         return f"{sentence[0].upper()}{sentence[1:]}." if sentence else ""
 
 
-def _of_images(images: Likeness) -> str:
+def _of_images(images: ImageFidelity) -> str:
     if math.isfinite(images.agreement):
         share = fmt.percent(images.agreement)
         return f"of {images.count:,} held-out images the student puts {share} in the class that its teacher does"
@@ -144,7 +144,7 @@ def _of_images(images: Likeness) -> str:
     return f"on {images.count:,} held-out images the student’s features are {distance} of their norm from its teacher’s"
 
 
-def read_run(folder: Path | str) -> Run:
+def read_run(folder: Path | str) -> RunFiles:
     """Reads what a run folder holds. Raises `UserError` when there is nothing to report, or a file is damaged."""
     folder = Path(folder)
     names = ("metrics.json", "scores.json", "plan.yaml", "log.jsonl")
@@ -153,7 +153,7 @@ def read_run(folder: Path | str) -> Run:
     metrics, scores, evaluation, bench = (
         _read_json(folder / f"{name}.json") for name in ("metrics", "scores", "eval", "bench")
     )
-    return Run(
+    return RunFiles(
         folder=folder,
         metrics=check_metrics({} if metrics is None else metrics, str(folder / "metrics.json")),
         plan=Plan.load(folder / "plan.yaml") if (folder / "plan.yaml").is_file() else None,

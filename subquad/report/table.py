@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from subquad.report.console import _style, _table
-from subquad.report.metrics import Answer, Band, Likeness, Measure, Metrics, Sample, Variant, check_metrics
+from subquad.report.metrics import Answer, Band, ImageFidelity, Measure, Metrics, Sample, Variant, check_metrics
 from subquad.utils import format as fmt
 from subquad.utils.format import NAN
 
@@ -36,7 +36,7 @@ def _images(metrics: Metrics) -> Table:
     return table
 
 
-def _with_error(images: Likeness, measure: str) -> str:
+def _with_error(images: ImageFidelity, measure: str) -> str:
     value, error = getattr(images, measure), getattr(images, f"{measure}_stderr")
     text = fmt.of_image(measure, value)
     return f"{text} ± {fmt.of_image(measure, error)}" if math.isfinite(value) and error > 0 else text

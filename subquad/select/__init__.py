@@ -6,22 +6,22 @@ budget. CONTRIBUTING.md says how to add a selector.
 """
 
 from subquad.select.budget import Budget
-from subquad.select.ranking import Choice, Question, choose_plan, pareto
+from subquad.select.ranking import Ranking, SelectorInputs, choose_plan, pareto
 from subquad.select.retrieval_heads import RetrievalScores, retrieval_scores
 from subquad.select.selectors import SELECTORS, Selector, check_alternatives, check_selector
-from subquad.select.supernet import Board
+from subquad.select.supernet import Supernet
 from subquad.select.units import Unit, uniform_layers, units_of
 from subquad.select.work import OnlyTheBill, Work
-from subquad.utils.token_cost import Bill
+from subquad.utils.token_cost import TokenCost
 
 __all__ = [
     "SELECTORS",
-    "Bill",
-    "Board",
+    "TokenCost",
+    "Supernet",
     "Budget",
-    "Choice",
+    "Ranking",
     "OnlyTheBill",
-    "Question",
+    "SelectorInputs",
     "RetrievalScores",
     "Selector",
     "Unit",

@@ -26,12 +26,12 @@ from transformers import PreTrainedModel
 from subquad.data.probes import Probe
 from subquad.errors import UserError
 from subquad.evaluate.retrieval import TOKENS_AT_ONCE, Answers, answers, usable
-from subquad.model.mixed_attention import Pass
+from subquad.model.mixed_attention import ForwardContext
 from subquad.model.student import Student
 from subquad.select.prefix import recorded, repeated, resumed
 from subquad.select.units import Unit, layers_in
 from subquad.select.work import Work, bootstrap
-from subquad.utils.token_cost import Bill
+from subquad.utils.token_cost import TokenCost
 
 Measure: TypeAlias = Literal["auto", "accuracy", "logprob"]
 Kind: TypeAlias = Literal["accuracy", "logprob"]
@@ -61,10 +61,10 @@ def measure_of(
     return kind, unusable
 
 
-def silence_bill(units: Sequence[Unit], layers: int, probes: Mapping[str, Probe]) -> Bill:
+def silence_bill(units: Sequence[Unit], layers: int, probes: Mapping[str, Probe]) -> TokenCost:
     """Of all rows, if no unit is settled before."""
     passes = 1 + sum((layers - layers_in(unit)[0]) / layers for unit in units)
-    return Bill(forward_tokens=passes * sum(probe.input_ids.numel() for probe in probes.values()))
+    return TokenCost(forward_tokens=passes * sum(probe.input_ids.numel() for probe in probes.values()))
 
 
 class Silence:
@@ -132,7 +132,7 @@ class Silence:
             f"silence, rows from {first}",
             stop - first,
             lambda row: self._row(first + row, wanted),
-            each=Bill(forward_tokens=passes * sum(probe.input_ids.shape[1] for probe in self.probes.values())),
+            each=TokenCost(forward_tokens=passes * sum(probe.input_ids.shape[1] for probe in self.probes.values())),
         )
         for kind, drops_NW in zip(KINDS, found.split(len(wanted), 1), strict=True):
             self.drops[kind][first:stop, wanted] = drops_NW
@@ -170,7 +170,7 @@ class Silence:
                 below = [repeated(outputs[layer - 1], len(group))] * layer if layer else []
 
                 def hidden(model: PreTrainedModel, ids_ST: Tensor, gains: Any = gains) -> Tensor:
-                    return teacher.final_hidden(ids_ST, student_pass=Pass(gains=gains))
+                    return teacher.final_hidden(ids_ST, forward_context=ForwardContext(gains=gains))
 
                 with resumed(blocks, layer, below):
                     found = by_row(answers(teacher, probe.repeated(len(group)), hidden))

@@ -17,16 +17,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from subquad.distill.layer_losses import output_distance
-from subquad.model.base import Converted
+from subquad.model.base import BaseStudent
 from subquad.model.interface import find_attention
 from subquad.model.output_head import final_hidden
-from subquad.select.supernet import Board
+from subquad.select.supernet import Supernet
 from subquad.select.units import Unit, heads_of, layers_in
 from subquad.select.work import Work
-from subquad.utils.token_cost import Bill
+from subquad.utils.token_cost import TokenCost
 
 
-def alignment_losses(board: Board, units: Sequence[Unit], text_NT: Tensor, work: Work) -> Tensor:
+def alignment_losses(board: Supernet, units: Sequence[Unit], text_NT: Tensor, work: Work) -> Tensor:
     """What the units are worth on every row of text, (N, U)."""
     packs = packed(units)
     plans = [board.keeping(heads_of(units, pack)) for pack in packs]
@@ -42,7 +42,7 @@ def alignment_losses(board: Board, units: Sequence[Unit], text_NT: Tensor, work:
                 worth[unit] = sum(linear_L[layer] - with_attention_L[layer] for layer in layers_in(units[unit]))
         return worth
 
-    each = Bill(forward_tokens=(1 + len(packs)) * text_NT.shape[1])
+    each = TokenCost(forward_tokens=(1 + len(packs)) * text_NT.shape[1])
     return work.pieces("alignment loss", len(text_NT), piece, each=each)
 
 
@@ -61,7 +61,7 @@ def packed(units: Sequence[Unit]) -> list[list[int]]:
 
 
 def _distances(
-    students: Sequence[Converted], teacher: PreTrainedModel, sites: Sequence[nn.Module], row_T: Tensor
+    students: Sequence[BaseStudent], teacher: PreTrainedModel, sites: Sequence[nn.Module], row_T: Tensor
 ) -> list[list[float]]:
     """The distance of every layer of each student from the teacher's, given the teacher's input."""
     inside = [student.attention_modules() for student in students]

@@ -24,20 +24,20 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from subquad.model.mixed_attention import Pass
-from subquad.model.output_head import Head, final_hidden
+from subquad.model.mixed_attention import ForwardContext
+from subquad.model.output_head import OutputHead, final_hidden
 from subquad.select.kl import kl
-from subquad.select.supernet import Board
+from subquad.select.supernet import Supernet
 from subquad.select.units import Unit
 from subquad.select.work import Work
-from subquad.utils.token_cost import Bill
+from subquad.utils.token_cost import TokenCost
 
 CHUNK = 256  # positions whose logits are held at a time
 STRETCH, SHARPNESS = 0.1, 2 / 3  # of the hard concrete distribution
 GATE_RATE, PRESSURE_RATE = 0.1, 1.0
 
 
-def gradient_scores(board: Board, units: Sequence[Unit], text_NT: Tensor, work: Work, points: int) -> Tensor:
+def gradient_scores(board: Supernet, units: Sequence[Unit], text_NT: Tensor, work: Work, points: int) -> Tensor:
     """What the units' attention gains, in nats per token, on every row of text: (N, U).
 
     `points`: of the way from all-linear to the teacher, in the middles of as many stretches; 1: at all-linear alone.
@@ -53,11 +53,11 @@ def gradient_scores(board: Board, units: Sequence[Unit], text_NT: Tensor, work: 
                 total_H -= slope_H / len(shares)
         return [sum(float(total_LH[layer][head]) for layer, head in unit) for unit in units]
 
-    each = Bill(training_tokens=points * text_NT.shape[1])
+    each = TokenCost(training_tokens=points * text_NT.shape[1])
     return work.pieces(f"gradient at {points}", len(text_NT), piece, each=each)
 
 
-def fisher_scores(board: Board, units: Sequence[Unit], text_NT: Tensor, work: Work, draws: int) -> Tensor:
+def fisher_scores(board: Supernet, units: Sequence[Unit], text_NT: Tensor, work: Work, draws: int) -> Tensor:
     """What removing the units' attention costs, in nats per token, on every row of text: (N, U).
 
     `draws`: of a next token at every position.
@@ -66,11 +66,11 @@ def fisher_scores(board: Board, units: Sequence[Unit], text_NT: Tensor, work: Wo
     def piece(row: int) -> list[float]:
         ids_1T = text_NT[row : row + 1].to(board.student.device)
         gates = _gates(board, 1.0)
-        hidden_1TM = board.student.final_hidden(ids_1T, student_pass=Pass(gates=gates))
+        hidden_1TM = board.student.final_hidden(ids_1T, forward_context=ForwardContext(gates=gates))
         generator = torch.Generator(ids_1T.device).manual_seed(row)
         worth = [0.0] * len(units)
         for _ in range(draws):
-            drawn_1TM = _score_function(Head.of(board.student), hidden_1TM.detach(), generator)
+            drawn_1TM = _score_function(OutputHead.of(board.student), hidden_1TM.detach(), generator)
             slopes_LH = _slopes((hidden_1TM * drawn_1TM).sum(), gates)
             for index, unit in enumerate(units):
                 slope = sum(float(slopes_LH[layer][head]) for layer, head in unit)
@@ -80,13 +80,13 @@ def fisher_scores(board: Board, units: Sequence[Unit], text_NT: Tensor, work: Wo
     return work.pieces(f"fisher, {draws} draws", len(text_NT), piece, each=fisher_bill(text_NT.shape[1], draws))
 
 
-def fisher_bill(tokens: int, draws: int) -> Bill:
+def fisher_bill(tokens: int, draws: int) -> TokenCost:
     """Forwards once, through attention and mixers, and backwards for every draw."""
-    return Bill(forward_tokens=(2 + 2 * draws) * tokens)
+    return TokenCost(forward_tokens=(2 + 2 * draws) * tokens)
 
 
 def trained_gates(
-    board: Board,
+    board: Supernet,
     units: Sequence[Unit],
     batch: Callable[[int], Tensor],
     work: Work,
@@ -117,10 +117,10 @@ def trained_gates(
         return odds_U.detach()
 
     tokens = steps * batch(0).numel()
-    return work.pieces(f"gates, {tokens} tokens", 1, piece, each=Bill(training_tokens=tokens), together=True)
+    return work.pieces(f"gates, {tokens} tokens", 1, piece, each=TokenCost(training_tokens=tokens), together=True)
 
 
-def _gates(board: Board, share: float) -> dict[int, Tensor]:
+def _gates(board: Supernet, share: float) -> dict[int, Tensor]:
     """A gate for every head, all at `share`."""
     shapes = board.linear.shapes
     return {
@@ -129,7 +129,7 @@ def _gates(board: Board, share: float) -> dict[int, Tensor]:
     }
 
 
-def _by_head(board: Board, units: Sequence[Unit], gate_U: Tensor) -> dict[int, Tensor]:
+def _by_head(board: Supernet, units: Sequence[Unit], gate_U: Tensor) -> dict[int, Tensor]:
     """The units' gates, head by head."""
     shapes = board.linear.shapes
     place = {head: index for index, unit in enumerate(units) for head in unit}
@@ -141,15 +141,15 @@ def _slopes(value: Tensor, gates: dict[int, Tensor]) -> list[Tensor]:
     return [slope_H.double().cpu() for slope_H in torch.autograd.grad(value, [*gates.values()], retain_graph=True)]
 
 
-def _kl(board: Board, ids_BT: Tensor, gates: dict[int, Tensor]) -> Tensor:
+def _kl(board: Supernet, ids_BT: Tensor, gates: dict[int, Tensor]) -> Tensor:
     """Nats per token of the student with these gates; it can be differentiated by them."""
     with torch.no_grad():
         theirs_BTM = final_hidden(board.teacher, ids_BT)
-    mine_BTM = board.student.final_hidden(ids_BT, student_pass=Pass(gates=gates))
+    mine_BTM = board.student.final_hidden(ids_BT, forward_context=ForwardContext(gates=gates))
     return kl(board.student, mine_BTM, board.teacher, theirs_BTM)
 
 
-def _score_function(head: Head, hidden_1TM: Tensor, generator: torch.Generator) -> Tensor:
+def _score_function(head: OutputHead, hidden_1TM: Tensor, generator: torch.Generator) -> Tensor:
     """The derivative of log p(y) by the last hidden states, y drawn at every position: (1, T, M)."""
     slopes = []
     for hidden_1CM in hidden_1TM.split(CHUNK, 1):

@@ -18,15 +18,15 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from subquad.plan import Plan
-from subquad.select.supernet import Board, without
+from subquad.select.supernet import Supernet, without
 from subquad.select.task import TaskScore
 from subquad.select.units import Unit, heads_of
 from subquad.select.work import Work
-from subquad.utils.token_cost import Bill
+from subquad.utils.token_cost import TokenCost
 
 
 @dataclass
-class Step:
+class GreedyStep:
     """One unit replaced: which, and what is scored since."""
 
     unit: int
@@ -40,7 +40,7 @@ class GreedyPath:
     task: str
     floor: float
     base: float
-    steps: list[Step]
+    steps: list[GreedyStep]
     best: int
     opt: int
     test: dict[str, float]  # of the teacher (base), M_best and M_opt
@@ -55,7 +55,7 @@ class GreedyPath:
 
 
 def greedy_path(
-    board: Board,
+    board: Supernet,
     units: Sequence[Unit],
     task: TaskScore,
     tokenizer: PreTrainedTokenizerBase,
@@ -78,7 +78,7 @@ def greedy_path(
             with board.following(plans[index]) as student:
                 return [getattr(task, part)(student, tokenizer)]
 
-        each = Bill(forward_tokens=document_tokens)
+        each = TokenCost(forward_tokens=document_tokens)
         return work.pieces(f"greedy {task.name}, {name}", len(plans), piece, each=each)[:, 0].tolist()
 
     last = len(units) if most is None else most
@@ -86,12 +86,12 @@ def greedy_path(
     work.announce(
         f"greedy on {task.name}: at most {candidates} candidates for {last} of {len(units)} units, fewer where the "
         "floor is reached",
-        Bill(forward_tokens=(4 + candidates) * document_tokens),
+        TokenCost(forward_tokens=(4 + candidates) * document_tokens),
     )
     base = scored("teacher", [plan_of([])])[0]
     floor = (1 - tolerance) * base
     gone: list[int] = []
-    steps: list[Step] = []
+    steps: list[GreedyStep] = []
     while len(gone) < last:
         left = [unit for unit in range(len(units)) if unit not in gone]
         scores = scored(f"step {len(gone)}", [plan_of([*gone, unit]) for unit in left])
@@ -99,7 +99,7 @@ def greedy_path(
         if most is None and score < floor:
             break
         gone.append(unit)
-        steps.append(Step(unit, score))
+        steps.append(GreedyStep(unit, score))
     held = [0, *(number for number, step in enumerate(steps, 1) if step.score >= floor)]
     best = max(range(len(steps) + 1), key=lambda number: (steps[number - 1].score if number else base, number))
     tested = scored("test", [plan_of(gone[:count]) for count in (0, best, max(held))], "test")

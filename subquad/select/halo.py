@@ -17,19 +17,19 @@ from transformers import PreTrainedTokenizerBase
 
 from subquad.data.probes import Probe
 from subquad.evaluate.retrieval import answers
-from subquad.model.base import Converted
+from subquad.model.base import BaseStudent
 from subquad.model.output_head import final_hidden, head_logits
 from subquad.plan import Plan
-from subquad.select.supernet import Board, passes
+from subquad.select.supernet import Supernet, passes
 from subquad.select.task import TaskScore
 from subquad.select.work import Work
-from subquad.utils.token_cost import Bill
+from subquad.utils.token_cost import TokenCost
 
 BOUND = 50.0
 EPS = 1e-10
 
 
-def probe_recall(board: Board, plans: Sequence[Plan], probes: Mapping[str, Probe], work: Work) -> Tensor:
+def probe_recall(board: Supernet, plans: Sequence[Plan], probes: Mapping[str, Probe], work: Work) -> Tensor:
     """The share of answers that every plan gets right, in percent, mean over tasks: (rows, plans)."""
 
     def piece(row: int) -> Tensor:
@@ -41,27 +41,27 @@ def probe_recall(board: Board, plans: Sequence[Plan], probes: Mapping[str, Probe
 
     rows = min(len(probe.input_ids) for probe in probes.values())
     tokens = sum(probe.input_ids.shape[1] for probe in probes.values())
-    return work.pieces("halo, recall", rows, piece, each=Bill(forward_tokens=passes(plans) * tokens))
+    return work.pieces("halo, recall", rows, piece, each=TokenCost(forward_tokens=passes(plans) * tokens))
 
 
-def next_tokens_right(board: Board, plans: Sequence[Plan], text_NT: Tensor, work: Work) -> Tensor:
+def next_tokens_right(board: Supernet, plans: Sequence[Plan], text_NT: Tensor, work: Work) -> Tensor:
     """The share of next tokens that every plan predicts right, in percent: (N, plans)."""
 
     def piece(row: int) -> list[float]:
         ids_1T = text_NT[row : row + 1].to(board.student.device)
 
-        def right(student: Converted) -> float:
+        def right(student: BaseStudent) -> float:
             logits_1TV = head_logits(student, final_hidden(student, ids_1T)[:, :-1])
             return 100 * float((logits_1TV.argmax(-1) == ids_1T[:, 1:]).double().mean())
 
         return board.shared(plans, right)
 
-    each = Bill(forward_tokens=passes(plans) * text_NT.shape[1])
+    each = TokenCost(forward_tokens=passes(plans) * text_NT.shape[1])
     return work.pieces("halo, next tokens", len(text_NT), piece, each=each)
 
 
 def task_scores(
-    board: Board, plans: Sequence[Plan], tasks: Sequence[TaskScore], tokenizer: PreTrainedTokenizerBase, work: Work
+    board: Supernet, plans: Sequence[Plan], tasks: Sequence[TaskScore], tokenizer: PreTrainedTokenizerBase, work: Work
 ) -> Tensor:
     """What every plan scores on tasks, in percent, in the mean: (1, plans)."""
 
@@ -70,7 +70,7 @@ def task_scores(
             return [100 * sum(task.validation(student, tokenizer) for task in tasks) / len(tasks)]
 
     key = f"halo, {', '.join(task.name for task in tasks)}"
-    return work.pieces(key, len(plans), piece, each=Bill()).T
+    return work.pieces(key, len(plans), piece, each=TokenCost()).T
 
 
 def halo_scores(recall_U: Tensor, common_U: Tensor) -> Tensor:

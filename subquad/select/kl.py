@@ -26,28 +26,28 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from subquad.distill.logit_losses import FromHidden, chunked_loss
-from subquad.model.base import Converted
-from subquad.model.output_head import Head, final_hidden
+from subquad.model.base import BaseStudent
+from subquad.model.output_head import OutputHead, final_hidden
 from subquad.plan import Plan
-from subquad.select.supernet import Board, passes, without
+from subquad.select.supernet import Supernet, passes, without
 from subquad.select.units import Unit
 from subquad.select.work import Work
-from subquad.utils.token_cost import Bill
+from subquad.utils.token_cost import TokenCost
 
 Base: TypeAlias = Literal["restore", "remove"]
-Train: TypeAlias = Callable[[Converted, int, str], None]  # (student, tokens, name): as the recipe would, on logits
+Train: TypeAlias = Callable[[BaseStudent, int, str], None]  # (student, tokens, name): as the recipe would, on logits
 
 KEPT = 4  # of the candidates, one in so many goes to the next round, with so many times the tokens
 
 
-def candidates(board: Board, units: Sequence[Unit], base: Base) -> list[Plan]:
+def candidates(board: Supernet, units: Sequence[Unit], base: Base) -> list[Plan]:
     """The base's plan, and those with one unit changed."""
     everything = board.everything
     kept = [[], *units] if base == "restore" else [everything, *(without(everything, unit) for unit in units)]
     return [board.keeping(heads) for heads in kept]
 
 
-def kl_without_training(board: Board, plans: Sequence[Plan], text_NT: Tensor, stride: int, work: Work) -> Tensor:
+def kl_without_training(board: Supernet, plans: Sequence[Plan], text_NT: Tensor, stride: int, work: Work) -> Tensor:
     """KL(teacher, student) in nats per token of every plan on every row of text: (N, plans)."""
 
     @torch.no_grad()
@@ -59,19 +59,19 @@ def kl_without_training(board: Board, plans: Sequence[Plan], text_NT: Tensor, st
         )
 
     board.prepare(plans)
-    each = Bill(forward_tokens=(1 + passes(plans)) * text_NT.shape[1])
+    each = TokenCost(forward_tokens=(1 + passes(plans)) * text_NT.shape[1])
     return work.pieces(f"kl {stride}", len(text_NT), piece, each=each)
 
 
 def kl(
-    student: Converted, student_BTM: Tensor, teacher: PreTrainedModel, teacher_BTM: Tensor, stride: int = 1
+    student: BaseStudent, student_BTM: Tensor, teacher: PreTrainedModel, teacher_BTM: Tensor, stride: int = 1
 ) -> Tensor:
     """Nats per token, (), at every `stride`-th position, from the last hidden states."""
     return chunked_loss(
         student_BTM[:, ::stride],
-        Head.of(student),
+        OutputHead.of(student),
         weights={"logits": 1.0},
-        teacher=FromHidden(teacher_BTM[:, ::stride], Head.of(teacher)),
+        teacher=FromHidden(teacher_BTM[:, ::stride], OutputHead.of(teacher)),
     ).total
 
 
@@ -80,11 +80,11 @@ def round_tokens(tokens: int, rounds: int) -> list[int]:
     return [max(1, round(tokens / KEPT**left)) for left in range(rounds - 1, -1, -1)]
 
 
-def training_bill(plans: int, text_NT: Tensor, tokens: int, rounds: int) -> Bill:
+def training_bill(plans: int, text_NT: Tensor, tokens: int, rounds: int) -> TokenCost:
     """Of all rounds: the first trains every plan, each later one a quarter of the candidates, and the base again."""
     counts = [plans, *(_open(plans - 1, later) + 1 for later in range(1, rounds))]
     trained = sum(count * amount for count, amount in zip(counts, round_tokens(tokens, rounds), strict=True))
-    return Bill(forward_tokens=2 * sum(counts) * text_NT.numel(), training_tokens=trained)
+    return TokenCost(forward_tokens=2 * sum(counts) * text_NT.numel(), training_tokens=trained)
 
 
 def _open(units: int, later: int) -> int:
@@ -98,7 +98,7 @@ def gains_of(kl_NP: Tensor, base: Base) -> Tensor:
 
 
 def gains_with_training(
-    board: Board,
+    board: Supernet,
     plans: Sequence[Plan],
     text_NT: Tensor,
     stride: int,
@@ -136,9 +136,9 @@ def gains_with_training(
 
 
 def _trained(
-    board: Board, plan: Plan, text_NT: Tensor, stride: int, work: Work, train: Train, tokens: int, name: str
+    board: Supernet, plan: Plan, text_NT: Tensor, stride: int, work: Work, train: Train, tokens: int, name: str
 ) -> Tensor:
-    each = Bill(forward_tokens=2 * text_NT.numel(), training_tokens=tokens)
+    each = TokenCost(forward_tokens=2 * text_NT.numel(), training_tokens=tokens)
 
     def piece(_: int) -> list[float]:
         student = type(board.student).from_teacher(board.teacher, plan, mixers_from=board.student)

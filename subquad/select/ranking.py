@@ -9,14 +9,14 @@ from typing import Any
 from torch import Tensor
 
 from subquad.data.text import Corpus
-from subquad.model.base import Converted
+from subquad.model.base import BaseStudent
 from subquad.plan import ATTENTION, AttentionShape, Join, Plan, dtype_name
 from subquad.pretrained.load import Teacher
 from subquad.select.budget import Budget, Cost
 from subquad.select.cost import best_units, front
 from subquad.select.kl import Train
 from subquad.select.knapsack import solve
-from subquad.select.supernet import Board
+from subquad.select.supernet import Supernet
 from subquad.select.units import Unit, Wish, heads_of, kind_of, layers_in, units_of
 from subquad.select.work import Work
 
@@ -24,10 +24,10 @@ FRONT_CONTEXT = 32768  # of the Pareto front, where the budget names no context
 
 
 @dataclass
-class Question:
+class SelectorInputs:
     """What a selector may look at. `text_BT`: rows that neither training nor the final measurement sees."""
 
-    student: Converted  # all-linear; aligned where the selector needs it
+    student: BaseStudent  # all-linear; aligned where the selector needs it
     source: Teacher
     text_BT: Tensor
     budget: Budget
@@ -36,15 +36,15 @@ class Question:
     train: Train | None = None
     seed: int = 0
     work: Work = field(default_factory=Work)
-    alternatives: Mapping[str, Converted] = field(default_factory=dict)  # all-linear too, with other mixers, by name
+    alternatives: Mapping[str, BaseStudent] = field(default_factory=dict)  # all-linear too, with other mixers, by name
 
     @property
     def units(self) -> list[Unit]:
         return units_of(self.student.plan.shapes, self.unit)
 
-    def new_board(self) -> Board:
+    def new_board(self) -> Supernet:
         """The plans over the student's mixers, and the alternatives'."""
-        return Board(self.student, self.source.model, self.alternatives)
+        return Supernet(self.student, self.source.model, self.alternatives)
 
     @property
     def count(self) -> int:
@@ -60,7 +60,7 @@ class Question:
 
 
 @dataclass
-class Choice:
+class Ranking:
     """Which units to keep for a given number of them, and what is known about why (for scores.json).
 
     `worth`: of every unit, in a measure that adds up, so that a budget in bytes or time can weigh it against the cost.
@@ -84,13 +84,13 @@ class Choice:
         unit: Wish,
         report: dict[str, Any],
         worth: Sequence[float] | None = None,
-    ) -> "Choice":
+    ) -> "Ranking":
         """Keeps the units with the highest scores: numbers, or tuples of them, of which later ones part equals."""
         order = sorted(range(len(scores)), key=lambda index: scores[index], reverse=True)
         return cls(units, lambda count: sorted(order[:count]), unit, worth, report=report | {"order": order})
 
     @classmethod
-    def of_scores(cls, scores: Mapping[str, Any], shapes: Sequence[AttentionShape]) -> "Choice":
+    def of_scores(cls, scores: Mapping[str, Any], shapes: Sequence[AttentionShape]) -> "Ranking":
         """What scores.json says, so that another budget asks for no measuring."""
         unit: Wish = scores["units"] if scores["unit"] == "group" else scores["unit"]
         order, path = scores["order"], scores.get("path")
@@ -107,12 +107,12 @@ class Choice:
 
 
 def choose_plan(
-    student: Converted,
+    student: BaseStudent,
     budget: Budget,
-    choice: Choice,
+    choice: Ranking,
     join: Join = "split",
     decode_cost: Callable[[int], Cost] | None = None,
-    others: Mapping[str, Converted] | None = None,
+    others: Mapping[str, BaseStudent] | None = None,
 ) -> tuple[Plan, list[int]]:
     """The plan that keeps as much attention as the budget allows, and the indices of the units it keeps.
 
@@ -128,7 +128,7 @@ def choose_plan(
 
 
 def _with_alternatives(
-    student: Converted, budget: Budget, choice: Choice, others: Mapping[str, Converted]
+    student: BaseStudent, budget: Budget, choice: Ranking, others: Mapping[str, BaseStudent]
 ) -> tuple[Plan, list[int]]:
     """Of every unit, whole layers, attention or the mixer that is worth the most within the budget."""
     units, worth = choice.units, {ATTENTION: choice.worth or [], **choice.alternatives}
@@ -160,9 +160,9 @@ def _with_alternatives(
 
 
 def _kept(
-    student: Converted,
+    student: BaseStudent,
     budget: Budget,
-    choice: Choice,
+    choice: Ranking,
     join: Join,
     decode_cost: Callable[[int], Cost] | None,
 ) -> list[int]:
@@ -186,7 +186,7 @@ def _kept(
     return kept
 
 
-def pareto(student: Converted, budget: Budget, choice: Choice, join: Join = "split") -> dict[str, Any]:
+def pareto(student: BaseStudent, budget: Budget, choice: Ranking, join: Join = "split") -> dict[str, Any]:
     """For scores.json: what share of the measured worth plans can keep, over the bytes of their cache."""
     if choice.worth is None:
         return {}

@@ -1,6 +1,6 @@
 """Every selector, as a function from a question and its options to a choice. To add one: a function here, and its row.
 
-Each announces its bill before it works (`question.work.announce`), and leaves what it measured in `Choice.report`.
+Each announces its bill before it works (`question.work.announce`), and leaves what it measured in `Ranking.report`.
 """
 
 import inspect
@@ -11,45 +11,45 @@ from typing import Any
 
 from torch import Tensor
 
-from subquad.data.probes import TASKS, make_probe
+from subquad.data.probes import PROBE_TASKS, make_probe
 from subquad.errors import UserError, nearest
 from subquad.evaluate.retrieval import usable
 from subquad.recipes.schema import Recipe, SelectorConfig
 from subquad.select import ablation, alignment, gates, halo, kl
 from subquad.select.budget import Budget
 from subquad.select.greedy import greedy_path
-from subquad.select.ranking import Choice, Question
+from subquad.select.ranking import Ranking, SelectorInputs
 from subquad.select.retrieval_heads import retrieval_scores
 from subquad.select.supernet import passes
 from subquad.select.task import Score, task_score
 from subquad.select.units import Wish, by_layer, layers_in, uniform_layers
 from subquad.select.work import bootstrap
-from subquad.utils.token_cost import Bill
+from subquad.utils.token_cost import TokenCost
 
 
-def by_uniform(question: Question) -> Choice:
+def by_uniform(question: SelectorInputs) -> Ranking:
     """Evenly spaced units; measures nothing."""
     units = question.units
-    question.work.announce("uniform", Bill())
-    return Choice(units, lambda count: uniform_layers(len(units), count), question.unit)
+    question.work.announce("uniform", TokenCost())
+    return Ranking(units, lambda count: uniform_layers(len(units), count), question.unit)
 
 
-def by_fixed(question: Question, *, layers: Sequence[int]) -> Choice:
+def by_fixed(question: SelectorInputs, *, layers: Sequence[int]) -> Ranking:
     """The layers of a list, most important first: the budget says how many of them."""
     units, order = question.units, list(layers)
-    question.work.announce("fixed", Bill())
+    question.work.announce("fixed", TokenCost())
     strange = [layer for layer in order if layer not in range(len(units))]
     if strange or len({*order}) < len(order):
         raise UserError(f"selector.options.layers should be different units of 0 to {len(units) - 1}, not {order}")
     if question.least > len(order):
         raise UserError(f"the budget keeps {question.least} units, and selector.options.layers names {len(order)}")
-    return Choice(units, lambda count: sorted(order[:count]), question.unit, report={"order": order})
+    return Ranking(units, lambda count: sorted(order[:count]), question.unit, report={"order": order})
 
 
 # From KL -------------------------------------------------------------------------------------------------------------
 
 
-def by_kl(question: Question, *, stride: int = 4, retrain_tokens: int = 0, rounds: int = 1) -> Choice:
+def by_kl(question: SelectorInputs, *, stride: int = 4, retrain_tokens: int = 0, rounds: int = 1) -> Ranking:
     """Units whose restored attention brings the all-linear student nearest to the teacher (select/kl.py).
 
     `retrain_tokens`: to train each candidate on before it is measured. `rounds`: of successive halving.
@@ -57,18 +57,18 @@ def by_kl(question: Question, *, stride: int = 4, retrain_tokens: int = 0, round
     return _by_kl(question, "restore", stride, retrain_tokens, rounds)
 
 
-def by_kl_removal(question: Question, *, stride: int = 4, retrain_tokens: int = 0, rounds: int = 1) -> Choice:
+def by_kl_removal(question: SelectorInputs, *, stride: int = 4, retrain_tokens: int = 0, rounds: int = 1) -> Ranking:
     """Units whose attention the teacher misses most, in KL, when they alone are linear (select/kl.py)."""
     return _by_kl(question, "remove", stride, retrain_tokens, rounds)
 
 
-def _by_kl(question: Question, base: kl.Base, stride: int, tokens: int, rounds: int) -> Choice:
+def _by_kl(question: SelectorInputs, base: kl.Base, stride: int, tokens: int, rounds: int) -> Ranking:
     board, units, text_NT, work = question.new_board(), question.units, question.text_BT, question.work
     plans = kl.candidates(board, units, base)
     plans += [board.having(other, layers_in(unit)) for other in question.alternatives for unit in units]
     name = "kl" if base == "restore" else "kl-removal"
     if tokens == 0:
-        work.announce(f"{name}, {len(units)} units", Bill(forward_tokens=(1 + passes(plans)) * text_NT.numel()))
+        work.announce(f"{name}, {len(units)} units", TokenCost(forward_tokens=(1 + passes(plans)) * text_NT.numel()))
         found = kl.kl_without_training(board, plans, text_NT, stride, work)
         gains_NU, *others = kl.gains_of(found, base).split(len(units), 1)
         gains = {other: x_NU.mean(0).tolist() for other, x_NU in zip(question.alternatives, others, strict=True)}
@@ -95,20 +95,20 @@ def _by_kl(question: Question, base: kl.Base, stride: int, tokens: int, rounds: 
     return _by_rows(question, gains_NU, {"retrain_tokens": tokens, "last_round": by_layer(last, units)})
 
 
-def _by_rows(question: Question, gains_NU: Tensor, more: dict[str, Any]) -> Choice:
+def _by_rows(question: SelectorInputs, gains_NU: Tensor, more: dict[str, Any]) -> Ranking:
     """A choice by what the units gain on rows of text, in the mean, with bootstrap intervals."""
     units, scores = question.units, gains_NU.mean(0).tolist()
     low, high = (bound.tolist() for bound in bootstrap(gains_NU))
     report = {"scores": scores, "low": low, "high": high}
     shaped = {key: by_layer(values, units) for key, values in report.items()}
-    return Choice.in_order(units, scores, question.unit, shaped | {"rows": len(gains_NU)} | more, scores)
+    return Ranking.in_order(units, scores, question.unit, shaped | {"rows": len(gains_NU)} | more, scores)
 
 
-def by_alignment_loss(question: Question) -> Choice:
+def by_alignment_loss(question: SelectorInputs) -> Ranking:
     """Units whose mixers stayed furthest from the teacher's attention in alignment (select/alignment.py)."""
     text_NT, work = question.text_BT, question.work
     packs = len(alignment.packed(question.units))
-    work.announce("alignment loss", Bill(forward_tokens=(1 + packs) * text_NT.numel()))
+    work.announce("alignment loss", TokenCost(forward_tokens=(1 + packs) * text_NT.numel()))
     return _by_rows(question, alignment.alignment_losses(question.new_board(), question.units, text_NT, work), {})
 
 
@@ -116,7 +116,7 @@ def by_alignment_loss(question: Question) -> Choice:
 
 
 def by_retrieval_heads(
-    question: Question,
+    question: SelectorInputs,
     *,
     tasks: Sequence[str] = ("dictionary",),
     context: int = 512,
@@ -125,7 +125,7 @@ def by_retrieval_heads(
     top: int | None = None,
     confidence: float = 0.95,
     seed: int = 0,
-) -> Choice:
+) -> Ranking:
     """Heads, or layers, without which the teacher cannot look things up (select/retrieval_heads.py)."""
     found = retrieval_scores(
         question.source.model,
@@ -142,11 +142,11 @@ def by_retrieval_heads(
         work=question.work,
     )
     pairs = [*zip(found.scores, found.logprob_drop, strict=True)]
-    return Choice.in_order(question.units, pairs, question.unit, found.as_dict(), found.scores)
+    return Ranking.in_order(question.units, pairs, question.unit, found.as_dict(), found.scores)
 
 
 def by_halo(
-    question: Question,
+    question: SelectorInputs,
     *,
     recall: Sequence[str] = ("copy", "dictionary", "passkey"),
     common: Sequence[str] = (),
@@ -154,7 +154,7 @@ def by_halo(
     rows: int = 32,
     limit: int = 500,
     seed: int = 0,
-) -> Choice:
+) -> Ranking:
     """Units whose attention matters to recall more than to the rest (select/halo.py).
 
     `recall`: retrieval tasks, of `rows` rows. `common`: tasks of lm-eval's, of which `limit` documents count; none: the
@@ -164,7 +164,7 @@ def by_halo(
     plans = kl.candidates(board, question.units, "remove")
     tasks = [task_score(task, limit=limit, seed=seed) for task in common]
     asked = rows * context * len(recall) + (0 if tasks else text_NT.numel())
-    work.announce(f"halo, {len(question.units)} units", Bill(forward_tokens=passes(plans) * asked))
+    work.announce(f"halo, {len(question.units)} units", TokenCost(forward_tokens=passes(plans) * asked))
     probes = {task: make_probe(task, source.tokenizer, context, rows, seed, text_NT) for task in recall}
     verdicts = {task: usable(source.model, probe) for task, probe in probes.items()}
     for task, verdict in verdicts.items():
@@ -185,33 +185,33 @@ def by_halo(
     scores = halo.halo_scores(recall_RU.mean(0), common_RU.mean(0)).tolist()
     report = {"scores": scores, "recall": recall_RU.mean(0).tolist(), "common": common_RU.mean(0).tolist()}
     shaped = {key: by_layer(values, question.units) for key, values in report.items()}
-    return Choice.in_order(question.units, scores, question.unit, shaped, scores)
+    return Ranking.in_order(question.units, scores, question.unit, shaped, scores)
 
 
 # From gates ----------------------------------------------------------------------------------------------------------
 
 
-def by_gradient(question: Question, *, points: int = 4) -> Choice:
+def by_gradient(question: SelectorInputs, *, points: int = 4) -> Ranking:
     """The KL's derivative by how much attention a unit has, from all-linear to the teacher (select/gates.py)."""
     text_NT, work = question.text_BT, question.work
-    work.announce(f"gradient at {points} points", Bill(training_tokens=points * text_NT.numel()))
+    work.announce(f"gradient at {points} points", TokenCost(training_tokens=points * text_NT.numel()))
     return _by_rows(question, gates.gradient_scores(question.new_board(), question.units, text_NT, work, points), {})
 
 
-def by_fisher(question: Question, *, draws: int = 4) -> Choice:
+def by_fisher(question: SelectorInputs, *, draws: int = 4) -> Ranking:
     """The second-order estimate of the KL that removing a unit's attention costs (select/gates.py)."""
     text_NT, work = question.text_BT, question.work
     work.announce(f"fisher, {draws} draws", gates.fisher_bill(text_NT.numel(), draws))
     return _by_rows(question, gates.fisher_scores(question.new_board(), question.units, text_NT, work, draws), {})
 
 
-def by_gates(question: Question, *, tokens: int = 50_000, sequence_length: int = 512, batch: int = 1) -> Choice:
+def by_gates(question: SelectorInputs, *, tokens: int = 50_000, sequence_length: int = 512, batch: int = 1) -> Ranking:
     """Gates trained together in one run, with a mean that the budget says (select/gates.py)."""
     corpus, units = question.corpus, question.units
     if corpus is None:
         raise UserError("the selector 'gates' trains its gates and was given no text to train on")
     steps = max(1, round(tokens / (batch * sequence_length)))
-    question.work.announce("gates", Bill(training_tokens=steps * batch * sequence_length))
+    question.work.announce("gates", TokenCost(training_tokens=steps * batch * sequence_length))
 
     def rows(step: int) -> Tensor:
         return corpus.batch(step, batch=batch, sequence_length=sequence_length, seed=question.seed)
@@ -222,14 +222,14 @@ def by_gates(question: Question, *, tokens: int = 50_000, sequence_length: int =
     )
     odds = found[0].tolist()
     report = {"scores": by_layer(odds, units), "gate_tokens": steps * batch * sequence_length}
-    return Choice.in_order(units, odds, question.unit, report)
+    return Ranking.in_order(units, odds, question.unit, report)
 
 
 # By task -------------------------------------------------------------------------------------------------------------
 
 
 def by_greedy(
-    question: Question,
+    question: SelectorInputs,
     *,
     task: str | Score = "dictionary",
     tolerance: float = 0.05,
@@ -237,7 +237,7 @@ def by_greedy(
     metric: str | None = None,
     context: int = 512,
     seed: int = 0,
-) -> Choice:
+) -> Ranking:
     """Makes linear what a task misses least, one unit after the other (select/greedy.py: Distill-then-Replace).
 
     With the budgets `opt` (as much as the tolerance allows) and `best` it stops at the floor; other budgets are points
@@ -253,12 +253,12 @@ def by_greedy(
         question.work,
         tolerance=tolerance,
         most=None if question.budget.word else len(units) - question.least,
-        document_tokens=limit * context if task in TASKS else 0,
+        document_tokens=limit * context if task in PROBE_TASKS else 0,
     )
     order = [*path.kept(len(units), len(path.steps)), *(step.unit for step in reversed(path.steps))]
     named = {name: path.kept(len(units), steps) for name, steps in (("best", path.best), ("opt", path.opt))}
     report = {"order": order, "path": path.as_dict()}
-    return Choice(units, lambda count: sorted(order[:count]), question.unit, named=named, report=report)
+    return Ranking(units, lambda count: sorted(order[:count]), question.unit, named=named, report=report)
 
 
 # All of them ---------------------------------------------------------------------------------------------------------
@@ -269,7 +269,7 @@ class Selector:
     """`unit`: the one it is for, if the recipe says nothing. `aligned`, `text`: whether it needs an aligned student,
     and text."""
 
-    choose: Callable[..., Choice]
+    choose: Callable[..., Ranking]
     unit: Wish = "layer"
     aligned: bool = False
     text: bool = True

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from subquad.model.base import Converted
+from subquad.model.base import BaseStudent
 from subquad.plan import Plan, every_head
 from subquad.select.prefix import recorded, resumed, standing_in
 from subquad.select.units import Unit
@@ -22,14 +22,14 @@ T = TypeVar("T")
 Layer: TypeAlias = tuple[tuple[str, tuple[int, ...]], ...]  # a layer of a plan, to be looked up
 
 
-class Board:
+class Supernet:
     """The plans over an all-linear, aligned student's mixers, and over those of others like it.
 
     `alternatives`: all-linear students with other mixers, by the names of these.
     """
 
     def __init__(
-        self, linear: Converted, teacher: PreTrainedModel, alternatives: Mapping[str, Converted] | None = None
+        self, linear: BaseStudent, teacher: PreTrainedModel, alternatives: Mapping[str, BaseStudent] | None = None
     ) -> None:
         self.student, self.teacher, self.linear = linear, teacher, linear.plan
         self.alternatives = dict(alternatives or {})
@@ -49,7 +49,7 @@ class Board:
         return every_head(self.linear.shapes)
 
     @contextmanager
-    def following(self, plan: Plan) -> Iterator[Converted]:
+    def following(self, plan: Plan) -> Iterator[BaseStudent]:
         """Within, the student has this plan."""
         self.prepare([plan])
         before = self.student.plan
@@ -65,7 +65,7 @@ class Board:
                 self.student.plan = before
 
     @torch.no_grad()
-    def shared(self, plans: Sequence[Plan], measure: Callable[[Converted], T]) -> list[T]:
+    def shared(self, plans: Sequence[Plan], measure: Callable[[BaseStudent], T]) -> list[T]:
         """What is measured of each plan, in evaluation mode, by one pass over always the same tokens.
 
         What lies below a plan's first difference from the first of them is computed once.
@@ -105,7 +105,7 @@ def first_difference(plan: Plan, other: Plan) -> int:
 
 
 def passes(plans: Sequence[Plan]) -> float:
-    """How many whole passes `Board.shared` takes."""
+    """How many whole passes `Supernet.shared` takes."""
     layers = plans[0].num_layers
     return 1 + sum(1 - first_difference(plan, plans[0]) / layers for plan in plans[1:])
 

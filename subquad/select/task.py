@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from subquad.data.probes import TASKS, make_probe
+from subquad.data.probes import PROBE_TASKS, make_probe
 from subquad.errors import UserError
 from subquad.evaluate.harness import harness, load_tasks
 from subquad.evaluate.retrieval import answers
@@ -57,7 +57,7 @@ def task_score(
     """
     if callable(task):
         return TaskScore(getattr(task, "__name__", "score"), task)
-    if task in TASKS:
+    if task in PROBE_TASKS:
         return TaskScore(task, _retrieval(task, limit, context, seed, text_BT))
     return TaskScore(task, _harness(task, limit, metric, seed))
 

@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from subquad.utils.format import duration
-from subquad.utils.token_cost import Bill
+from subquad.utils.token_cost import TokenCost
 
 RESAMPLES = 1000
 
@@ -37,11 +37,11 @@ class Work:
     file: Path | None = None
     speed: Callable[[], float] | None = None
     dry_run: bool = False
-    announced: Bill = field(default_factory=Bill)
-    spent: Bill = field(default_factory=Bill)
+    announced: TokenCost = field(default_factory=TokenCost)
+    spent: TokenCost = field(default_factory=TokenCost)
     started: float = field(default_factory=time.perf_counter)
 
-    def announce(self, what: str, bill: Bill) -> None:
+    def announce(self, what: str, bill: TokenCost) -> None:
         """Says what is about to be done and what it costs. Raises OnlyTheBill on a dry run."""
         self.announced = bill
         parts = [f"{bill.forward_tokens:,.0f} tokens forward"] if bill.forward_tokens else []
@@ -58,7 +58,7 @@ class Work:
         count: int,
         piece: Callable[[int], Sequence[float] | Tensor],
         *,
-        each: Bill,
+        each: TokenCost,
         together: bool = False,
     ) -> Tensor:
         """What `piece(index)` gives for each index below `count`, in float64: (count, numbers of a piece).

@@ -6,7 +6,7 @@ TRAINING = 4.0  # forward passes that a training step is worth: the teacher's, t
 
 
 @dataclass
-class Bill:
+class TokenCost:
     """Tokens that go through whole models."""
 
     forward_tokens: float = 0.0

@@ -24,8 +24,8 @@ from subquad.bench.extrapolate import (
     overtaking,
     spread,
 )
-from subquad.bench.models import Subject, cache_of, within_positions
-from subquad.bench.roofline import Costs, Roof, Work, mixing_flops
+from subquad.bench.models import BenchModel, cache_of, within_positions
+from subquad.bench.roofline import Costs, PassCost, Roof, mixing_flops
 from subquad.cli.app import app
 from subquad.cli.bench import numbers
 from subquad.evaluate import held_cache_bytes
@@ -41,7 +41,7 @@ CONTEXTS = [8, 16, 32, 64]
 
 
 def subject_of(model, plan=None, name="model"):
-    return Subject(name, name, model, plan or Plan.all_attention(shapes_of(model)))
+    return BenchModel(name, name, model, plan or Plan.all_attention(shapes_of(model)))
 
 
 @pytest.fixture(scope="module")
@@ -430,8 +430,8 @@ def test_spread_is_median_and_quartiles():
 
 def test_the_roof_is_the_slower_of_moving_and_computing():
     roof = Roof(bytes_per_second=100.0, flops_per_second=1000.0)
-    assert roof.seconds(Work(bytes=200, flops=1000)) == 2.0
-    assert roof.seconds(Work(bytes=200, flops=5000)) == 5.0
+    assert roof.seconds(PassCost(bytes=200, flops=1000)) == 2.0
+    assert roof.seconds(PassCost(bytes=200, flops=5000)) == 5.0
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -139,10 +139,10 @@ def test_distill_is_convert_with_a_plan(run, called):
 
 @pytest.mark.parametrize("command", [["convert"], ["distill", "--plan", "mine.yaml"]])
 def test_a_dry_run_is_a_preview(command, run, called):
-    convert, preview = called("convert"), called("preview", "subquad.jobs.dry_run")
+    convert, dry_run = called("convert"), called("dry_run", "subquad.jobs.dry_run")
     result = run(*command, *"some/teacher --out there --data a.txt --set seed=3 --dry-run".split())
     assert result.exit_code == 0, result.output
-    preview.assert_called_once_with(
+    dry_run.assert_called_once_with(
         teacher="some/teacher",
         recipe=load_recipe("quick", ["seed=3"]),
         out=Path("there"),
@@ -155,7 +155,7 @@ def test_a_dry_run_is_a_preview(command, run, called):
 
 
 def test_a_dry_run_that_is_interrupted_has_nothing_to_resume(run, called):
-    called("preview", "subquad.jobs.dry_run").side_effect = KeyboardInterrupt
+    called("dry_run", "subquad.jobs.dry_run").side_effect = KeyboardInterrupt
     result = run("convert", "--dry-run")
     assert (result.exit_code, result.stderr) == (130, "\nsubquad: stopped\n")
 

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from subquad.data.clozes import Cloze, clozes
-from subquad.data.probes import MAX_PAIRS, TASKS, WORDS, Probe, make_probe
+from subquad.data.probes import MAX_PAIRS, PROBE_TASKS, WORDS, Probe, make_probe
 from subquad.errors import UserError
 from tests.helpers import ALPHABET, SALES, TEXT, _byte_level, byte_tokenizer, task_probe
 
@@ -46,7 +46,7 @@ def answer_text(tokenizer, probe: Probe, row: int) -> str:
     return tokenizer.decode(probe.input_ids[row][probe.answer_mask[row]]).strip()
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", PROBE_TASKS)
 @pytest.mark.parametrize("context", [257, 512])
 def test_rows_have_the_context_and_end_with_the_answer(name, context, tokenizer):
     probe = task_probe(name, tokenizer, context, 5, seed=3)
@@ -228,13 +228,13 @@ def test_answers_are_scored_without_the_space_before_them(name, tokenizer):
 
 def test_rows_start_as_the_tokenizer_starts_a_text():
     tokenizer = TOKENIZERS["bpe"]
-    for name in TASKS:
+    for name in PROBE_TASKS:
         ids = task_probe(name, tokenizer, 300, 3).input_ids
         assert (ids[:, 0] == tokenizer.bos_token_id).all()
         assert not (ids[:, 1:] == tokenizer.bos_token_id).any()
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", PROBE_TASKS)
 def test_the_depth_is_where_the_answer_is_first_written(name, tokenizer):
     probe = task_probe(name, tokenizer, 700, 12)
     if name in ("copy", "associative", "variables"):  # there is more than one fact
@@ -263,7 +263,7 @@ def test_a_given_haystack_fills_the_room_without_its_separators(name):
         make_probe(name, tokenizer, 3000, 2, seed=0, haystack_ids=torch.tensor([tokenizer.eos_token_id]))
 
 
-@pytest.mark.parametrize("name", [name for name in TASKS if name != "questions"])
+@pytest.mark.parametrize("name", [name for name in PROBE_TASKS if name != "questions"])
 def test_too_short_a_context_says_how_long_it_must_be(name, tokenizer):
     with pytest.raises(UserError, match=f"context of 3 tokens is too short .* '{name}'") as caught:
         make_probe(name, tokenizer, 3, 1, seed=0)
@@ -285,7 +285,7 @@ def test_bad_requests():
             make_probe(name, PreTrainedTokenizerFast(tokenizer_object=letters, unk_token="<unk>"), 300, 1)
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", PROBE_TASKS)
 def test_exchanged_rows_keep_their_questions_and_lose_their_facts(name, tokenizer):
     probe = task_probe(name, tokenizer, 300, 4)
     other = probe.exchanged()

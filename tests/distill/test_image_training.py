@@ -18,7 +18,7 @@ from subquad.distill.throughput import bare_forward_speed
 from subquad.errors import UserError
 from subquad.model.image_student import ImageStudent
 from subquad.model.interface import shapes_of
-from subquad.model.output_head import Head, check_head, final_hidden
+from subquad.model.output_head import OutputHead, check_head, final_hidden
 from subquad.plan import Plan
 from subquad.recipes.stage import Stage
 from tests.helpers import assert_same_bits, encoder, hidden, mixed_plan, weights, write_idx
@@ -95,7 +95,7 @@ def test_losses_are_those_of_the_models_answers(family):
     parts = make_pass(stage, student, teacher)(batch, 1.0)
     with torch.no_grad():
         mine, theirs = student(batch.pixels_BCHW).logits, teacher(batch.pixels_BCHW).logits
-        torch.testing.assert_close(Head.of(student)(final_hidden(student, batch.pixels_BCHW))[:, 0], mine)
+        torch.testing.assert_close(OutputHead.of(student)(final_hidden(student, batch.pixels_BCHW))[:, 0], mine)
     labels = torch.nn.functional.cross_entropy(mine, batch.labels_B)
     kl = (theirs.softmax(-1) * (theirs.log_softmax(-1) - mine.log_softmax(-1))).sum(-1).mean()
     torch.testing.assert_close(parts["labels"], labels)

@@ -11,7 +11,7 @@ from subquad.data.batch import next_token_labels
 from subquad.distill.layer_losses import output_distance
 from subquad.distill.logit_losses import FromHidden, FromTopK, chunked_loss
 from subquad.errors import UserError
-from subquad.model.output_head import Head, check_head, final_hidden, head_logits
+from subquad.model.output_head import OutputHead, check_head, final_hidden, head_logits
 from subquad.recipes.stage import Divergence
 
 SMALL = dict(
@@ -40,8 +40,8 @@ def problem(*, bias=False, scale=1.0, softcap=None, B=2, T=9, M=8, V=23):
     weight_VM = draw(V, M).requires_grad_()
     bias_V = draw(V).requires_grad_() if bias else None
     labels_BT = next_token_labels(torch.randint(0, V, (B, T)))
-    head = Head(weight_VM, bias_V, scale, softcap)
-    return student_BTM, head, draw(B, T, M + 4), Head(draw(V, M + 4)), labels_BT
+    head = OutputHead(weight_VM, bias_V, scale, softcap)
+    return student_BTM, head, draw(B, T, M + 4), OutputHead(draw(V, M + 4)), labels_BT
 
 
 def plain_divergence(kind, teacher, student):
@@ -140,7 +140,7 @@ def test_top_k_is_the_divergence_of_k_and_one_outcomes(kind, k):
 
 def test_frozen_head_gets_no_gradient_and_no_grad_mode_computes_none():
     student_BTM, head, teacher_BTM, teacher_head, _ = problem()
-    frozen = Head(head.weight_VM.detach())
+    frozen = OutputHead(head.weight_VM.detach())
     inputs = dict(weights={"logits": 1.0}, teacher=FromHidden(teacher_BTM, teacher_head))
     loss = chunked_loss(student_BTM, frozen, **inputs)
     loss.total.backward()
@@ -154,7 +154,7 @@ def test_frozen_head_gets_no_gradient_and_no_grad_mode_computes_none():
 def test_kl_of_a_model_to_itself_is_zero_and_its_gradient_too():
     student_BTM, head, *_ = problem()
     loss = chunked_loss(
-        student_BTM, head, weights={"logits": 1.0}, teacher=FromHidden(student_BTM, Head(head.weight_VM.detach()))
+        student_BTM, head, weights={"logits": 1.0}, teacher=FromHidden(student_BTM, OutputHead(head.weight_VM.detach()))
     )
     loss.total.backward()
     assert loss.total.item() == 0.0
@@ -163,9 +163,9 @@ def test_kl_of_a_model_to_itself_is_zero_and_its_gradient_too():
 
 def test_half_precision_states_give_a_float32_loss():
     student_BTM, head, teacher_BTM, teacher_head, _ = problem()
-    half = Head(head.weight_VM.detach().bfloat16().requires_grad_())
+    half = OutputHead(head.weight_VM.detach().bfloat16().requires_grad_())
     states_BTM = student_BTM.detach().bfloat16().requires_grad_()
-    teacher_float = Head(teacher_head.weight_VM.float())
+    teacher_float = OutputHead(teacher_head.weight_VM.float())
     loss = chunked_loss(
         states_BTM, half, weights={"logits": 1.0}, teacher=FromHidden(teacher_BTM.float(), teacher_float)
     )
@@ -206,4 +206,4 @@ def test_a_head_that_does_something_else_is_named():
         check_head(model)
     model.lm_head = torch.nn.Sequential(torch.nn.Linear(32, 61))
     with pytest.raises(UserError, match="LlamaForCausalLM"):
-        Head.of(model)
+        OutputHead.of(model)

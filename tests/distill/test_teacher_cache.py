@@ -21,7 +21,7 @@ from subquad.distill import cache_writer, teacher_cache
 from subquad.distill.cache_writer import FLOOR, write_cache
 from subquad.distill.teacher_cache import FORMAT, TeacherCache
 from subquad.errors import UserError
-from subquad.pretrained.load import load_teacher
+from subquad.pretrained.load import load_pretrained
 from subquad.recipes.schema import Recipe
 from tests.helpers import RECIPE, make_text, tiny
 
@@ -61,7 +61,7 @@ def bytes_of(folder):
 
 @pytest.fixture(scope="module")
 def teacher(teacher_folder):
-    return load_teacher(teacher_folder)
+    return load_pretrained(teacher_folder)
 
 
 @pytest.fixture(scope="module")

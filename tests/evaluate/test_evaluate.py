@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from transformers import DynamicCache, Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from subquad.data.probes import TASKS, Probe, make_probe
+from subquad.data.probes import PROBE_TASKS, Probe, make_probe
 from subquad.errors import UserError
 from subquad.evaluate import answers, cache_table, held_cache_bytes, likelihood, retrieval, samples, usable
 from subquad.model.cache import CACHE
@@ -278,7 +278,7 @@ def test_a_probe_is_usable_with_a_teacher_that_can_answer_it(task):
     assert usable(Copier(0.1), probe).usable and not usable(Copier(0.1), probe, "logprob").usable
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", PROBE_TASKS)
 def test_no_probe_is_usable_with_a_random_teacher(task):
     probe = task_probe(task, byte_tokenizer(), 240, 16)
     verdict = usable(tiny(), probe)

@@ -12,15 +12,15 @@ from typer.testing import CliRunner
 from subquad.cli.app import app
 from subquad.data.batch import ImageBatch
 from subquad.errors import UserError
-from subquad.evaluate import likeness
+from subquad.evaluate import image_fidelity
 from subquad.jobs import convert, evaluate
-from subquad.jobs.conversion import settled
+from subquad.jobs.conversion import checked_recipe
 from subquad.jobs.train_vit import train_vit
 from subquad.model.base import plan_of
 from subquad.model.image_student import ImageStudent
 from subquad.model.saliency import SaliencyConfig, SaliencyModel, saliency_distance
 from subquad.plan import Plan
-from subquad.pretrained.load import load_teacher
+from subquad.pretrained.load import load_pretrained
 from subquad.recipes.load import load_recipe, recipe_names
 from subquad.report import write_report
 from subquad.report.run_files import read_run
@@ -119,7 +119,7 @@ def test_an_encoder_becomes_a_student_by_its_features(encoder_folder, pictures, 
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["student"]["images"]["distance"] < metrics["untrained"]["images"]["distance"]
     assert "kl" not in metrics["student"]["images"] and not student.config.classifies
-    loaded = load_teacher(str(tmp_path / "run"), task="image-feature-extraction")
+    loaded = load_pretrained(str(tmp_path / "run"), task="image-feature-extraction")
     pixels = torch.randn(1, 3, 32, 32)
     with torch.no_grad():
         assert torch.equal(loaded.model(pixels).last_hidden_state, student(pixels).last_hidden_state)
@@ -191,13 +191,13 @@ def test_what_cannot_be_is_refused(wrong, classifier_folder, pictures, tmp_path)
 
 def test_teachers_of_images_are_checked(classifier_folder, encoder_folder, tmp_path):
     with pytest.raises(UserError, match="no default teacher for image-classification"):
-        load_teacher(task="image-classification")
+        load_pretrained(task="image-classification")
     with pytest.raises(UserError, match="is no model for image classification but a Dinov2WithRegistersModel"):
-        load_teacher(encoder_folder, task="image-classification")
+        load_pretrained(encoder_folder, task="image-classification")
     with pytest.raises(UserError, match="is no causal language model but a ViTForImageClassification"):
-        load_teacher(classifier_folder)
+        load_pretrained(classifier_folder)
     encoder("vit", AutoModelForImageClassification, num_labels=2).save_pretrained(tmp_path)
-    assert load_teacher(str(tmp_path), task="image-classification").reader.size["height"] == 32  # the model's own
+    assert load_pretrained(str(tmp_path), task="image-classification").reader.size["height"] == 32  # the model's own
 
 
 def test_too_many_classes(pictures, tmp_path):
@@ -208,12 +208,12 @@ def test_too_many_classes(pictures, tmp_path):
 
 def test_likeness_is_what_it_says(pictures, classifier_folder):
     """Against arithmetic on the models' own answers, with one image unlabelled, in batches that do not divide."""
-    teacher = load_teacher(classifier_folder, task="image-classification").model
+    teacher = load_pretrained(classifier_folder, task="image-classification").model
     shapes = plan_of(teacher).shapes
     plan = Plan.by_layer(shapes, [0], "gla", {"bidirectional": True})
     student = ImageStudent.from_teacher(teacher, plan)
     pixels, labels = torch.randn(5, 3, 32, 32), torch.tensor([0, 1, 2, -100, 3])
-    found = likeness(
+    found = image_fidelity(
         {"student": student}, teacher, [ImageBatch(pixels[:3], labels[:3]), ImageBatch(pixels[3:], labels[3:])]
     )["student"]
     with torch.no_grad():
@@ -230,7 +230,7 @@ def test_likeness_is_what_it_says(pictures, classifier_folder):
 def test_a_small_vit_learns(pictures, tmp_path):
     metrics = train_vit(pictures, tmp_path / "vit", epochs=60, size=32, patch=8)
     assert metrics["accuracy"] > 0.5 and metrics["train_images"] == 39 and metrics["test_images"] == 20
-    teacher = load_teacher(str(tmp_path / "vit"), task="image-classification")
+    teacher = load_pretrained(str(tmp_path / "vit"), task="image-classification")
     assert (
         teacher.model.config.num_labels == 4 and "% on 20 test images" in (tmp_path / "vit" / "README.md").read_text()
     )
@@ -295,4 +295,4 @@ def test_models_without_a_map_are_refused(encoder_folder, pictures, tmp_path):
 
 def test_text_has_no_images():
     with pytest.raises(UserError, match="data.max_images counts images, and the recipe is for text"):
-        settled(load_recipe("quick", ["data.max_images=5"]), "default", None)
+        checked_recipe(load_recipe("quick", ["data.max_images=5"]), "default", None)

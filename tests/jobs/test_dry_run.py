@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from subquad.distill.estimate import Probe, TensorBytes, probe_stage, weights_of
+from subquad.distill.estimate import StageEstimate, TensorBytes, estimate_stage, weights_of
 from subquad.errors import UserError
 from subquad.evaluate.retrieval import FLOORS
 from subquad.jobs import dry_run
@@ -60,11 +60,11 @@ class Rows:
         return torch.randint(3, 97, (batch, sequence_length), generator=torch.Generator().manual_seed(step))
 
 
-def tried(stage: Stage, tokens: int, text: Rows, teacher=None) -> tuple[Probe, Student]:
+def tried(stage: Stage, tokens: int, text: Rows, teacher=None) -> tuple[StageEstimate, Student]:
     teacher = tiny("llama") if teacher is None else teacher
     student = Student.from_teacher(teacher, Plan.by_layer(shapes_of(teacher), [1], "hedgehog", {"window": 8}))
     how = {"index": 0, "student": student, "teacher_model": teacher, "seed": 0, "accelerator": Accelerator(cpu=True)}
-    return probe_stage(stage, corpus=text, tokens=tokens, **how), student
+    return estimate_stage(stage, corpus=text, tokens=tokens, **how), student
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_weights_that_are_shared_count_once():
 
 # A stage's bill ------------------------------------------------------------------------------------------------------
 
-PROBE = Probe(
+PROBE = StageEstimate(
     tokens=64,
     whole=512,
     pass_seconds=2.0,
@@ -148,7 +148,7 @@ def test_what_is_said_is_what_a_run_takes(teacher_folder, text, tmp_path):
     chosen = recipe(logits={"trainable": "all"})
     out = tmp_path / "run"
     student = convert(teacher_folder, chosen, out, data=text)
-    found = dry_run.preview(teacher_folder, chosen, out, plan=out / "plan.yaml", data=text)
+    found = dry_run.dry_run(teacher_folder, chosen, out, plan=out / "plan.yaml", data=text)
     assert found.plan == student.plan
     assert found.student_weights == sum(parameter.numel() for parameter in student.parameters())
     assert found.mixer_weights == sum(parameter.numel() for _, parameter in student.mixer_parameters())
@@ -163,7 +163,7 @@ def test_what_is_said_is_what_a_run_takes(teacher_folder, text, tmp_path):
 def test_a_dry_run_says_all_and_leaves_nothing(teacher_folder, text, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    found = dry_run.preview(teacher_folder, recipe(), tmp_path / "out", data=text)
+    found = dry_run.dry_run(teacher_folder, recipe(), tmp_path / "out", data=text)
     said = " ".join(capsys.readouterr().out.split())
     assert "plan: kl will choose it, under a budget of 1" in said
     assert "kl, 3 units: 256 tokens forward, about" in said
@@ -192,21 +192,21 @@ def test_other_mixers_are_aligned_too(teacher_folder, text, tmp_path):
     chosen.mixer.alternatives = Recipe(
         **(RECIPE | {"mixer": {"alternatives": [{"name": "gla"}, {"name": "sliding_window"}]}})
     ).mixer.alternatives
-    found = dry_run.preview(teacher_folder, chosen, tmp_path / "out", data=text)
+    found = dry_run.dry_run(teacher_folder, chosen, tmp_path / "out", data=text)
     assert [one.students for one in found.stages] == [2, 1]  # a window has nothing to learn
 
 
 @pytest.mark.parametrize("name", ["lolcats-quick", "mohawk-quick", "llamba-quick"])  # LoRA, matrices, all weights
 def test_stages_of_every_kind_can_be_tried(name, teacher_folder, text, tmp_path, monkeypatch):
     monkeypatch.setitem(FLOORS, "logprob", -1e9)  # a random teacher retrieves nothing
-    found = dry_run.preview(teacher_folder, shortened(name), tmp_path / "out", data=text)
+    found = dry_run.dry_run(teacher_folder, shortened(name), tmp_path / "out", data=text)
     assert [one.stage.name for one in found.stages] == [stage.name for stage in shortened(name).stages]
     assert all(one.seconds > 0 and one.probe.activation_bytes > 0 for one in found.stages)
 
 
 def test_a_full_disk_is_foreseen(teacher_folder, text, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(dry_run.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
-    dry_run.preview(teacher_folder, recipe(), tmp_path / "not" / "yet", data=text)
+    dry_run.dry_run(teacher_folder, recipe(), tmp_path / "not" / "yet", data=text)
     assert "too little: free some space" in capsys.readouterr().out
 
 
@@ -220,5 +220,5 @@ def test_a_full_disk_is_foreseen(teacher_folder, text, tmp_path, monkeypatch, ca
 )
 def test_what_a_run_would_refuse_late_is_refused_at_once(change, said, teacher_folder, text, tmp_path):
     with pytest.raises(UserError, match=said):
-        dry_run.preview(teacher_folder, Recipe(**(RECIPE | change)), tmp_path / "out", data=text)
+        dry_run.dry_run(teacher_folder, Recipe(**(RECIPE | change)), tmp_path / "out", data=text)
     assert [*tmp_path.iterdir()] == []

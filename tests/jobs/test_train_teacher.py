@@ -23,7 +23,7 @@ from subquad.jobs.train_teacher import is_perfect, train_teacher
 from subquad.model.interface import shapes_of
 from subquad.model.student import Student
 from subquad.plan import Plan
-from subquad.pretrained.load import load_teacher
+from subquad.pretrained.load import load_pretrained
 
 ASSET = Path(__file__).parents[1] / "assets" / "small-teacher"
 
@@ -202,7 +202,7 @@ def test_a_run_leaves_a_teacher_that_converts(tmp_path, text, small):
     assert json.loads((tmp_path / "run/metrics.json").read_text())["tokens"] == metrics["tokens"] == 6144
     assert metrics["outcome"] == "token budget spent"
     assert "token budget spent" in (tmp_path / "run/README.md").read_text()
-    teacher = load_teacher(str(tmp_path / "run"))
+    teacher = load_pretrained(str(tmp_path / "run"))
     assert teacher.model.num_parameters() == metrics["parameters"]
     shapes = shapes_of(teacher.model)
     assert len(shapes) == 4 and {(s.heads, s.kv_heads, s.head_dim, s.hidden_size) for s in shapes} == {(8, 8, 32, 128)}
@@ -279,7 +279,7 @@ def test_a_run_is_not_replaced_unasked(tmp_path, text, small):
 
 def test_the_shipped_teacher_scores_what_its_metrics_say():
     metrics = json.loads((ASSET / "metrics.json").read_text())
-    teacher = load_teacher(str(ASSET))
+    teacher = load_pretrained(str(ASSET))
     assert (ASSET / "model.safetensors").stat().st_size <= 12_000_000
     rows = 24
     for task, by_context in metrics["retrieval"].items():

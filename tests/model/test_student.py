@@ -7,7 +7,7 @@ from subquad.errors import UserError
 from subquad.mixers import MIXERS as ALL_MIXERS
 from subquad.model.conformance import ConformanceError, check_student
 from subquad.model.interface import find_attention, shapes_of
-from subquad.model.mixed_attention import Pass
+from subquad.model.mixed_attention import ForwardContext
 from subquad.model.student import Student
 from subquad.plan import Plan
 from tests.helpers import FAMILIES, tiny
@@ -97,8 +97,8 @@ def test_restored_and_observed_layers_attend_with_rotary_embedding():
     teacher = tiny("llama")
     student = Student.from_teacher(teacher, Plan.by_layer(shapes_of(teacher), [], "discrete_mamba2"))
     tokens = torch.randint(3, 97, (2, 30))
-    for how in (Pass(restored=frozenset(range(3))), Pass(observer=lambda *args: None)):
-        hidden = student.final_hidden(tokens, student_pass=how)
+    for how in (ForwardContext(restored=frozenset(range(3))), ForwardContext(observer=lambda *args: None)):
+        hidden = student.final_hidden(tokens, forward_context=how)
         torch.testing.assert_close(student.backbone.lm_head(hidden), teacher(tokens).logits)
 
 

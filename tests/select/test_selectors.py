@@ -8,17 +8,17 @@ import torch
 from subquad.errors import UserError
 from subquad.evaluate import likelihood
 from subquad.model.interface import find_attention, shapes_of
-from subquad.model.mixed_attention import Pass
+from subquad.model.mixed_attention import ForwardContext
 from subquad.model.student import Student
 from subquad.plan import Plan
 from subquad.recipes.schema import Recipe, SelectorConfig
 from subquad.select import (
     SELECTORS,
-    Bill,
-    Board,
     Budget,
     OnlyTheBill,
-    Question,
+    SelectorInputs,
+    Supernet,
+    TokenCost,
     Work,
     check_alternatives,
     check_selector,
@@ -54,7 +54,7 @@ def linear_student(family="llama", mixer="hedgehog", options=None):
 
 def board_of(family="llama", **how):
     teacher, student = linear_student(family, **how)
-    return Board(student, teacher)
+    return Supernet(student, teacher)
 
 
 def text(rows=2, length=40):
@@ -73,7 +73,7 @@ def ruined_layer(layer=1):
 
 
 def asked(student, teacher, by, budget="1", **options):
-    question = Question(student, SimpleNamespace(model=teacher), text(), Budget.parse(budget), work=Work(**quiet))
+    question = SelectorInputs(student, SimpleNamespace(model=teacher), text(), Budget.parse(budget), work=Work(**quiet))
     return SELECTORS[by].choose(question, **options)
 
 
@@ -160,7 +160,7 @@ def test_candidates_are_trained_before_they_are_measured():
         trained.append((candidate.plan.pattern(), tokens))
 
     work = Work(**quiet)
-    question = Question(
+    question = SelectorInputs(
         student, SimpleNamespace(model=teacher), text(), Budget.parse("1"), "head", train=train, work=work
     )
     choice = SELECTORS["kl"].choose(question, retrain_tokens=1600, rounds=2)
@@ -179,7 +179,7 @@ def test_units_get_the_mixer_that_is_worth_its_bytes():
     teacher, student = ruined_layer(1)
     plan = Plan.by_layer(student.plan.shapes, [], "sliding_window", {"window": 16, "sinks": 0})  # of 40 tokens
     window = Student.from_teacher(teacher, plan)
-    question = Question(
+    question = SelectorInputs(
         student,
         SimpleNamespace(model=teacher),
         text(),
@@ -248,9 +248,11 @@ def test_gates_lead_from_the_student_to_the_teacher(family):
     tokens = text(rows=1)
     shut, open_ = ({layer: torch.full((6,), share) for layer in range(3)} for share in (0.0, 1.0))
     plain = student.final_hidden(tokens)
-    torch.testing.assert_close(student.final_hidden(tokens, student_pass=Pass(gates=shut)), plain)
+    torch.testing.assert_close(student.final_hidden(tokens, forward_context=ForwardContext(gates=shut)), plain)
     theirs = teacher.base_model(tokens).last_hidden_state
-    torch.testing.assert_close(student.final_hidden(tokens, student_pass=Pass(gates=open_)), theirs, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        student.final_hidden(tokens, forward_context=ForwardContext(gates=open_)), theirs, rtol=0, atol=1e-5
+    )
 
 
 def test_integrated_gradients_are_complete():
@@ -281,7 +283,7 @@ def test_fisher_is_the_curvature_of_the_kl():
 
 def test_trained_gates_open_where_attention_is_needed():
     teacher, student = ruined_layer()
-    board, units = Board(student, teacher), units_of(student.plan.shapes, "layer")
+    board, units = Supernet(student, teacher), units_of(student.plan.shapes, "layer")
 
     def rows(step):
         return torch.randint(3, 97, (2, 32), generator=torch.Generator().manual_seed(step))
@@ -322,7 +324,7 @@ def test_greedy_goes_to_the_floor():
 def test_greedy_with_a_number_of_units_goes_on_below_the_floor():
     teacher, student = linear_student()
     task = worth_of([0.1, 0.2, 1.0]).score
-    question = Question(
+    question = SelectorInputs(
         student,
         SimpleNamespace(model=teacher, tokenizer=None),
         text(),
@@ -360,17 +362,17 @@ def test_pieces_are_kept(tmp_path):
 
     work = Work(file=tmp_path / "selection.jsonl", **quiet)
     with pytest.raises(KeyboardInterrupt):
-        work.pieces("a", 4, piece, each=Bill(forward_tokens=10))
+        work.pieces("a", 4, piece, each=TokenCost(forward_tokens=10))
     with work.file.open("a") as file:
         file.write('{"key": "a", "piece": 2, "val')  # torn
     again = Work(file=work.file, **quiet)
     with pytest.raises(KeyboardInterrupt):
         done[:] = ["x"] * 2
-        again.pieces("a", 4, piece, each=Bill(forward_tokens=10))
+        again.pieces("a", 4, piece, each=TokenCost(forward_tokens=10))
     assert done[2:] == [2]
-    found = Work(file=work.file, **quiet).pieces("a", 4, lambda i: [i, 0.1 * i], each=Bill(forward_tokens=10))
+    found = Work(file=work.file, **quiet).pieces("a", 4, lambda i: [i, 0.1 * i], each=TokenCost(forward_tokens=10))
     assert found.tolist() == [[index, 0.1 * index] for index in range(4)]
-    whole = Work(file=work.file, **quiet).pieces("a", 4, lambda i: pytest.fail("it is done"), each=Bill())
+    whole = Work(file=work.file, **quiet).pieces("a", 4, lambda i: pytest.fail("it is done"), each=TokenCost())
     assert torch.equal(whole, found)
 
 
@@ -378,7 +380,7 @@ def test_the_bill_comes_first():
     said = []
     work = Work(said.append, speed=lambda: 100.0, dry_run=True)
     with pytest.raises(OnlyTheBill):
-        work.announce("kl", Bill(forward_tokens=1000, training_tokens=500))
+        work.announce("kl", TokenCost(forward_tokens=1000, training_tokens=500))
     assert said == ["kl: 1,000 tokens forward and 500 tokens of training, about 30\xa0s"]
 
 
