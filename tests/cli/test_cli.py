@@ -190,7 +190,7 @@ def test_eval_prints_a_table(run, called, tmp_path):
 
 
 def test_generate_prints_the_text(run, called):
-    generate = called("generate", "subquad.jobs.evaluate")
+    generate = called("generate", "subquad.jobs.generate")
     generate.return_value = " and so on"
     result = run("generate", "folder", "Once", "-n", "5", "--temperature", "0.5", "--seed", "1", "--chat")
     assert result.output == " and so on\n"
@@ -215,13 +215,13 @@ def test_a_users_mistake_is_one_line_and_code_2(run):
 
 
 def test_a_users_mistake_found_deep_inside_is_code_2(run, called):
-    called("generate", "subquad.jobs.evaluate").side_effect = UserError("no such model")
+    called("generate", "subquad.jobs.generate").side_effect = UserError("no such model")
     result = run("generate", "folder", "Once")
     assert (result.exit_code, result.stderr) == (2, "subquad: no such model\n")
 
 
 def test_our_fault_is_code_1(run, called):
-    called("generate", "subquad.jobs.evaluate").side_effect = ZeroDivisionError
+    called("generate", "subquad.jobs.generate").side_effect = ZeroDivisionError
     assert run("generate", "folder", "Once").exit_code == 1
 
 
