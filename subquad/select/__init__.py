@@ -6,7 +6,8 @@ budget. CONTRIBUTING.md says how to add a selector.
 """
 
 from subquad.select.budget import Budget
-from subquad.select.ranking import Ranking, SelectorInputs, choose_plan, pareto
+from subquad.select.inputs import SelectorInputs
+from subquad.select.ranking import Ranking, choose_plan, pareto
 from subquad.select.retrieval_heads import RetrievalScores, retrieval_scores
 from subquad.select.selectors import SELECTORS, Selector, check_alternatives, check_selector
 from subquad.select.supernet import Supernet

@@ -18,7 +18,7 @@ Notable:
 Legend: B rows, T tokens, M model width, N rows of text, U units.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
 import torch
@@ -29,13 +29,13 @@ from subquad.distill.logit_losses import FromHidden, chunked_loss
 from subquad.model.base import BaseStudent
 from subquad.model.output_head import OutputHead, final_hidden
 from subquad.plan import Plan
+from subquad.select.inputs import Train
 from subquad.select.supernet import Supernet, passes, without
 from subquad.select.units import Unit
 from subquad.select.work import Work
 from subquad.utils.token_cost import TokenCost
 
 Base: TypeAlias = Literal["restore", "remove"]
-Train: TypeAlias = Callable[[BaseStudent, int, str], None]  # (student, tokens, name): as the recipe would, on logits
 
 KEPT = 4  # of the candidates, one in so many goes to the next round, with so many times the tokens
 

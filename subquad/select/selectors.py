@@ -18,7 +18,8 @@ from subquad.recipes.schema import Recipe, SelectorConfig
 from subquad.select import ablation, alignment, gates, halo, kl
 from subquad.select.budget import Budget
 from subquad.select.greedy import greedy_path
-from subquad.select.ranking import Ranking, SelectorInputs
+from subquad.select.inputs import SelectorInputs
+from subquad.select.ranking import Ranking
 from subquad.select.retrieval_heads import retrieval_scores
 from subquad.select.supernet import passes
 from subquad.select.task import Score, task_score
