@@ -27,7 +27,18 @@ from subquad.model.student import Student
 from subquad.plan import Plan
 from subquad.pretrained.load import Teacher
 from subquad.recipes.schema import Recipe
-from subquad.select import SELECTORS, Budget, OnlyTheBill, Ranking, SelectorInputs, TokenCost, Work, choose_plan, pareto
+from subquad.select import (
+    SELECTORS,
+    Budget,
+    OnlyTheBill,
+    Ranking,
+    SelectorInputs,
+    TokenCost,
+    Work,
+    choose_plan,
+    make_selector,
+    pareto,
+)
 from subquad.select.speed import DecodeCost, decode_cost
 from subquad.select.units import kind_of, layers_in
 from subquad.utils.progress import StageProgress
@@ -206,7 +217,7 @@ def _choose(
         work,
         alternatives,
     )
-    choice = selector.choose(question, **settings.options)
+    choice = make_selector(settings.by, settings.options).choose(question)
 
     seconds = _decoding(work, source, linear)
     plan, kept = choose_plan(linear, budget, choice, recipe.mixer.join, seconds, alternatives)

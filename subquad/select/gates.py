@@ -24,17 +24,85 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from subquad.errors import UserError
 from subquad.model.mixed_attention import ForwardContext
 from subquad.model.output_head import OutputHead, final_hidden
+from subquad.recipes.stage import Length
+from subquad.select.inputs import SelectorInputs
 from subquad.select.kl import kl
+from subquad.select.ranking import Ranking
+from subquad.select.registry import Selector, selector
 from subquad.select.supernet import Supernet
-from subquad.select.units import Unit
+from subquad.select.units import Unit, by_layer
 from subquad.select.work import Work
 from subquad.utils.token_cost import TokenCost
 
 CHUNK = 256  # positions whose logits are held at a time
 STRETCH, SHARPNESS = 0.1, 2 / 3  # of the hard concrete distribution
 GATE_RATE, PRESSURE_RATE = 0.1, 1.0
+
+
+@selector("gradient", aligned=True)
+class Gradient(Selector):
+    """The KL's derivative by how much attention a unit has, from all-linear to the teacher."""
+
+    points: Length = 4
+    """Points between all-linear and the teacher at which the derivative is taken."""
+
+    def choose(self, inputs: SelectorInputs) -> Ranking:
+        text_NT = inputs.text_BT
+        cost = TokenCost(training_tokens=self.points * text_NT.numel())
+        inputs.work.announce(f"gradient at {self.points} points", cost)
+        scores_NU = gradient_scores(inputs.new_board(), inputs.units, text_NT, inputs.work, self.points)
+        return Ranking.by_rows(inputs.units, scores_NU, inputs.unit, {})
+
+
+@selector("fisher", aligned=True)
+class Fisher(Selector):
+    """The second-order estimate of the KL that removing a unit's attention costs."""
+
+    draws: Length = 4
+    """Draws of a next token at every position."""
+
+    def choose(self, inputs: SelectorInputs) -> Ranking:
+        text_NT = inputs.text_BT
+        inputs.work.announce(f"fisher, {self.draws} draws", fisher_bill(text_NT.numel(), self.draws))
+        scores_NU = fisher_scores(inputs.new_board(), inputs.units, text_NT, inputs.work, self.draws)
+        return Ranking.by_rows(inputs.units, scores_NU, inputs.unit, {})
+
+
+@selector("gates", aligned=True)
+class Gates(Selector):
+    """The log-odds of gates trained jointly, with the budget's share of attention as their mean."""
+
+    tokens: Length = 50_000
+    """Tokens of training."""
+    sequence_length: Length = 512
+    batch: Length = 1
+
+    def choose(self, inputs: SelectorInputs) -> Ranking:
+        corpus, units = inputs.corpus, inputs.units
+        if corpus is None:
+            raise UserError("the selector 'gates' trains its gates and was given no text to train on")
+        steps = max(1, round(self.tokens / (self.batch * self.sequence_length)))
+        trained_tokens = steps * self.batch * self.sequence_length
+        inputs.work.announce("gates", TokenCost(training_tokens=trained_tokens))
+
+        def rows(step: int) -> Tensor:
+            return corpus.batch(step, batch=self.batch, sequence_length=self.sequence_length, seed=inputs.seed)
+
+        odds_1U = trained_gates(
+            inputs.new_board(),
+            units,
+            rows,
+            inputs.work,
+            steps=steps,
+            share=inputs.count / len(units),
+            seed=inputs.seed,
+        )
+        odds = odds_1U[0].tolist()
+        report = {"scores": by_layer(odds, units), "gate_tokens": trained_tokens}
+        return Ranking.in_order(units, odds, inputs.unit, report)
 
 
 def gradient_scores(board: Supernet, units: Sequence[Unit], text_NT: Tensor, work: Work, points: int) -> Tensor:

@@ -17,12 +17,63 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from subquad.data.probes import PROBE_TASKS
 from subquad.plan import Plan
+from subquad.recipes.stage import Length
+from subquad.select.inputs import SelectorInputs
+from subquad.select.ranking import Ranking
+from subquad.select.registry import Selector, selector
 from subquad.select.supernet import Supernet, without
-from subquad.select.task import TaskScore
+from subquad.select.task import Score, TaskScore, task_score
 from subquad.select.units import Unit, heads_of
 from subquad.select.work import Work
 from subquad.utils.token_cost import TokenCost
+
+
+@selector("greedy", aligned=True)
+class Greedy(Selector):
+    """Replaces what a task misses least, one unit after the other.
+
+    With the budgets `opt` (as much as the tolerance allows) and `best` it stops at the floor; other budgets are points
+    of the path.
+    """
+
+    task: str | Score = "dictionary"
+    """A retrieval task, a task of lm-eval's, a JSONL file, or a Python function."""
+    tolerance: float = 0.05
+    """Share of the teacher's score that may be lost."""
+    limit: Length = 500
+    """Documents, or rows of a retrieval task, of each part, at most."""
+    metric: str | None = None
+    """Metric of a task of lm-eval's; none: the first known one (select/task.py)."""
+    context: Length = 512
+    """Tokens of a row of a retrieval task."""
+    seed: int = 0
+
+    def choose(self, inputs: SelectorInputs) -> Ranking:
+        units = inputs.units
+        task = task_score(
+            self.task,
+            limit=self.limit,
+            metric=self.metric,
+            context=self.context,
+            seed=self.seed,
+            text_BT=inputs.text_BT,
+        )
+        path = greedy_path(
+            inputs.new_board(),
+            units,
+            task,
+            inputs.source.tokenizer,
+            inputs.work,
+            tolerance=self.tolerance,
+            most=None if inputs.budget.word else len(units) - inputs.least,
+            document_tokens=self.limit * self.context if self.task in PROBE_TASKS else 0,
+        )
+        order = [*path.kept(len(units), len(path.steps)), *(step.unit for step in reversed(path.steps))]
+        named = {name: path.kept(len(units), steps) for name, steps in (("best", path.best), ("opt", path.opt))}
+        report = {"order": order, "path": path.as_dict()}
+        return Ranking(units, lambda count: sorted(order[:count]), inputs.unit, named=named, report=report)
 
 
 @dataclass

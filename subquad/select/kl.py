@@ -19,25 +19,89 @@ Legend: B rows, T tokens, M model width, N rows of text, U units.
 """
 
 from collections.abc import Sequence
-from typing import Literal, TypeAlias
+from dataclasses import replace
+from typing import ClassVar, Literal, TypeAlias
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from subquad.distill.logit_losses import FromHidden, chunked_loss
+from subquad.errors import UserError
 from subquad.model.base import BaseStudent
 from subquad.model.output_head import OutputHead, final_hidden
 from subquad.plan import Plan
-from subquad.select.inputs import Train
+from subquad.recipes.stage import Length
+from subquad.select.inputs import SelectorInputs, Train
+from subquad.select.ranking import Ranking
+from subquad.select.registry import Selector, selector
 from subquad.select.supernet import Supernet, passes, without
-from subquad.select.units import Unit
+from subquad.select.units import Unit, by_layer, layers_in
 from subquad.select.work import Work
 from subquad.utils.token_cost import TokenCost
 
 Base: TypeAlias = Literal["restore", "remove"]
 
 KEPT = 4  # of the candidates, one in so many goes to the next round, with so many times the tokens
+
+
+@selector("kl", aligned=True)
+class Kl(Selector):
+    """Units whose restored attention brings the all-linear student nearest to the teacher."""
+
+    base: ClassVar[Base] = "restore"
+    stride: Length = 4
+    """The KL is taken at every `stride`-th position."""
+    retrain_tokens: int = Field(default=0, ge=0)
+    """Tokens to train each candidate on before it is measured."""
+    rounds: Length = 1
+    """Rounds of successive halving."""
+
+    def choose(self, inputs: SelectorInputs) -> Ranking:
+        board, units, text_NT = inputs.new_board(), inputs.units, inputs.text_BT
+        plans = candidates(board, units, self.base)
+        plans += [board.having(mixer, layers_in(unit)) for mixer in inputs.alternatives for unit in units]
+        if self.retrain_tokens == 0:
+            tokens = (1 + passes(plans)) * text_NT.numel()
+            inputs.work.announce(f"{self.name}, {len(units)} units", TokenCost(forward_tokens=tokens))
+            return self._without_training(inputs, board, plans)
+        if inputs.train is None:
+            raise UserError(
+                f"the selector '{self.name}' with retrain_tokens trains as the recipe does, and the recipe has no "
+                "stage on logits with scope 'plan': add one, or leave out retrain_tokens"
+            )
+        bill = training_bill(len(plans), text_NT, self.retrain_tokens, self.rounds)
+        inputs.work.announce(f"{self.name}, {len(units)} units", bill)
+        gains_NU, last_round = gains_with_training(
+            board,
+            plans,
+            text_NT,
+            self.stride,
+            inputs.work,
+            inputs.train,
+            base=self.base,
+            tokens=self.retrain_tokens,
+            rounds=self.rounds,
+            cut=inputs.count,
+        )
+        more = {"retrain_tokens": self.retrain_tokens, "last_round": by_layer(last_round, units)}
+        return Ranking.by_rows(units, gains_NU, inputs.unit, more)
+
+    def _without_training(self, inputs: SelectorInputs, board: Supernet, plans: Sequence[Plan]) -> Ranking:
+        units = inputs.units
+        kl_NP = kl_without_training(board, plans, inputs.text_BT, self.stride, inputs.work)
+        gains_NU, *alternatives = gains_of(kl_NP, self.base).split(len(units), 1)
+        gains = {name: x_NU.mean(0).tolist() for name, x_NU in zip(inputs.alternatives, alternatives, strict=True)}
+        more = {"kl_base": float(kl_NP[:, 0].mean()), "alternatives": gains}
+        return replace(Ranking.by_rows(units, gains_NU, inputs.unit, more), alternatives=gains)
+
+
+@selector("kl-removal", aligned=True)
+class KlRemoval(Kl):
+    """Units whose attention the teacher misses most, in KL, when they alone are linear."""
+
+    base: ClassVar[Base] = "remove"
 
 
 def candidates(board: Supernet, units: Sequence[Unit], base: Base) -> list[Plan]:

@@ -6,12 +6,15 @@ from functools import partial
 from operator import methodcaller
 from typing import Any
 
+from torch import Tensor
+
 from subquad.model.base import BaseStudent
 from subquad.plan import ATTENTION, AttentionShape, Join, Plan, dtype_name
 from subquad.select.budget import Budget, Cost
 from subquad.select.cost import best_units, front
 from subquad.select.knapsack import solve
-from subquad.select.units import Unit, Wish, heads_of, kind_of, layers_in, units_of
+from subquad.select.units import Unit, Wish, by_layer, heads_of, kind_of, layers_in, units_of
+from subquad.select.work import bootstrap
 
 FRONT_CONTEXT = 32768  # of the Pareto front, where the budget names no context
 
@@ -45,6 +48,15 @@ class Ranking:
         """Keeps the units with the highest scores: numbers, or tuples of them, of which later ones part equals."""
         order = sorted(range(len(scores)), key=lambda index: scores[index], reverse=True)
         return cls(units, lambda count: sorted(order[:count]), unit, worth, report=report | {"order": order})
+
+    @classmethod
+    def by_rows(cls, units: list[Unit], gains_NU: Tensor, unit: Wish, more: dict[str, Any]) -> "Ranking":
+        """Keeps the units with the highest mean gain over rows of text; reports bootstrap intervals, and `more`."""
+        scores = gains_NU.mean(0).tolist()
+        low, high = (bound.tolist() for bound in bootstrap(gains_NU))
+        report = {"scores": scores, "low": low, "high": high}
+        shaped = {key: by_layer(values, units) for key, values in report.items()}
+        return cls.in_order(units, scores, unit, shaped | {"rows": len(gains_NU)} | more, scores)
 
     @classmethod
     def of_scores(cls, scores: Mapping[str, Any], shapes: Sequence[AttentionShape]) -> "Ranking":

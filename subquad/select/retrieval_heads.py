@@ -23,7 +23,11 @@ from subquad.model.interface import shapes_of, watched_attention
 from subquad.model.output_head import final_hidden
 from subquad.model.student import Student
 from subquad.plan import Plan
+from subquad.recipes.stage import Length
 from subquad.select.ablation import Measure, Silence, measure_of, silence_bill
+from subquad.select.inputs import SelectorInputs
+from subquad.select.ranking import Ranking
+from subquad.select.registry import Selector, selector
 from subquad.select.units import Unit, by_layer, units_of
 from subquad.select.work import Work
 
@@ -31,6 +35,48 @@ ROLE_FLOOR = 0.1  # of a head's attention that must follow a pattern for it to h
 ROLE_ROWS = 8
 ROLE_ANSWERS = 8  # of a row that has many
 BEFORE = 4  # tokens before the answer that make up the fact with it
+
+
+@selector("retrieval-heads", unit="head")
+class RetrievalHeads(Selector):
+    """Heads, or layers, without which the teacher cannot look things up."""
+
+    tasks: list[str] = ["dictionary"]
+    """Retrieval tasks."""
+    context: Length = 512
+    """Tokens of a row."""
+    rows: Length = 64
+    """Rows of each task, at most."""
+    measure: Measure = "auto"
+    top: int | None = None
+    """Units that must be told from the others before it stops; none: as many as the budget keeps."""
+    confidence: float = 0.95
+    seed: int = 0
+
+    def choose(self, inputs: SelectorInputs) -> Ranking:
+        scores = retrieval_scores(
+            inputs.source.model,
+            inputs.source.tokenizer,
+            inputs.text_BT,
+            units=inputs.units,
+            tasks=self.tasks,
+            context=self.context,
+            rows=self.rows,
+            measure=self.measure,
+            top=inputs.count if self.top is None and inputs.budget.context is None else self.top,
+            confidence=self.confidence,
+            seed=self.seed,
+            work=inputs.work,
+        )
+        pairs = [*zip(scores.scores, scores.logprob_drop, strict=True)]
+        return Ranking.in_order(inputs.units, pairs, inputs.unit, scores.as_dict(), scores.scores)
+
+
+@selector("recall")
+class Recall(RetrievalHeads):
+    """The same of whole layers, on three tasks."""
+
+    tasks: list[str] = ["dictionary", "variables", "associative"]
 
 
 @dataclass
