@@ -245,7 +245,7 @@ class Selection(Bench):
         question = SelectorInputs(
             student, self.teacher, self.rows_for(by), budget, self.setup.unit, self.lessons, train, seed, work
         )
-        return make_selector(by, options).choose(question)
+        return make_selector(by, options).run(question)
 
     def chosen(self, by: str, options: dict[str, Any], seed: int, count: int) -> list[int]:
         if by == "random":
@@ -325,7 +325,7 @@ class Selection(Bench):
             self.aligned(settings["seed"]), self.teacher, self.text, budget, setup.unit, work=work
         )
         options = {"task": settings["task"], "limit": setup.greedy_rows, "context": setup.context}
-        path = make_selector("greedy", options).choose(question).report["path"]
+        path = make_selector("greedy", options).run(question).report["path"]
         order = [step["unit"] for step in path["steps"]]
         return {"scores": self.scored({"greedy": order}, score), "path": path}
 

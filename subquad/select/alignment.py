@@ -25,7 +25,7 @@ from subquad.select.ranking import Ranking
 from subquad.select.registry import Selector, selector
 from subquad.select.supernet import Supernet
 from subquad.select.units import Unit, heads_of, layers_in
-from subquad.select.work import Work
+from subquad.select.work import SelectionCost, Work
 from subquad.utils.token_cost import TokenCost
 
 
@@ -33,12 +33,13 @@ from subquad.utils.token_cost import TokenCost
 class AlignmentLoss(Selector):
     """Units whose mixers stayed furthest from the teacher's attention in alignment."""
 
+    def cost(self, inputs: SelectorInputs) -> SelectionCost:
+        tokens = (1 + len(packed(inputs.units))) * inputs.text_BT.numel()
+        return SelectionCost("alignment loss", TokenCost(forward_tokens=tokens))
+
     def choose(self, inputs: SelectorInputs) -> Ranking:
-        units, text_NT = inputs.units, inputs.text_BT
-        tokens = (1 + len(packed(units))) * text_NT.numel()
-        inputs.work.announce("alignment loss", TokenCost(forward_tokens=tokens))
-        worth_NU = alignment_losses(inputs.new_board(), units, text_NT, inputs.work)
-        return Ranking.by_rows(units, worth_NU, inputs.unit, {})
+        worth_NU = alignment_losses(inputs.new_board(), inputs.units, inputs.text_BT, inputs.work)
+        return Ranking.by_rows(inputs.units, worth_NU, inputs.unit, {})
 
 
 def alignment_losses(board: Supernet, units: Sequence[Unit], text_NT: Tensor, work: Work) -> Tensor:

@@ -8,7 +8,7 @@ from subquad.errors import UserError
 from subquad.select.inputs import SelectorInputs
 from subquad.select.ranking import Ranking
 from subquad.select.registry import Selector, selector
-from subquad.utils.token_cost import TokenCost
+from subquad.select.work import SelectionCost
 
 
 @selector("fixed", text=False)
@@ -28,8 +28,10 @@ class Fixed(Selector):
             )
         return options
 
+    def cost(self, inputs: SelectorInputs) -> SelectionCost:
+        return SelectionCost("fixed")
+
     def choose(self, inputs: SelectorInputs) -> Ranking:
-        inputs.work.announce("fixed", TokenCost())
         units, order = inputs.units, self.layers
         if len({*order}) < len(order) or not {*order} <= {*range(len(units))}:
             raise UserError(f"selector.options.layers should be different units of 0 to {len(units) - 1}, not {order}")

@@ -24,6 +24,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from subquad.data.text import Corpus
 from subquad.errors import UserError
 from subquad.model.mixed_attention import ForwardContext
 from subquad.model.output_head import OutputHead, final_hidden
@@ -34,7 +35,7 @@ from subquad.select.ranking import Ranking
 from subquad.select.registry import Selector, selector
 from subquad.select.supernet import Supernet
 from subquad.select.units import Unit, by_layer
-from subquad.select.work import Work
+from subquad.select.work import SelectionCost, Work
 from subquad.utils.token_cost import TokenCost
 
 CHUNK = 256  # positions whose logits are held at a time
@@ -49,11 +50,12 @@ class Gradient(Selector):
     points: Length = 4
     """Points between all-linear and the teacher at which the derivative is taken."""
 
+    def cost(self, inputs: SelectorInputs) -> SelectionCost:
+        tokens = TokenCost(training_tokens=self.points * inputs.text_BT.numel())
+        return SelectionCost(f"gradient at {self.points} points", tokens)
+
     def choose(self, inputs: SelectorInputs) -> Ranking:
-        text_NT = inputs.text_BT
-        cost = TokenCost(training_tokens=self.points * text_NT.numel())
-        inputs.work.announce(f"gradient at {self.points} points", cost)
-        scores_NU = gradient_scores(inputs.new_board(), inputs.units, text_NT, inputs.work, self.points)
+        scores_NU = gradient_scores(inputs.new_board(), inputs.units, inputs.text_BT, inputs.work, self.points)
         return Ranking.by_rows(inputs.units, scores_NU, inputs.unit, {})
 
 
@@ -64,10 +66,11 @@ class Fisher(Selector):
     draws: Length = 4
     """Draws of a next token at every position."""
 
+    def cost(self, inputs: SelectorInputs) -> SelectionCost:
+        return SelectionCost(f"fisher, {self.draws} draws", fisher_cost(inputs.text_BT.numel(), self.draws))
+
     def choose(self, inputs: SelectorInputs) -> Ranking:
-        text_NT = inputs.text_BT
-        inputs.work.announce(f"fisher, {self.draws} draws", fisher_bill(text_NT.numel(), self.draws))
-        scores_NU = fisher_scores(inputs.new_board(), inputs.units, text_NT, inputs.work, self.draws)
+        scores_NU = fisher_scores(inputs.new_board(), inputs.units, inputs.text_BT, inputs.work, self.draws)
         return Ranking.by_rows(inputs.units, scores_NU, inputs.unit, {})
 
 
@@ -80,13 +83,21 @@ class Gates(Selector):
     sequence_length: Length = 512
     batch: Length = 1
 
+    @property
+    def steps(self) -> int:
+        return max(1, round(self.tokens / (self.batch * self.sequence_length)))
+
+    @property
+    def trained_tokens(self) -> int:
+        """Tokens of whole steps."""
+        return self.steps * self.batch * self.sequence_length
+
+    def cost(self, inputs: SelectorInputs) -> SelectionCost:
+        self._corpus(inputs)
+        return SelectionCost("gates", TokenCost(training_tokens=self.trained_tokens))
+
     def choose(self, inputs: SelectorInputs) -> Ranking:
-        corpus, units = inputs.corpus, inputs.units
-        if corpus is None:
-            raise UserError("the selector 'gates' trains its gates and was given no text to train on")
-        steps = max(1, round(self.tokens / (self.batch * self.sequence_length)))
-        trained_tokens = steps * self.batch * self.sequence_length
-        inputs.work.announce("gates", TokenCost(training_tokens=trained_tokens))
+        corpus, units = self._corpus(inputs), inputs.units
 
         def rows(step: int) -> Tensor:
             return corpus.batch(step, batch=self.batch, sequence_length=self.sequence_length, seed=inputs.seed)
@@ -96,13 +107,18 @@ class Gates(Selector):
             units,
             rows,
             inputs.work,
-            steps=steps,
+            steps=self.steps,
             share=inputs.count / len(units),
             seed=inputs.seed,
         )
         odds = odds_1U[0].tolist()
-        report = {"scores": by_layer(odds, units), "gate_tokens": trained_tokens}
+        report = {"scores": by_layer(odds, units), "gate_tokens": self.trained_tokens}
         return Ranking.in_order(units, odds, inputs.unit, report)
+
+    def _corpus(self, inputs: SelectorInputs) -> Corpus:
+        if inputs.corpus is None:
+            raise UserError("the selector 'gates' trains its gates and was given no text to train on")
+        return inputs.corpus
 
 
 def gradient_scores(board: Supernet, units: Sequence[Unit], text_NT: Tensor, work: Work, points: int) -> Tensor:
@@ -145,10 +161,10 @@ def fisher_scores(board: Supernet, units: Sequence[Unit], text_NT: Tensor, work:
                 worth[index] += slope**2 / (2 * draws * ids_1T.shape[1])
         return worth
 
-    return work.pieces(f"fisher, {draws} draws", len(text_NT), piece, each=fisher_bill(text_NT.shape[1], draws))
+    return work.pieces(f"fisher, {draws} draws", len(text_NT), piece, each=fisher_cost(text_NT.shape[1], draws))
 
 
-def fisher_bill(tokens: int, draws: int) -> TokenCost:
+def fisher_cost(tokens: int, draws: int) -> TokenCost:
     """Forwards once, through attention and mixers, and backwards for every draw."""
     return TokenCost(forward_tokens=(2 + 2 * draws) * tokens)
 

@@ -29,7 +29,7 @@ from subquad.select.registry import Selector, selector
 from subquad.select.supernet import Supernet, passes
 from subquad.select.task import TaskScore, task_score
 from subquad.select.units import by_layer
-from subquad.select.work import Work
+from subquad.select.work import SelectionCost, Work
 from subquad.utils.token_cost import TokenCost
 
 BOUND = 50.0
@@ -52,13 +52,16 @@ class Halo(Selector):
     """Documents of each task of `common`, at most."""
     seed: int = 0
 
+    def cost(self, inputs: SelectorInputs) -> SelectionCost:
+        plans = candidates(inputs.new_board(), inputs.units, "remove")
+        text_tokens = 0 if self._common_tasks() else inputs.text_BT.numel()
+        tokens = passes(plans) * (self.rows * self.context * len(self.recall) + text_tokens)
+        return SelectionCost(f"halo, {len(inputs.units)} units", TokenCost(forward_tokens=tokens))
+
     def choose(self, inputs: SelectorInputs) -> Ranking:
         board, teacher, work, text_NT = inputs.new_board(), inputs.source, inputs.work, inputs.text_BT
-        units = inputs.units
+        units, tasks = inputs.units, self._common_tasks()
         plans = candidates(board, units, "remove")
-        tasks = [task_score(task, limit=self.limit, seed=self.seed) for task in self.common]
-        tokens = self.rows * self.context * len(self.recall) + (0 if tasks else text_NT.numel())
-        work.announce(f"halo, {len(units)} units", TokenCost(forward_tokens=passes(plans) * tokens))
 
         # Leave out the retrieval tasks that the teacher itself fails.
         probes = {
@@ -89,6 +92,9 @@ class Halo(Selector):
         report = {"scores": scores, "recall": recall_U.tolist(), "common": common_U.tolist()}
         shaped = {key: by_layer(values, units) for key, values in report.items()}
         return Ranking.in_order(units, scores, inputs.unit, shaped, scores)
+
+    def _common_tasks(self) -> list[TaskScore]:
+        return [task_score(task, limit=self.limit, seed=self.seed) for task in self.common]
 
 
 def probe_recall(board: Supernet, plans: Sequence[Plan], probes: Mapping[str, Probe], work: Work) -> Tensor:

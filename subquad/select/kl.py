@@ -38,7 +38,7 @@ from subquad.select.ranking import Ranking
 from subquad.select.registry import Selector, selector
 from subquad.select.supernet import Supernet, passes, without
 from subquad.select.units import Unit, by_layer, layers_in
-from subquad.select.work import Work
+from subquad.select.work import SelectionCost, Work
 from subquad.utils.token_cost import TokenCost
 
 Base: TypeAlias = Literal["restore", "remove"]
@@ -58,28 +58,27 @@ class Kl(Selector):
     rounds: Length = 1
     """Rounds of successive halving."""
 
+    def cost(self, inputs: SelectorInputs) -> SelectionCost:
+        plans, text_NT = self._plans(inputs, inputs.new_board()), inputs.text_BT
+        if self.retrain_tokens:
+            self._train(inputs)
+            tokens = training_cost(len(plans), text_NT, self.retrain_tokens, self.rounds)
+        else:
+            tokens = TokenCost(forward_tokens=(1 + passes(plans)) * text_NT.numel())
+        return SelectionCost(f"{self.name}, {len(inputs.units)} units", tokens)
+
     def choose(self, inputs: SelectorInputs) -> Ranking:
-        board, units, text_NT = inputs.new_board(), inputs.units, inputs.text_BT
-        plans = candidates(board, units, self.base)
-        plans += [board.having(mixer, layers_in(unit)) for mixer in inputs.alternatives for unit in units]
+        board, units = inputs.new_board(), inputs.units
+        plans = self._plans(inputs, board)
         if self.retrain_tokens == 0:
-            tokens = (1 + passes(plans)) * text_NT.numel()
-            inputs.work.announce(f"{self.name}, {len(units)} units", TokenCost(forward_tokens=tokens))
             return self._without_training(inputs, board, plans)
-        if inputs.train is None:
-            raise UserError(
-                f"the selector '{self.name}' with retrain_tokens trains as the recipe does, and the recipe has no "
-                "stage on logits with scope 'plan': add one, or leave out retrain_tokens"
-            )
-        bill = training_bill(len(plans), text_NT, self.retrain_tokens, self.rounds)
-        inputs.work.announce(f"{self.name}, {len(units)} units", bill)
         gains_NU, last_round = gains_with_training(
             board,
             plans,
-            text_NT,
+            inputs.text_BT,
             self.stride,
             inputs.work,
-            inputs.train,
+            self._train(inputs),
             base=self.base,
             tokens=self.retrain_tokens,
             rounds=self.rounds,
@@ -87,6 +86,19 @@ class Kl(Selector):
         )
         more = {"retrain_tokens": self.retrain_tokens, "last_round": by_layer(last_round, units)}
         return Ranking.by_rows(units, gains_NU, inputs.unit, more)
+
+    def _plans(self, inputs: SelectorInputs, board: Supernet) -> list[Plan]:
+        """The base's plan, those with one unit changed, and those with an alternative mixer in one unit."""
+        alternatives = [board.having(name, layers_in(unit)) for name in inputs.alternatives for unit in inputs.units]
+        return candidates(board, inputs.units, self.base) + alternatives
+
+    def _train(self, inputs: SelectorInputs) -> Train:
+        if inputs.train is None:
+            raise UserError(
+                f"the selector '{self.name}' with retrain_tokens trains as the recipe does, and the recipe has no "
+                "stage on logits with scope 'plan': add one, or leave out retrain_tokens"
+            )
+        return inputs.train
 
     def _without_training(self, inputs: SelectorInputs, board: Supernet, plans: Sequence[Plan]) -> Ranking:
         units = inputs.units
@@ -144,7 +156,7 @@ def round_tokens(tokens: int, rounds: int) -> list[int]:
     return [max(1, round(tokens / KEPT**left)) for left in range(rounds - 1, -1, -1)]
 
 
-def training_bill(plans: int, text_NT: Tensor, tokens: int, rounds: int) -> TokenCost:
+def training_cost(plans: int, text_NT: Tensor, tokens: int, rounds: int) -> TokenCost:
     """Of all rounds: the first trains every plan, each later one a quarter of the candidates, and the base again."""
     counts = [plans, *(_open(plans - 1, later) + 1 for later in range(1, rounds))]
     trained = sum(count * amount for count, amount in zip(counts, round_tokens(tokens, rounds), strict=True))

@@ -17,6 +17,7 @@ from subquad.select.budget import Budget
 from subquad.select.inputs import SelectorInputs
 from subquad.select.ranking import Ranking
 from subquad.select.units import Wish
+from subquad.select.work import SelectionCost
 
 
 class Selector(Section, ABC):
@@ -31,8 +32,17 @@ class Selector(Section, ABC):
     text: ClassVar[bool]
 
     @abstractmethod
+    def cost(self, inputs: SelectorInputs) -> SelectionCost:
+        """The cost of `choose`, known before any model runs. Raises UserError for inputs that `choose` cannot use."""
+
+    @abstractmethod
     def choose(self, inputs: SelectorInputs) -> Ranking:
-        """Measures the units and ranks them; announces its cost first. `Ranking.report` goes into scores.json."""
+        """Measures the units and ranks them. `Ranking.report` goes into scores.json."""
+
+    def run(self, inputs: SelectorInputs) -> Ranking:
+        """Announces the cost, then chooses."""
+        inputs.work.announce(self.cost(inputs))
+        return self.choose(inputs)
 
 
 SELECTORS: dict[str, type[Selector]] = {}
