@@ -30,9 +30,9 @@ from subquad.select import (
     SELECTORS,
     Budget,
     Ranking,
+    SelectionWork,
     SelectorInputs,
     TokenCost,
-    Work,
     choose_plan,
     make_selector,
     pareto,
@@ -126,7 +126,7 @@ def _from_scores(run: Run, file: Path, **how: Any) -> Plan:
         for name, options in mixers_of(recipe).items()
     }
     linear = aligned.pop(recipe.mixer.name)
-    seconds = _decoding(Work(run.say), source, linear)
+    seconds = _decoding(SelectionWork(run.say), source, linear)
     return choose_plan(linear, budget, choice, recipe.mixer.join, seconds, aligned)[0]
 
 
@@ -149,7 +149,7 @@ def selection_cost(run: Run, linear: Mapping[str, BaseStudent], source: Teacher,
     work = _work(run, source, data)
     settings = run.recipe.selector
     cost = make_selector(settings.by, settings.options).cost(_inputs(run, linear, source, data, work))
-    work.announce(cost)
+    work.print_cost(cost)
     return cost.tokens
 
 
@@ -164,8 +164,8 @@ def select_plan(
     with run.timed("select"), StageProgress(run.console, f"select by {run.recipe.selector.by}", unit="piece") as bar:
 
         def show(done: int, total: int) -> None:
-            tokens = work.spent.forward_tokens + work.spent.training_tokens
-            bar.update(done, f"{tokens / (time.perf_counter() - work.started):,.0f} tokens/s", total)
+            tokens = work.actual_cost.forward_tokens + work.actual_cost.training_tokens
+            bar.update(done, f"{tokens / (time.perf_counter() - work.start_time):,.0f} tokens/s", total)
 
         work.progress = show
         plan, scores = _choose(run, linear, source, data, work)
@@ -186,12 +186,14 @@ def teacher_speed(source: Teacher, data: Data) -> float:
     return bare_forward_speed(source.model, data.sample(SPEED_TOKENS).to(source.model.device), sequence_length=length)
 
 
-def _work(run: Run, source: Teacher, data: Data) -> Work:
+def _work(run: Run, source: Teacher, data: Data) -> SelectionWork:
     speed = partial(teacher_speed, source, data)
-    return Work(run.say, accelerator=run.accelerator, file=run.out / "selection.jsonl", speed=speed)
+    return SelectionWork(run.say, accelerator=run.accelerator, file=run.out / "selection.jsonl", speed=speed)
 
 
-def _inputs(run: Run, aligned: Mapping[str, BaseStudent], source: Teacher, data: Data, work: Work) -> SelectorInputs:
+def _inputs(
+    run: Run, aligned: Mapping[str, BaseStudent], source: Teacher, data: Data, work: SelectionWork
+) -> SelectorInputs:
     recipe, settings = run.recipe, run.recipe.selector
     selector = SELECTORS[settings.by]
     alternatives = dict(aligned)
@@ -216,7 +218,7 @@ def _inputs(run: Run, aligned: Mapping[str, BaseStudent], source: Teacher, data:
 
 
 def _choose(
-    run: Run, aligned: Mapping[str, BaseStudent], source: Teacher, data: Data, work: Work
+    run: Run, aligned: Mapping[str, BaseStudent], source: Teacher, data: Data, work: SelectionWork
 ) -> tuple[Plan, dict[str, Any]]:
     recipe, settings = run.recipe, run.recipe.selector
     question = _inputs(run, aligned, source, data, work)
@@ -244,7 +246,7 @@ def _choose(
     return plan, scores
 
 
-def _decoding(work: Work, source: Teacher, linear: BaseStudent) -> Callable[[int], DecodeCost]:
+def _decoding(work: SelectionWork, source: Teacher, linear: BaseStudent) -> Callable[[int], DecodeCost]:
     """What decoding steps take, measured when it is asked for.
 
     It is a piece of the work, so that all processes have the same, and an interrupted run the same again.
@@ -257,7 +259,7 @@ def _decoding(work: Work, source: Teacher, linear: BaseStudent) -> Callable[[int
         return [*found.attention, *found.mixer, found.rest]
 
     def seconds(context: int) -> DecodeCost:
-        found = work.pieces(f"decoding after {context}", 1, lambda _: measured(context), each=TokenCost())[0].tolist()
+        found = work.map(f"decoding after {context}", 1, lambda _: measured(context), item_cost=TokenCost())[0].tolist()
         layers = linear.plan.num_layers
         return DecodeCost(found[:layers], found[layers:-1], found[-1])
 

@@ -22,7 +22,7 @@ from subquad.select.registry import (
 from subquad.select.retrieval_heads import RetrievalScores, retrieval_scores
 from subquad.select.supernet import Supernet
 from subquad.select.units import Unit, uniform_layers, units_of
-from subquad.select.work import SelectionCost, Work
+from subquad.select.work import SelectionCost, SelectionWork
 from subquad.utils.token_cost import TokenCost
 
 __all__ = [
@@ -36,7 +36,7 @@ __all__ = [
     "RetrievalScores",
     "Selector",
     "Unit",
-    "Work",
+    "SelectionWork",
     "check_alternatives",
     "check_selector",
     "make_selector",
