@@ -46,7 +46,7 @@ class SelectorInputs:
         """The number of units to keep; half of them if the budget is not a number of units."""
         units = len(self.units)
         counted = self.budget.context is None and self.budget.word is None
-        return self.budget.of(units, kind_of(self.unit)) if counted else units // 2
+        return self.budget.count_of(units, kind_of(self.unit)) if counted else units // 2
 
     @property
     def min_count(self) -> int:

@@ -111,13 +111,13 @@ def _with_alternatives(
 
     # A number of units: attention in the first ones, in the others the best alternative if it gains anything.
     if budget.context is None:
-        indices = ranking.top(budget.of(len(units), kind_of(ranking.unit)))
+        indices = ranking.top(budget.count_of(len(units), kind_of(ranking.unit)))
         best = {unit: max(alternatives, key=lambda name: worth[name][unit]) for unit in range(len(units))}
         gaining = {unit: name for unit, name in best.items() if worth[name][unit] > 0}
         return plan_with(gaining | dict.fromkeys(indices, ATTENTION)), indices
 
     # Bytes: a knapsack with one item per unit and one option per mixer.
-    cost, limit = budget.priced(student.plan.shapes, dtype_name(student))
+    cost, limit = budget.cost_and_limit(student.plan.shapes, dtype_name(student))
     min_cost = cost(plan_with({}))
     items = [
         [(0.0, 0.0), *((worth[name][unit], cost(plan_with({unit: name})) - min_cost) for name in names)]
@@ -141,7 +141,7 @@ def _units_to_keep(
     if budget.word in ranking.named:
         return ranking.named[budget.word]
     if budget.context is None:
-        return ranking.top(budget.of(len(ranking.units), kind))
+        return ranking.top(budget.count_of(len(ranking.units), kind))
     dtype = dtype_name(student)
     seconds = decode_cost(budget.context) if budget.speedup is not None and decode_cost is not None else None
     if ranking.worth is None:
@@ -150,7 +150,7 @@ def _units_to_keep(
             return plan_of(ranking.heads(ranking.top(count)))
 
         return ranking.top(budget.largest(len(ranking.units), plan_of_count, dtype, kind, seconds))
-    cost, limit = budget.priced(student.plan.shapes, dtype, seconds)
+    cost, limit = budget.cost_and_limit(student.plan.shapes, dtype, seconds)
     indices = best_units(ranking.units, ranking.worth, student.plan.shapes, plan_of, cost, limit)
     if indices is None:
         raise budget.impossible(cost(plan_of([])), limit, kind)

@@ -75,8 +75,8 @@ def make_selector(name: str, options: Mapping[str, Any]) -> Selector:
     try:
         return SELECTORS[name](**options)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(f"selector '{name}', option '{first['loc'][0]}': {first['msg'].lower()}") from None
+        problem = error.errors()[0]
+        raise UserError(f"selector '{name}', option '{problem['loc'][0]}': {problem['msg'].lower()}") from None
 
 
 def check_selector(settings: SelectorConfig) -> None:
