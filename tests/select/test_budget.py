@@ -34,9 +34,6 @@ def cache_bytes(plan, context=64):
     return plan.cache_bytes(context)
 
 
-# ---------------------------------------------------------------------- budgets
-
-
 @pytest.mark.parametrize(
     ("text", "layers"),
     [("15", 15), ("50%", 15), ("0.5", 15), ("12.5%", 4), ("0", 0), ("100%", 30)],
@@ -96,9 +93,6 @@ def test_the_largest_plan_within_a_limit():
     assert largest_within(30, plan_of, kept, -1) is None
 
 
-# ---------------------------------------------------------------------- knapsack
-
-
 def brute_force(items, limit):
     """The greatest value within the limit, and its least cost; None where nothing is."""
     sums = [tuple(map(sum, zip(*options, strict=True))) for options in itertools.product(*items)]
@@ -141,9 +135,6 @@ def test_costs_of_many_cells_are_solved_on_the_grid():
     assert solve([], 3) == []
 
 
-# ---------------------------------------------------------------------- what units cost
-
-
 def best_subset(units, values, limit, total):
     """The greatest value of all subsets within the limit."""
     subsets = itertools.chain(*(itertools.combinations(range(len(units)), n) for n in range(len(units) + 1)))
@@ -171,10 +162,10 @@ def test_heads_that_share_keys_and_values_are_chosen_together(options, seed):
     assert best_units(units, values, GROUPED, plan_of, cache_bytes, least - 1) is None
 
 
-@pytest.mark.parametrize("wish", ["layer", "head", 2])
-def test_units_of_equal_cost_are_chosen_by_value(wish):
+@pytest.mark.parametrize("spec", ["layer", "head", 2])
+def test_units_of_equal_cost_are_chosen_by_value(spec):
     shapes = [AttentionShape(heads=3, kv_heads=3, head_dim=8, hidden_size=24)] * 4
-    units = units_of(shapes, wish)
+    units = units_of(shapes, spec)
     draw = random.Random(0)
     values = [draw.uniform(-1, 1) for _ in units]
     order = sorted(range(len(units)), key=values.__getitem__, reverse=True)
@@ -215,10 +206,10 @@ def test_units_that_cost_more_together_are_dropped_until_they_fit():
 
 
 @pytest.mark.parametrize("options", [{}, {"share_state": True}])
-@pytest.mark.parametrize("wish", ["layer", "head"])
-def test_the_front_rises_to_all_that_is_of_value(options, wish):
+@pytest.mark.parametrize("spec", ["layer", "head"])
+def test_the_front_rises_to_all_that_is_of_value(options, spec):
     shapes = [*GROUPED, GROUPED[0].model_copy(update={"window": 16})]
-    units = units_of(shapes, wish)
+    units = units_of(shapes, spec)
     draw = random.Random(1)
     values = [draw.uniform(-0.3, 1) for _ in units]
     plan_of = partial(keeping, shapes, options=options)
@@ -231,9 +222,6 @@ def test_the_front_rises_to_all_that_is_of_value(options, wish):
         heads = [head for unit in point["units"] for head in units[unit]]
         assert cache_bytes(plan_of(heads)) == point["cost"]
     assert len(front(units, [0.0] * len(units), shapes, plan_of, cache_bytes)) == 1
-
-
-# ---------------------------------------------------------------------- how fast plans decode
 
 
 def student_of(teacher, layers, mixer="gla"):

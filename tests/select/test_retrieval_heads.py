@@ -29,12 +29,12 @@ def probe_of(rows=6, length=24, seed=0, vocabulary=90):
 
 def ablation_of(teacher, probe, top=1, unit="head", work=None):
     shapes = shapes_of(teacher)
-    whole = {"copy": answers(teacher, probe)}
+    baseline = {"copy": answers(teacher, probe)}
     return Ablation(
         all_attention(teacher),
         units_of(shapes, unit),
         {"copy": probe},
-        whole,
+        baseline,
         "logprob",
         top,
         work or SelectionWork(print),
@@ -47,28 +47,28 @@ def all_attention(teacher):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_silenced_head_is_one_whose_columns_are_zero(family):
-    """Passes that begin in the middle, many heads at a time, give what whole passes of a cut model give."""
+    """Passes that begin in the middle, many heads at a time, give what baseline passes of a cut model give."""
     teacher = tiny(family)
     probe = probe_of()
-    whole = answers(teacher, probe)
+    baseline = answers(teacher, probe)
     ablation = ablation_of(teacher, probe)
     ablation.step()
-    found = ablation.mean("logprob")
+    drops = ablation.mean("logprob")
     for layer, site in enumerate(find_attention(teacher)):
         module = teacher.get_submodule(site.path)
         width = site.shape.head_dim
         projection = output_projection(module, site.shape.heads * width, site.shape.hidden_size)
         for head in (0, site.shape.heads - 1):
-            kept = projection.weight.data.clone()
+            weights = projection.weight.data.clone()
             columns = slice(head * width, (head + 1) * width)
             if isinstance(projection, nn.Linear):
                 projection.weight.data[:, columns] = 0
             else:
                 projection.weight.data[columns] = 0
-            wanted = (whole.logprob_N - answers(teacher, probe).logprob_N).mean() / whole.tokens_N[0]
-            projection.weight.data = kept
+            expected = (baseline.logprob_N - answers(teacher, probe).logprob_N).mean() / baseline.tokens_N[0]
+            projection.weight.data = weights
             index = ablation.units.index([(layer, head)])
-            assert found[index] == pytest.approx(float(wanted), abs=2e-5)
+            assert drops[index] == pytest.approx(float(expected), abs=2e-5)
 
 
 def test_rounds_leave_out_what_is_settled():
@@ -83,11 +83,11 @@ def test_rounds_leave_out_what_is_settled():
     ablation.rows_measured = 8
     assert ablation.open_units() == [] and not ablation.step()
     ablation.drops["logprob"][:8, 9] = torch.tensor([9.0, -1.0] * 4)  # as good as the second, or not
-    undecided = ablation.open_units()
-    assert 9 in undecided and len(undecided) < heads
+    open_units = ablation.open_units()
+    assert 9 in open_units and len(open_units) < heads
     assert ablation.step() and ablation.rows_measured == 16
-    assert {int(count) for index, count in enumerate(ablation.rows) if index not in undecided} == {8}
-    assert {int(ablation.rows[index]) for index in undecided} == {16}
+    assert {int(count) for index, count in enumerate(ablation.rows) if index not in open_units} == {8}
+    assert {int(ablation.rows[index]) for index in open_units} == {16}
     low, high = ablation.interval()
     mean = ablation.mean("logprob")
     assert ((low <= mean) & (mean <= high)).all()
@@ -154,13 +154,13 @@ def test_a_plan_of_heads_and_its_budgets():
     units = [[(layer, head)] for layer in range(3) for head in range(6)]
     scores = [(0.0, float(index == 4)) for index in range(18)]
     scores[16] = (0.5, 0.0)
-    choice = Ranking.in_order(units, scores, "head", {})
-    plan, kept = choose_plan(student, Budget.parse("2"), choice, "parallel")
-    assert plan.attention_heads == [(0, 4), (2, 4)] and kept == [4, 16] and plan.join == "parallel"
-    plan, kept = choose_plan(student, Budget.parse("5.6%"), choice)
+    ranking = Ranking.in_order(units, scores, "head", {})
+    plan, indices = choose_plan(student, Budget.parse("2"), ranking, "parallel")
+    assert plan.attention_heads == [(0, 4), (2, 4)] and indices == [4, 16] and plan.join == "parallel"
+    plan, indices = choose_plan(student, Budget.parse("5.6%"), ranking)
     assert plan.attention_heads == [(2, 4)]
     with pytest.raises(UserError, match="19 attention heads is more than the teacher's 18"):
-        choose_plan(student, Budget.parse("19"), choice)
+        choose_plan(student, Budget.parse("19"), ranking)
 
 
 def test_gains_scale_what_heads_put_out():
@@ -171,8 +171,8 @@ def test_gains_scale_what_heads_put_out():
     plain = student.final_hidden(tokens)
     assert torch.equal(student.final_hidden(tokens, forward_context=ForwardContext(gains=ones)), plain)
     ones[1][1, 3] = 0
-    found = student.final_hidden(tokens, forward_context=ForwardContext(gains=ones))
-    assert torch.equal(found[0], plain[0]) and not torch.allclose(found[1], plain[1])
+    scaled = student.final_hidden(tokens, forward_context=ForwardContext(gains=ones))
+    assert torch.equal(scaled[0], plain[0]) and not torch.allclose(scaled[1], plain[1])
 
 
 @pytest.mark.parametrize("unit", ["layer", 2])
@@ -181,21 +181,21 @@ def test_larger_units_are_silenced_as_a_whole(unit):
     teacher, probe = tiny("llama"), probe_of()
     ablation = ablation_of(teacher, probe, unit=unit)
     ablation.step()
-    student, whole = all_attention(teacher), answers(teacher, probe)
+    student, baseline = all_attention(teacher), answers(teacher, probe)
     for index, heads in enumerate(ablation.units):
         gains = {layer: torch.zeros(6, 6) for layer, _ in heads}
-        silent = answers(
+        ablated = answers(
             student, probe, lambda m, ids, g=gains: m.final_hidden(ids, forward_context=ForwardContext(gains=g))
         )
-        wanted = ((whole.logprob_N - silent.logprob_N) / whole.tokens_N).mean()
-        assert ablation.mean("logprob")[index] == pytest.approx(float(wanted), abs=2e-5)
+        expected = ((baseline.logprob_N - ablated.logprob_N) / baseline.tokens_N).mean()
+        assert ablation.mean("logprob")[index] == pytest.approx(float(expected), abs=2e-5)
 
 
-def test_the_bill_is_what_a_full_round_takes():
+def test_the_cost_is_what_a_full_round_takes():
     teacher, probe = tiny("llama"), probe_of(rows=6)
     work = SelectionWork(print)
     ablation = ablation_of(teacher, probe, work=work)
-    bill = ablation_cost(ablation.units, 3, {"copy": probe})
-    assert bill.forward_tokens == pytest.approx((1 + 6 * (1 + 2 / 3 + 1 / 3)) * probe.input_ids.numel())
+    cost = ablation_cost(ablation.units, 3, {"copy": probe})
+    assert cost.forward_tokens == pytest.approx((1 + 6 * (1 + 2 / 3 + 1 / 3)) * probe.input_ids.numel())
     ablation.step()
-    assert work.actual_cost.forward_tokens == pytest.approx(bill.forward_tokens)
+    assert work.actual_cost.forward_tokens == pytest.approx(cost.forward_tokens)

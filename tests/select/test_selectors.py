@@ -73,14 +73,11 @@ def ruined_layer(layer=1):
     return teacher, student
 
 
-def asked(student, teacher, by, budget="1", **options):
-    question = SelectorInputs(
+def ranking_of(student, teacher, by, budget="1", **options):
+    inputs = SelectorInputs(
         student, SimpleNamespace(model=teacher), text(), Budget.parse(budget), work=SelectionWork(**quiet)
     )
-    return make_selector(by, options).run(question)
-
-
-# Units and boards ----------------------------------------------------------------------------------------------------
+    return make_selector(by, options).run(inputs)
 
 
 def test_units():
@@ -89,22 +86,22 @@ def test_units():
     assert units_of(shapes, "head")[7] == [(1, 1)]
     assert [len(unit) for unit in units_of(shapes, 2)] == [12, 6]
     assert units_of(shapes, [[0, 2], [1]])[0] == units_of(shapes, "layer")[0] + units_of(shapes, "layer")[2]
-    assert [kind_of(wish) for wish in ("layer", "head", 2, [[0], [1, 2]])] == ["layer", "head", "group", "group"]
-    for wish in ("tower", 0, [[0, 1], [1, 2]], [[0, 1], []]):
+    assert [kind_of(spec) for spec in ("layer", "head", 2, [[0], [1, 2]])] == ["layer", "head", "group", "group"]
+    for spec in ("tower", 0, [[0, 1], [1, 2]], [[0, 1], []]):
         with pytest.raises(UserError, match=r"selector\.unit should"):
-            units_of(shapes, wish)
+            units_of(shapes, spec)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_board_follows_a_plan_as_its_student_does(family):
+def test_a_supernet_follows_a_plan_as_its_student_does(family):
     """Heads of a layer, whole layers and nothing at all; and the cache is the plan's."""
     supernet = supernet_of(family)
     tokens = text(rows=1)
     plans = [supernet.plan_with(heads) for heads in ([], [(0, 1), (2, 5)], [(1, head) for head in range(6)])]
     for plan in [*plans, *reversed(plans)]:
-        wanted = Student.from_teacher(supernet.teacher, plan, mixers_from=supernet.student)
+        built = Student.from_teacher(supernet.teacher, plan, mixers_from=supernet.student)
         with supernet.activate(plan) as student:
-            assert torch.equal(student.final_hidden(tokens), wanted.final_hidden(tokens))
+            assert torch.equal(student.final_hidden(tokens), built.final_hidden(tokens))
             cache = student.new_cache()
             student(tokens, past_key_values=cache, use_cache=True)
             assert cache.nbytes() == plan.cache_bytes(tokens.shape[1])
@@ -113,12 +110,9 @@ def test_a_board_follows_a_plan_as_its_student_does(family):
 
 def test_first_difference():
     supernet = supernet_of()
-    one, other = supernet.plan_with([(1, 0)]), supernet.plan_with([(1, 0), (2, 3)])
-    assert first_difference(one, other) == 2 and first_difference(one, one) == 3
+    plan, second_plan = supernet.plan_with([(1, 0)]), supernet.plan_with([(1, 0), (2, 3)])
+    assert first_difference(plan, second_plan) == 2 and first_difference(plan, plan) == 3
     assert without([(0, 0), (0, 1), (1, 0)], [(0, 1), (1, 0)]) == [(0, 0)]
-
-
-# KL ------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("base", ["restore", "remove"])
@@ -129,29 +123,30 @@ def test_kl_is_that_of_whole_students(family, unit, base):
     supernet = supernet_of(family)
     tokens, units = text(), units_of(supernet.linear_plan.shapes, unit)
     plans = candidates(supernet, units, base)
-    found_NP = kl_without_training(supernet, plans, tokens, 1, SelectionWork(**quiet))
-    some = [0, 1, len(plans) - 1]
+    kl_NP = kl_without_training(supernet, plans, tokens, 1, SelectionWork(**quiet))
+    indices = [0, 1, len(plans) - 1]
     students = {
-        str(index): Student.from_teacher(supernet.teacher, plans[index], mixers_from=supernet.student) for index in some
+        str(index): Student.from_teacher(supernet.teacher, plans[index], mixers_from=supernet.student)
+        for index in indices
     }
-    wanted = likelihood(students, supernet.teacher, tokens, [40])
-    for index in some:
-        assert found_NP[:, index].tolist() == pytest.approx(wanted[str(index)]["kl_samples"][40], rel=1e-3, abs=1e-6)
-    gains_NU = gains_of(found_NP, base)
+    expected = likelihood(students, supernet.teacher, tokens, [40])
+    for index in indices:
+        assert kl_NP[:, index].tolist() == pytest.approx(expected[str(index)]["kl_samples"][40], rel=1e-3, abs=1e-6)
+    gains_NU = gains_of(kl_NP, base)
     sign = 1 if base == "restore" else -1
-    torch.testing.assert_close(gains_NU[:, 0], sign * (found_NP[:, 0] - found_NP[:, 1]))
+    torch.testing.assert_close(gains_NU[:, 0], sign * (kl_NP[:, 0] - kl_NP[:, 1]))
     if base == "remove":
-        assert found_NP[:, 0].abs().max() < 1e-6, "the base is the teacher"
+        assert kl_NP[:, 0].abs().max() < 1e-6, "the base is the teacher"
 
 
 @pytest.mark.parametrize("by", ["kl", "kl-removal", "alignment-loss", "gradient", "fisher"])
 def test_the_layer_that_was_ruined_keeps_its_attention(by):
     teacher, student = ruined_layer()
-    choice = asked(student, teacher, by)
-    plan, kept = choose_plan(student, Budget.parse("1"), choice)
+    ranking = ranking_of(student, teacher, by)
+    plan, kept = choose_plan(student, Budget.parse("1"), ranking)
     assert kept == [1] == plan.attention_layers
-    assert choice.report["order"][0] == 1
-    assert choice.report["low"][1] <= choice.report["scores"][1] <= choice.report["high"][1]
+    assert ranking.report["order"][0] == 1
+    assert ranking.report["low"][1] <= ranking.report["scores"][1] <= ranking.report["high"][1]
 
 
 def test_candidates_are_trained_before_they_are_measured():
@@ -163,18 +158,18 @@ def test_candidates_are_trained_before_they_are_measured():
         trained.append((candidate.plan.pattern(), tokens))
 
     work = SelectionWork(**quiet)
-    question = SelectorInputs(
+    inputs = SelectorInputs(
         student, SimpleNamespace(model=teacher), text(), Budget.parse("1"), "head", train=train, work=work
     )
-    choice = make_selector("kl", {"retrain_tokens": 1600, "rounds": 2}).run(question)
+    ranking = make_selector("kl", {"retrain_tokens": 1600, "rounds": 2}).run(inputs)
     assert round_tokens(1600, 2) == [400, 1600]
     assert [tokens for _, tokens in trained] == [400] * 19 + [1600] * 5  # with all-linear, in each round
-    last = [turn for row in choice.report["last_round"] for turn in row]
-    assert last.count(1) == 4 and trained[19][0] == "HHH"
+    last_round = [number for row in ranking.report["last_round"] for number in row]
+    assert last_round.count(1) == 4 and trained[19][0] == "HHH"
     assert work.expected_cost.training_tokens == work.actual_cost.training_tokens == 19 * 400 + 5 * 1600
-    question.train = None
+    inputs.train = None
     with pytest.raises(UserError, match="has no stage on logits"):
-        make_selector("kl", {"retrain_tokens": 10}).run(question)
+        make_selector("kl", {"retrain_tokens": 10}).run(inputs)
 
 
 def test_units_get_the_mixer_that_is_worth_its_bytes():
@@ -182,7 +177,7 @@ def test_units_get_the_mixer_that_is_worth_its_bytes():
     teacher, student = ruined_layer(1)
     plan = Plan.by_layer(student.plan.shapes, [], "sliding_window", {"window": 16, "sinks": 0})  # of 40 tokens
     window = Student.from_teacher(teacher, plan)
-    question = SelectorInputs(
+    inputs = SelectorInputs(
         student,
         SimpleNamespace(model=teacher),
         text(),
@@ -190,31 +185,28 @@ def test_units_get_the_mixer_that_is_worth_its_bytes():
         work=SelectionWork(**quiet),
         alternatives={"sliding_window": window},
     )
-    choice = make_selector("kl", {}).run(question)
-    gains = choice.alternatives["sliding_window"]
-    assert choice.worth[1] > gains[1] > 0.1 * choice.worth[1] and gains[0] < 0 and gains[2] < 0
-    wanted = Student.from_teacher(
+    ranking = make_selector("kl", {}).run(inputs)
+    gains = ranking.alternatives["sliding_window"]
+    assert ranking.worth[1] > gains[1] > 0.1 * ranking.worth[1] and gains[0] < 0 and gains[2] < 0
+    built = Student.from_teacher(
         teacher, student.plan.with_layers("sliding_window", plan.mixers["sliding_window"], [1]), [student, window]
     )
-    with question.supernet().activate(wanted.plan) as following:
-        assert torch.equal(following.final_hidden(text()), wanted.final_hidden(text()))
+    with inputs.supernet().activate(built.plan) as activated:
+        assert torch.equal(activated.final_hidden(text()), built.final_hidden(text()))
 
     def chosen(budget):
-        others = {"sliding_window": window}
-        return choose_plan(student, Budget.parse(budget), choice, alternatives=others)[0]
+        alternatives = {"sliding_window": window}
+        return choose_plan(student, Budget.parse(budget), ranking, alternatives=alternatives)[0]
 
     assert [layer for layer in range(3) if "sliding_window" in chosen("0").layers[layer]] == [1]
     assert [*chosen("1").layers[1]] == ["attention"]
-    least, most = student.plan.cache_bytes(4096), Plan.all_attention(plan.shapes).cache_bytes(4096)
+    min_bytes, max_bytes = student.plan.cache_bytes(4096), Plan.all_attention(plan.shapes).cache_bytes(4096)
     for share in (0.0, 0.3, 0.6, 1.0):
-        bytes_ = round(least + share * (most - least))
-        assert chosen(f"{bytes_}B@4096").cache_bytes(4096) <= bytes_
-    assert chosen(f"{most}B@4096").layers[1] == {"attention": [*range(6)]}
+        limit = round(min_bytes + share * (max_bytes - min_bytes))
+        assert chosen(f"{limit}B@4096").cache_bytes(4096) <= limit
+    assert chosen(f"{max_bytes}B@4096").layers[1] == {"attention": [*range(6)]}
     with pytest.raises(UserError, match="impossible"):
         chosen("1KiB@4096")
-
-
-# Alignment -----------------------------------------------------------------------------------------------------------
 
 
 def test_alignment_losses_of_heads_and_layers():
@@ -227,24 +219,21 @@ def test_alignment_losses_of_heads_and_layers():
     both = alignment_losses(supernet, units_of(supernet.linear_plan.shapes, 3), tokens, SelectionWork(**quiet))
     torch.testing.assert_close(by_layer.sum(1, keepdim=True), both)
     heads = units_of(supernet.linear_plan.shapes, "head")
-    found = alignment_losses(supernet, heads, tokens, SelectionWork(**quiet))
+    worth_NU = alignment_losses(supernet, heads, tokens, SelectionWork(**quiet))
     ids, sites = tokens, find_attention(supernet.teacher)
     student = Student.from_teacher(supernet.teacher, supernet.plan_with([(1, 4)]), mixers_from=supernet.student)
-    seen = {}
+    distances = []
 
     @torch.no_grad()
     def keep(module, args, kwargs, output):
-        mine = [s.attention_modules()[1](*args, **kwargs)[0] for s in (supernet.student, student)]
-        seen["distances"] = [(one - output[0]).square().mean(-1).sqrt().mean() for one in mine]
+        outputs = [s.attention_modules()[1](*args, **kwargs)[0] for s in (supernet.student, student)]
+        distances.extend((mixed - output[0]).square().mean(-1).sqrt().mean() for mixed in outputs)
 
     hook = supernet.teacher.get_submodule(sites[1].path).register_forward_hook(keep, with_kwargs=True)
     supernet.teacher(ids, use_cache=False)
     hook.remove()
-    all_linear, with_head = seen["distances"]
-    assert found[0, heads.index([(1, 4)])] == pytest.approx(float(all_linear - with_head), rel=1e-4)
-
-
-# Gates ---------------------------------------------------------------------------------------------------------------
+    all_linear, with_head = distances
+    assert worth_NU[0, heads.index([(1, 4)])] == pytest.approx(float(all_linear - with_head), rel=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -254,9 +243,9 @@ def test_gates_lead_from_the_student_to_the_teacher(family):
     shut, open_ = ({layer: torch.full((6,), share) for layer in range(3)} for share in (0.0, 1.0))
     plain = student.final_hidden(tokens)
     torch.testing.assert_close(student.final_hidden(tokens, forward_context=ForwardContext(gates=shut)), plain)
-    theirs = teacher.base_model(tokens).last_hidden_state
+    teacher_hidden = teacher.base_model(tokens).last_hidden_state
     torch.testing.assert_close(
-        student.final_hidden(tokens, forward_context=ForwardContext(gates=open_)), theirs, rtol=0, atol=1e-5
+        student.final_hidden(tokens, forward_context=ForwardContext(gates=open_)), teacher_hidden, rtol=0, atol=1e-5
     )
 
 
@@ -265,13 +254,13 @@ def test_integrated_gradients_are_complete():
     supernet = supernet_of()
     tokens = text()
     heads = units_of(supernet.linear_plan.shapes, "head")
-    found = gating.gradient_scores(supernet, heads, tokens, SelectionWork(**quiet), points=24)
-    whole = kl_without_training(supernet, [supernet.linear_plan], tokens, 1, SelectionWork(**quiet))[:, 0]
-    torch.testing.assert_close(found.sum(1), whole, rtol=0.02, atol=0)
+    scores = gating.gradient_scores(supernet, heads, tokens, SelectionWork(**quiet), points=24)
+    whole_kl = kl_without_training(supernet, [supernet.linear_plan], tokens, 1, SelectionWork(**quiet))[:, 0]
+    torch.testing.assert_close(scores.sum(1), whole_kl, rtol=0.02, atol=0)
     layers = gating.gradient_scores(
         supernet, units_of(supernet.linear_plan.shapes, "layer"), tokens, SelectionWork(**quiet), points=24
     )
-    torch.testing.assert_close(layers, found.unflatten(1, (3, 6)).sum(2), rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(layers, scores.unflatten(1, (3, 6)).sum(2), rtol=1e-4, atol=1e-7)
 
 
 def test_fisher_is_the_curvature_of_the_kl():
@@ -279,13 +268,13 @@ def test_fisher_is_the_curvature_of_the_kl():
     supernet = supernet_of()
     tokens = text(rows=1, length=64)
     units = units_of(supernet.linear_plan.shapes, "layer")
-    found = gating.fisher_scores(supernet, units, tokens, SelectionWork(**quiet), draws=400)[0]
+    scores = gating.fisher_scores(supernet, units, tokens, SelectionWork(**quiet), draws=400)[0]
     little = 0.03
     for layer in range(3):
         gates = {index: torch.full((6,), 1.0 - little * (index == layer)) for index in range(3)}
         with torch.no_grad():
             curvature = float(gating._kl(supernet, tokens, gates)) / little**2
-        assert found[layer] == pytest.approx(curvature, rel=0.3)
+        assert scores[layer] == pytest.approx(curvature, rel=0.3)
 
 
 def test_trained_gates_open_where_attention_is_needed():
@@ -297,19 +286,16 @@ def test_trained_gates_open_where_attention_is_needed():
 
     odds = gating.trained_gates(supernet, units, rows, SelectionWork(**quiet), steps=40, share=1 / 3, seed=0)[0]
     assert int(odds.argmax()) == 1
-    drawn = gating._sample(torch.tensor([8.0, -8.0]), torch.Generator().manual_seed(0))
-    assert drawn.tolist() == [1.0, 0.0]
-
-
-# Tasks ---------------------------------------------------------------------------------------------------------------
+    sampled = gating._sample(torch.tensor([8.0, -8.0]), torch.Generator().manual_seed(0))
+    assert sampled.tolist() == [1.0, 0.0]
 
 
 def worth_of(worths):
     """A task whose score is what the attention layers are worth, and on test documents a little less."""
 
     def score(model, tokenizer, part):
-        kept = model.plan.attention_layers if isinstance(model, Student) else range(3)
-        return sum(worths[layer] for layer in kept) - 0.01 * (part == "test")
+        layers = model.plan.attention_layers if isinstance(model, Student) else range(3)
+        return sum(worths[layer] for layer in layers) - 0.01 * (part == "test")
 
     return TaskScore("worth", score)
 
@@ -331,17 +317,17 @@ def test_greedy_goes_to_the_floor():
 def test_greedy_with_a_number_of_units_goes_on_below_the_floor():
     teacher, student = linear_student()
     task = worth_of([0.1, 0.2, 1.0]).score
-    question = SelectorInputs(
+    inputs = SelectorInputs(
         student,
         SimpleNamespace(model=teacher, tokenizer=None),
         text(),
         Budget.parse("1"),
         work=SelectionWork(**quiet),
     )
-    choice = make_selector("greedy", {"task": task}).run(question)
-    assert choose_plan(student, Budget.parse("1"), choice)[1] == [2]
-    assert choice.report["order"] == [2, 1, 0] and choice.named == {"best": [0, 1, 2], "opt": [0, 1, 2]}
-    assert choose_plan(student, Budget.parse("best"), choice)[0].attention_layers == [0, 1, 2]
+    ranking = make_selector("greedy", {"task": task}).run(inputs)
+    assert choose_plan(student, Budget.parse("1"), ranking)[1] == [2]
+    assert ranking.report["order"] == [2, 1, 0] and ranking.named == {"best": [0, 1, 2], "opt": [0, 1, 2]}
+    assert choose_plan(student, Budget.parse("best"), ranking)[0].attention_layers == [0, 1, 2]
 
 
 def test_what_is_no_task_is_refused():
@@ -355,44 +341,41 @@ def test_halo_is_recall_lost_over_the_rest_lost():
     assert halo_scores(recall, torch.tensor([50.0, 50.0, 50.0])).tolist() == pytest.approx([0.0, 50.0, 50.0])
 
 
-# Work ----------------------------------------------------------------------------------------------------------------
+def test_finished_items_are_stored(tmp_path):
+    measured = []
 
-
-def test_pieces_are_kept(tmp_path):
-    done = []
-
-    def piece(index):
-        done.append(index)
-        if len(done) == 3:
+    def measure(index):
+        measured.append(index)
+        if len(measured) == 3:
             raise KeyboardInterrupt
         return [index, 0.1 * index]
 
     work = SelectionWork(file=tmp_path / "selection.jsonl", **quiet)
     with pytest.raises(KeyboardInterrupt):
-        work.map("a", 4, piece, item_cost=TokenCost(forward_tokens=10))
+        work.map("a", 4, measure, item_cost=TokenCost(forward_tokens=10))
     with work.file.open("a") as file:
         file.write('{"key": "a", "piece": 2, "val')  # torn
-    again = SelectionWork(file=work.file, **quiet)
+    resumed_work = SelectionWork(file=work.file, **quiet)
     with pytest.raises(KeyboardInterrupt):
-        done[:] = ["x"] * 2
-        again.map("a", 4, piece, item_cost=TokenCost(forward_tokens=10))
-    assert done[2:] == [2]
-    found = SelectionWork(file=work.file, **quiet).map(
+        measured[:] = ["x"] * 2
+        resumed_work.map("a", 4, measure, item_cost=TokenCost(forward_tokens=10))
+    assert measured[2:] == [2]
+    values = SelectionWork(file=work.file, **quiet).map(
         "a", 4, lambda i: [i, 0.1 * i], item_cost=TokenCost(forward_tokens=10)
     )
-    assert found.tolist() == [[index, 0.1 * index] for index in range(4)]
-    whole = SelectionWork(file=work.file, **quiet).map(
+    assert values.tolist() == [[index, 0.1 * index] for index in range(4)]
+    stored = SelectionWork(file=work.file, **quiet).map(
         "a", 4, lambda i: pytest.fail("it is done"), item_cost=TokenCost()
     )
-    assert torch.equal(whole, found)
+    assert torch.equal(stored, values)
 
 
-def test_the_cost_is_announced():
-    said = []
-    work = SelectionWork(said.append, speed=lambda: 100.0)
+def test_the_cost_is_printed():
+    lines = []
+    work = SelectionWork(lines.append, speed=lambda: 100.0)
     work.print_cost(SelectionCost("kl", TokenCost(forward_tokens=1000, training_tokens=500)))
     work.print_cost(SelectionCost("uniform"))
-    assert said == [
+    assert lines == [
         "kl: 1,000 tokens forward and 500 tokens of training, about 30\xa0s",
         "uniform: nothing to measure",
     ]
@@ -402,9 +385,6 @@ def test_bootstrap():
     low, high = bootstrap(torch.randn(200, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
     assert (low < 0.2).all() and (high > -0.2).all() and (0.2 < high - low).all() and (high - low < 0.4).all()
     assert bootstrap(torch.ones(1, 2))[0].isnan().all()
-
-
-# The lot -------------------------------------------------------------------------------------------------------------
 
 
 def test_uniform_is_even():
