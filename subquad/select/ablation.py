@@ -17,6 +17,7 @@ Legend: N rows, T tokens, H heads of a layer, S units that are silenced, one at 
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -26,7 +27,8 @@ from transformers import PreTrainedModel
 from subquad.data.probes import Probe
 from subquad.errors import UserError
 from subquad.evaluate.retrieval import TOKENS_AT_ONCE, Answers, answers, usable
-from subquad.model.mixed_attention import ForwardContext
+from subquad.mixers.base import picked
+from subquad.model.layer_call import ForwardContext, LayerCall
 from subquad.model.student import Student
 from subquad.select.prefix import recorded, repeated, resumed
 from subquad.select.units import Unit, layers_in
@@ -170,12 +172,28 @@ class Silence:
                 below = [repeated(outputs[layer - 1], len(group))] * layer if layer else []
 
                 def hidden(model: PreTrainedModel, ids_ST: Tensor, gains: Any = gains) -> Tensor:
-                    return teacher.final_hidden(ids_ST, forward_context=ForwardContext(gains=gains))
+                    return teacher.final_hidden(ids_ST, forward_context=scaled(gains))
 
                 with resumed(blocks, layer, below):
                     found = by_row(answers(teacher, probe.repeated(len(group)), hidden))
                 for place, index in enumerate(group):
                     yield index, {kind: x_S[place] for kind, x_S in found.items()}
+
+
+def scaled(gains: Mapping[int, Tensor]) -> ForwardContext:
+    """A pass whose heads' outputs are multiplied by `gains`, (B, H) by layer; 0 ablates a head."""
+
+    def around(call: LayerCall) -> Tensor:
+        y_BHTD = call.mixed()
+        if call.layer not in gains:
+            return y_BHTD
+        gain_BH11 = gains[call.layer].to(y_BHTD.dtype)[:, :, None, None]
+        if call.branch is not None:  # the heads that attend under the parallel join
+            gain_BTHD = picked(gain_BH11, call.branch.group.heads).transpose(1, 2)
+            call.branch = replace(call.branch, y_BTHD=call.branch.y_BTHD * gain_BTHD)
+        return y_BHTD * gain_BH11
+
+    return ForwardContext(around=around)
 
 
 def by_row(found: Answers) -> dict[str, Tensor]:

@@ -19,12 +19,12 @@ Legend: H heads of a layer, L layers, N rows of text, T tokens, C of a chunk, M 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from subquad.model.mixed_attention import ForwardContext
+from subquad.model.layer_call import ForwardContext, LayerCall
 from subquad.model.output_head import OutputHead, final_hidden
 from subquad.select.kl import kl
 from subquad.select.supernet import Supernet
@@ -66,7 +66,7 @@ def fisher_scores(board: Supernet, units: Sequence[Unit], text_NT: Tensor, work:
     def piece(row: int) -> list[float]:
         ids_1T = text_NT[row : row + 1].to(board.student.device)
         gates = _gates(board, 1.0)
-        hidden_1TM = board.student.final_hidden(ids_1T, forward_context=ForwardContext(gates=gates))
+        hidden_1TM = board.student.final_hidden(ids_1T, forward_context=gated(gates))
         generator = torch.Generator(ids_1T.device).manual_seed(row)
         worth = [0.0] * len(units)
         for _ in range(draws):
@@ -136,6 +136,19 @@ def _by_head(board: Supernet, units: Sequence[Unit], gate_U: Tensor) -> dict[int
     return {layer: gate_U[[place[layer, head] for head in range(shape.heads)]] for layer, shape in enumerate(shapes)}
 
 
+def gated(gates: Mapping[int, Tensor]) -> ForwardContext:
+    """A pass whose heads are attention by a share of `gates`, (H,) by layer, and the plan's mixers by the rest."""
+
+    def around(call: LayerCall) -> Tensor:
+        y_BHTD = call.mixed()
+        if call.layer not in gates:
+            return y_BHTD
+        gate_H11 = gates[call.layer].to(y_BHTD.dtype)[:, None, None]
+        return y_BHTD + gate_H11 * (call.attention() - y_BHTD)
+
+    return ForwardContext(around=around)
+
+
 def _slopes(value: Tensor, gates: dict[int, Tensor]) -> list[Tensor]:
     """The derivative of a number by the gates of every layer, in float64 on the CPU; it can be asked again."""
     return [slope_H.double().cpu() for slope_H in torch.autograd.grad(value, [*gates.values()], retain_graph=True)]
@@ -145,7 +158,7 @@ def _kl(board: Supernet, ids_BT: Tensor, gates: dict[int, Tensor]) -> Tensor:
     """Nats per token of the student with these gates; it can be differentiated by them."""
     with torch.no_grad():
         theirs_BTM = final_hidden(board.teacher, ids_BT)
-    mine_BTM = board.student.final_hidden(ids_BT, forward_context=ForwardContext(gates=gates))
+    mine_BTM = board.student.final_hidden(ids_BT, forward_context=gated(gates))
     return kl(board.student, mine_BTM, board.teacher, theirs_BTM)
 
 

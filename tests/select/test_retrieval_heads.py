@@ -10,11 +10,10 @@ from subquad.errors import UserError
 from subquad.evaluate.retrieval import answers
 from subquad.model.interface import find_attention, shapes_of
 from subquad.model.join import output_projection
-from subquad.model.mixed_attention import ForwardContext
 from subquad.model.student import Student
 from subquad.plan import Plan
 from subquad.select import Budget, Ranking, Work, choose_plan, retrieval_scores, units_of
-from subquad.select.ablation import Silence, silence_bill
+from subquad.select.ablation import Silence, scaled, silence_bill
 from subquad.select.retrieval_heads import _role, _sources
 from tests.helpers import FAMILIES, byte_tokenizer, tiny
 
@@ -163,9 +162,9 @@ def test_gains_scale_what_heads_put_out():
     tokens = torch.randint(3, 97, (2, 9))
     ones = {layer: torch.ones(2, 6) for layer in range(3)}
     plain = student.final_hidden(tokens)
-    assert torch.equal(student.final_hidden(tokens, forward_context=ForwardContext(gains=ones)), plain)
+    assert torch.equal(student.final_hidden(tokens, forward_context=scaled(ones)), plain)
     ones[1][1, 3] = 0
-    found = student.final_hidden(tokens, forward_context=ForwardContext(gains=ones))
+    found = student.final_hidden(tokens, forward_context=scaled(ones))
     assert torch.equal(found[0], plain[0]) and not torch.allclose(found[1], plain[1])
 
 
@@ -178,9 +177,7 @@ def test_larger_units_are_silenced_as_a_whole(unit):
     student, whole = all_attention(teacher), answers(teacher, probe)
     for index, heads in enumerate(ablation.units):
         gains = {layer: torch.zeros(6, 6) for layer, _ in heads}
-        silent = answers(
-            student, probe, lambda m, ids, g=gains: m.final_hidden(ids, forward_context=ForwardContext(gains=g))
-        )
+        silent = answers(student, probe, lambda m, ids, g=gains: m.final_hidden(ids, forward_context=scaled(g)))
         wanted = ((whole.logprob_N - silent.logprob_N) / whole.tokens_N).mean()
         assert ablation.mean("logprob")[index] == pytest.approx(float(wanted), abs=2e-5)
 
