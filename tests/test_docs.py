@@ -1,6 +1,5 @@
 """The Python examples of the documentation run, in order, page by page."""
 
-import inspect
 import re
 from pathlib import Path
 from typing import get_args
@@ -64,12 +63,7 @@ def test_recipes_of_the_documentation(tmp_path):
 def test_every_selector_is_in_the_documentation():
     page = (ROOT / "docs" / "select.md").read_text(encoding="utf-8")
     assert all(f"| `{name}` |" in page for name in SELECTORS)
-    options = {
-        one.name
-        for selector in SELECTORS.values()
-        for one in inspect.signature(selector.choose).parameters.values()
-        if one.kind is one.KEYWORD_ONLY
-    }
+    options = {name for selector in SELECTORS.values() for name in selector.model_fields}
     assert all(f"`{name}`" in page for name in options - {"layers"})
 
 

@@ -35,7 +35,7 @@ from subquad.evaluate import likelihood
 from subquad.model.student import Student
 from subquad.plan import Plan
 from subquad.recipes.stage import Stage
-from subquad.select import SELECTORS, Budget, Ranking, SelectorInputs, Supernet, Work
+from subquad.select import Budget, Ranking, SelectorInputs, Supernet, Work, make_selector
 from subquad.select.supernet import without
 from subquad.select.task import TaskScore, task_score
 from subquad.select.units import Wish, heads_of, units_of
@@ -245,7 +245,7 @@ class Selection(Bench):
         question = SelectorInputs(
             student, self.teacher, self.rows_for(by), budget, self.setup.unit, self.lessons, train, seed, work
         )
-        return SELECTORS[by].choose(question, **options)
+        return make_selector(by, options).run(question)
 
     def chosen(self, by: str, options: dict[str, Any], seed: int, count: int) -> list[int]:
         if by == "random":
@@ -325,7 +325,7 @@ class Selection(Bench):
             self.aligned(settings["seed"]), self.teacher, self.text, budget, setup.unit, work=work
         )
         options = {"task": settings["task"], "limit": setup.greedy_rows, "context": setup.context}
-        path = SELECTORS["greedy"].choose(question, **options).report["path"]
+        path = make_selector("greedy", options).run(question).report["path"]
         order = [step["unit"] for step in path["steps"]]
         return {"scores": self.scored({"greedy": order}, score), "path": path}
 

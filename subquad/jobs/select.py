@@ -7,7 +7,6 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,17 @@ from subquad.model.student import Student
 from subquad.plan import Plan
 from subquad.pretrained.load import Teacher
 from subquad.recipes.schema import Recipe
-from subquad.select import SELECTORS, Budget, OnlyTheBill, Ranking, SelectorInputs, TokenCost, Work, choose_plan, pareto
+from subquad.select import (
+    SELECTORS,
+    Budget,
+    Ranking,
+    SelectorInputs,
+    TokenCost,
+    Work,
+    choose_plan,
+    make_selector,
+    pareto,
+)
 from subquad.select.speed import DecodeCost, decode_cost
 from subquad.select.units import kind_of, layers_in
 from subquad.utils.progress import StageProgress
@@ -138,10 +147,10 @@ def _bill(run: Run, **how: Any) -> None:
 def selection_cost(run: Run, linear: Mapping[str, BaseStudent], source: Teacher, data: Data) -> TokenCost:
     """What selecting would cost, said and returned."""
     work = _work(run, source, data)
-    work.dry_run = True
-    with suppress(OnlyTheBill):
-        _choose(run, linear, source, data, work)
-    return work.announced
+    settings = run.recipe.selector
+    cost = make_selector(settings.by, settings.options).cost(_inputs(run, linear, source, data, work))
+    work.announce(cost)
+    return cost.tokens
 
 
 def select_plan(
@@ -182,11 +191,9 @@ def _work(run: Run, source: Teacher, data: Data) -> Work:
     return Work(run.say, accelerator=run.accelerator, file=run.out / "selection.jsonl", speed=speed)
 
 
-def _choose(
-    run: Run, aligned: Mapping[str, BaseStudent], source: Teacher, data: Data, work: Work
-) -> tuple[Plan, dict[str, Any]]:
+def _inputs(run: Run, aligned: Mapping[str, BaseStudent], source: Teacher, data: Data, work: Work) -> SelectorInputs:
     recipe, settings = run.recipe, run.recipe.selector
-    selector, budget = SELECTORS[settings.by], Budget.parse(settings.budget)
+    selector = SELECTORS[settings.by]
     alternatives = dict(aligned)
     linear = alternatives.pop(recipe.mixer.name)
     text_BT = torch.zeros(0, 0, dtype=torch.long)
@@ -194,11 +201,11 @@ def _choose(
         assert isinstance(data, Corpus)  # as `checked_recipe` ensures
         rows = math.ceil(settings.tokens / settings.sequence_length)
         text_BT = data.heldout_batch(rows, settings.sequence_length, part="selection")
-    question = SelectorInputs(
+    return SelectorInputs(
         linear,
         source,
         text_BT,
-        budget,
+        Budget.parse(settings.budget),
         selector.unit if settings.unit is None else settings.unit,
         data if isinstance(data, Corpus) else None,
         candidate_training(run, source, data) if settings.options.get("retrain_tokens") else None,
@@ -206,7 +213,15 @@ def _choose(
         work,
         alternatives,
     )
-    choice = selector.choose(question, **settings.options)
+
+
+def _choose(
+    run: Run, aligned: Mapping[str, BaseStudent], source: Teacher, data: Data, work: Work
+) -> tuple[Plan, dict[str, Any]]:
+    recipe, settings = run.recipe, run.recipe.selector
+    question = _inputs(run, aligned, source, data, work)
+    linear, alternatives, budget = question.student, question.alternatives, question.budget
+    choice = make_selector(settings.by, settings.options).run(question)
 
     seconds = _decoding(work, source, linear)
     plan, kept = choose_plan(linear, budget, choice, recipe.mixer.join, seconds, alternatives)

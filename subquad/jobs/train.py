@@ -17,7 +17,7 @@ from subquad.model.base import BaseStudent
 from subquad.model.tasks import TASKS
 from subquad.pretrained.load import Teacher, load_pretrained
 from subquad.recipes.stage import Stage
-from subquad.select.kl import Train
+from subquad.select.inputs import Train
 
 
 def align(run: Run, linear: Mapping[str, BaseStudent], source: Teacher, data: Data) -> list[StageResult]:

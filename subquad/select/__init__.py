@@ -5,13 +5,24 @@ says what each is worth, or in which order they go; the budget says how much may
 budget. CONTRIBUTING.md says how to add a selector.
 """
 
+from importlib import import_module
+from pkgutil import iter_modules
+
 from subquad.select.budget import Budget
-from subquad.select.ranking import Ranking, SelectorInputs, choose_plan, pareto
+from subquad.select.inputs import SelectorInputs
+from subquad.select.ranking import Ranking, choose_plan, pareto
+from subquad.select.registry import (
+    SELECTORS,
+    Selector,
+    check_alternatives,
+    check_selector,
+    make_selector,
+    selector,
+)
 from subquad.select.retrieval_heads import RetrievalScores, retrieval_scores
-from subquad.select.selectors import SELECTORS, Selector, check_alternatives, check_selector
 from subquad.select.supernet import Supernet
 from subquad.select.units import Unit, uniform_layers, units_of
-from subquad.select.work import OnlyTheBill, Work
+from subquad.select.work import SelectionCost, Work
 from subquad.utils.token_cost import TokenCost
 
 __all__ = [
@@ -20,7 +31,7 @@ __all__ = [
     "Supernet",
     "Budget",
     "Ranking",
-    "OnlyTheBill",
+    "SelectionCost",
     "SelectorInputs",
     "RetrievalScores",
     "Selector",
@@ -28,9 +39,14 @@ __all__ = [
     "Work",
     "check_alternatives",
     "check_selector",
+    "make_selector",
+    "selector",
     "choose_plan",
     "pareto",
     "retrieval_scores",
     "uniform_layers",
     "units_of",
 ]
+
+for module in iter_modules(__path__):  # each registers the selectors written in it
+    import_module(f"{__name__}.{module.name}")

@@ -20,10 +20,26 @@ from subquad.distill.layer_losses import output_distance
 from subquad.model.base import BaseStudent
 from subquad.model.interface import find_attention
 from subquad.model.output_head import final_hidden
+from subquad.select.inputs import SelectorInputs
+from subquad.select.ranking import Ranking
+from subquad.select.registry import Selector, selector
 from subquad.select.supernet import Supernet
 from subquad.select.units import Unit, heads_of, layers_in
-from subquad.select.work import Work
+from subquad.select.work import SelectionCost, Work
 from subquad.utils.token_cost import TokenCost
+
+
+@selector("alignment-loss", aligned=True)
+class AlignmentLoss(Selector):
+    """Units whose mixers stayed furthest from the teacher's attention in alignment."""
+
+    def cost(self, inputs: SelectorInputs) -> SelectionCost:
+        tokens = (1 + len(packed(inputs.units))) * inputs.text_BT.numel()
+        return SelectionCost("alignment loss", TokenCost(forward_tokens=tokens))
+
+    def choose(self, inputs: SelectorInputs) -> Ranking:
+        worth_NU = alignment_losses(inputs.new_board(), inputs.units, inputs.text_BT, inputs.work)
+        return Ranking.by_rows(inputs.units, worth_NU, inputs.unit, {})
 
 
 def alignment_losses(board: Supernet, units: Sequence[Unit], text_NT: Tensor, work: Work) -> Tensor:

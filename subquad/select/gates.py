@@ -24,17 +24,101 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from subquad.data.text import Corpus
+from subquad.errors import UserError
 from subquad.model.layer_call import ForwardContext, LayerCall
 from subquad.model.output_head import OutputHead, final_hidden
+from subquad.recipes.stage import Length
+from subquad.select.inputs import SelectorInputs
 from subquad.select.kl import kl
+from subquad.select.ranking import Ranking
+from subquad.select.registry import Selector, selector
 from subquad.select.supernet import Supernet
-from subquad.select.units import Unit
-from subquad.select.work import Work
+from subquad.select.units import Unit, by_layer
+from subquad.select.work import SelectionCost, Work
 from subquad.utils.token_cost import TokenCost
 
 CHUNK = 256  # positions whose logits are held at a time
 STRETCH, SHARPNESS = 0.1, 2 / 3  # of the hard concrete distribution
 GATE_RATE, PRESSURE_RATE = 0.1, 1.0
+
+
+@selector("gradient", aligned=True)
+class Gradient(Selector):
+    """The KL's derivative by how much attention a unit has, from all-linear to the teacher."""
+
+    points: Length = 4
+    """Points between all-linear and the teacher at which the derivative is taken."""
+
+    def cost(self, inputs: SelectorInputs) -> SelectionCost:
+        tokens = TokenCost(training_tokens=self.points * inputs.text_BT.numel())
+        return SelectionCost(f"gradient at {self.points} points", tokens)
+
+    def choose(self, inputs: SelectorInputs) -> Ranking:
+        scores_NU = gradient_scores(inputs.new_board(), inputs.units, inputs.text_BT, inputs.work, self.points)
+        return Ranking.by_rows(inputs.units, scores_NU, inputs.unit, {})
+
+
+@selector("fisher", aligned=True)
+class Fisher(Selector):
+    """The second-order estimate of the KL that removing a unit's attention costs."""
+
+    draws: Length = 4
+    """Draws of a next token at every position."""
+
+    def cost(self, inputs: SelectorInputs) -> SelectionCost:
+        return SelectionCost(f"fisher, {self.draws} draws", fisher_cost(inputs.text_BT.numel(), self.draws))
+
+    def choose(self, inputs: SelectorInputs) -> Ranking:
+        scores_NU = fisher_scores(inputs.new_board(), inputs.units, inputs.text_BT, inputs.work, self.draws)
+        return Ranking.by_rows(inputs.units, scores_NU, inputs.unit, {})
+
+
+@selector("gates", aligned=True)
+class Gates(Selector):
+    """The log-odds of gates trained jointly, with the budget's share of attention as their mean."""
+
+    tokens: Length = 50_000
+    """Tokens of training."""
+    sequence_length: Length = 512
+    batch: Length = 1
+
+    @property
+    def steps(self) -> int:
+        return max(1, round(self.tokens / (self.batch * self.sequence_length)))
+
+    @property
+    def trained_tokens(self) -> int:
+        """Tokens of whole steps."""
+        return self.steps * self.batch * self.sequence_length
+
+    def cost(self, inputs: SelectorInputs) -> SelectionCost:
+        self._corpus(inputs)
+        return SelectionCost("gates", TokenCost(training_tokens=self.trained_tokens))
+
+    def choose(self, inputs: SelectorInputs) -> Ranking:
+        corpus, units = self._corpus(inputs), inputs.units
+
+        def rows(step: int) -> Tensor:
+            return corpus.batch(step, batch=self.batch, sequence_length=self.sequence_length, seed=inputs.seed)
+
+        odds_1U = trained_gates(
+            inputs.new_board(),
+            units,
+            rows,
+            inputs.work,
+            steps=self.steps,
+            share=inputs.count / len(units),
+            seed=inputs.seed,
+        )
+        odds = odds_1U[0].tolist()
+        report = {"scores": by_layer(odds, units), "gate_tokens": self.trained_tokens}
+        return Ranking.in_order(units, odds, inputs.unit, report)
+
+    def _corpus(self, inputs: SelectorInputs) -> Corpus:
+        if inputs.corpus is None:
+            raise UserError("the selector 'gates' trains its gates and was given no text to train on")
+        return inputs.corpus
 
 
 def gradient_scores(board: Supernet, units: Sequence[Unit], text_NT: Tensor, work: Work, points: int) -> Tensor:
@@ -77,10 +161,10 @@ def fisher_scores(board: Supernet, units: Sequence[Unit], text_NT: Tensor, work:
                 worth[index] += slope**2 / (2 * draws * ids_1T.shape[1])
         return worth
 
-    return work.pieces(f"fisher, {draws} draws", len(text_NT), piece, each=fisher_bill(text_NT.shape[1], draws))
+    return work.pieces(f"fisher, {draws} draws", len(text_NT), piece, each=fisher_cost(text_NT.shape[1], draws))
 
 
-def fisher_bill(tokens: int, draws: int) -> TokenCost:
+def fisher_cost(tokens: int, draws: int) -> TokenCost:
     """Forwards once, through attention and mixers, and backwards for every draw."""
     return TokenCost(forward_tokens=(2 + 2 * draws) * tokens)
 

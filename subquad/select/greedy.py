@@ -17,12 +17,84 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from subquad.data.probes import PROBE_TASKS
 from subquad.plan import Plan
+from subquad.recipes.stage import Length
+from subquad.select.inputs import SelectorInputs
+from subquad.select.ranking import Ranking
+from subquad.select.registry import Selector, selector
 from subquad.select.supernet import Supernet, without
-from subquad.select.task import TaskScore
+from subquad.select.task import Score, TaskScore, task_score
 from subquad.select.units import Unit, heads_of
-from subquad.select.work import Work
+from subquad.select.work import SelectionCost, Work
 from subquad.utils.token_cost import TokenCost
+
+
+@selector("greedy", aligned=True)
+class Greedy(Selector):
+    """Replaces what a task misses least, one unit after the other.
+
+    With the budgets `opt` (as much as the tolerance allows) and `best` it stops at the floor; other budgets are points
+    of the path.
+    """
+
+    task: str | Score = "dictionary"
+    """A retrieval task, a task of lm-eval's, a JSONL file, or a Python function."""
+    tolerance: float = 0.05
+    """Share of the teacher's score that may be lost."""
+    limit: Length = 500
+    """Documents, or rows of a retrieval task, of each part, at most."""
+    metric: str | None = None
+    """Metric of a task of lm-eval's; none: the first known one (select/task.py)."""
+    context: Length = 512
+    """Tokens of a row of a retrieval task."""
+    seed: int = 0
+
+    def cost(self, inputs: SelectorInputs) -> SelectionCost:
+        task, units, most = self._task(inputs), len(inputs.units), self._most(inputs)
+        steps = units if most is None else most
+        candidates = sum(units - step for step in range(steps))
+        return SelectionCost(
+            f"greedy on {task.name}: at most {candidates} candidates for {steps} of {units} units, fewer where the "
+            "floor is reached",
+            TokenCost(forward_tokens=(4 + candidates) * self._document_tokens),
+        )
+
+    def choose(self, inputs: SelectorInputs) -> Ranking:
+        units = inputs.units
+        path = greedy_path(
+            inputs.new_board(),
+            units,
+            self._task(inputs),
+            inputs.source.tokenizer,
+            inputs.work,
+            tolerance=self.tolerance,
+            most=self._most(inputs),
+            document_tokens=self._document_tokens,
+        )
+        order = [*path.kept(len(units), len(path.steps)), *(step.unit for step in reversed(path.steps))]
+        named = {name: path.kept(len(units), steps) for name, steps in (("best", path.best), ("opt", path.opt))}
+        report = {"order": order, "path": path.as_dict()}
+        return Ranking(units, lambda count: sorted(order[:count]), inputs.unit, named=named, report=report)
+
+    def _task(self, inputs: SelectorInputs) -> TaskScore:
+        return task_score(
+            self.task,
+            limit=self.limit,
+            metric=self.metric,
+            context=self.context,
+            seed=self.seed,
+            text_BT=inputs.text_BT,
+        )
+
+    def _most(self, inputs: SelectorInputs) -> int | None:
+        """Units to replace; None: as many as the floor allows."""
+        return None if inputs.budget.word else len(inputs.units) - inputs.least
+
+    @property
+    def _document_tokens(self) -> int:
+        """Tokens of the validation documents together; 0 where they are not known."""
+        return self.limit * self.context if self.task in PROBE_TASKS else 0
 
 
 @dataclass
@@ -67,7 +139,7 @@ def greedy_path(
 ) -> GreedyPath:
     """The path, to the floor or until `most` units are replaced (then whatever the floor says).
 
-    `document_tokens`: of the validation documents together, for the bill, where they are known.
+    `document_tokens`: of the validation documents together, for the cost, where they are known.
     """
 
     def plan_of(gone: Sequence[int]) -> Plan:
@@ -82,12 +154,6 @@ def greedy_path(
         return work.pieces(f"greedy {task.name}, {name}", len(plans), piece, each=each)[:, 0].tolist()
 
     last = len(units) if most is None else most
-    candidates = sum(len(units) - step for step in range(last))
-    work.announce(
-        f"greedy on {task.name}: at most {candidates} candidates for {last} of {len(units)} units, fewer where the "
-        "floor is reached",
-        TokenCost(forward_tokens=(4 + candidates) * document_tokens),
-    )
     base = scored("teacher", [plan_of([])])[0]
     floor = (1 - tolerance) * base
     gone: list[int] = []

@@ -18,26 +18,102 @@ Notable:
 Legend: B rows, T tokens, M model width, N rows of text, U units.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Literal, TypeAlias
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import ClassVar, Literal, TypeAlias
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from subquad.distill.logit_losses import FromHidden, chunked_loss
+from subquad.errors import UserError
 from subquad.model.base import BaseStudent
 from subquad.model.output_head import OutputHead, final_hidden
 from subquad.plan import Plan
+from subquad.recipes.stage import Length
+from subquad.select.inputs import SelectorInputs, Train
+from subquad.select.ranking import Ranking
+from subquad.select.registry import Selector, selector
 from subquad.select.supernet import Supernet, passes, without
-from subquad.select.units import Unit
-from subquad.select.work import Work
+from subquad.select.units import Unit, by_layer, layers_in
+from subquad.select.work import SelectionCost, Work
 from subquad.utils.token_cost import TokenCost
 
 Base: TypeAlias = Literal["restore", "remove"]
-Train: TypeAlias = Callable[[BaseStudent, int, str], None]  # (student, tokens, name): as the recipe would, on logits
 
 KEPT = 4  # of the candidates, one in so many goes to the next round, with so many times the tokens
+
+
+@selector("kl", aligned=True)
+class Kl(Selector):
+    """Units whose restored attention brings the all-linear student nearest to the teacher."""
+
+    base: ClassVar[Base] = "restore"
+    stride: Length = 4
+    """The KL is taken at every `stride`-th position."""
+    retrain_tokens: int = Field(default=0, ge=0)
+    """Tokens to train each candidate on before it is measured."""
+    rounds: Length = 1
+    """Rounds of successive halving."""
+
+    def cost(self, inputs: SelectorInputs) -> SelectionCost:
+        plans, text_NT = self._plans(inputs, inputs.new_board()), inputs.text_BT
+        if self.retrain_tokens:
+            self._train(inputs)
+            tokens = training_cost(len(plans), text_NT, self.retrain_tokens, self.rounds)
+        else:
+            tokens = TokenCost(forward_tokens=(1 + passes(plans)) * text_NT.numel())
+        return SelectionCost(f"{self.name}, {len(inputs.units)} units", tokens)
+
+    def choose(self, inputs: SelectorInputs) -> Ranking:
+        board, units = inputs.new_board(), inputs.units
+        plans = self._plans(inputs, board)
+        if self.retrain_tokens == 0:
+            return self._without_training(inputs, board, plans)
+        gains_NU, last_round = gains_with_training(
+            board,
+            plans,
+            inputs.text_BT,
+            self.stride,
+            inputs.work,
+            self._train(inputs),
+            base=self.base,
+            tokens=self.retrain_tokens,
+            rounds=self.rounds,
+            cut=inputs.count,
+        )
+        more = {"retrain_tokens": self.retrain_tokens, "last_round": by_layer(last_round, units)}
+        return Ranking.by_rows(units, gains_NU, inputs.unit, more)
+
+    def _plans(self, inputs: SelectorInputs, board: Supernet) -> list[Plan]:
+        """The base's plan, those with one unit changed, and those with an alternative mixer in one unit."""
+        alternatives = [board.having(name, layers_in(unit)) for name in inputs.alternatives for unit in inputs.units]
+        return candidates(board, inputs.units, self.base) + alternatives
+
+    def _train(self, inputs: SelectorInputs) -> Train:
+        if inputs.train is None:
+            raise UserError(
+                f"the selector '{self.name}' with retrain_tokens trains as the recipe does, and the recipe has no "
+                "stage on logits with scope 'plan': add one, or leave out retrain_tokens"
+            )
+        return inputs.train
+
+    def _without_training(self, inputs: SelectorInputs, board: Supernet, plans: Sequence[Plan]) -> Ranking:
+        units = inputs.units
+        kl_NP = kl_without_training(board, plans, inputs.text_BT, self.stride, inputs.work)
+        gains_NU, *alternatives = gains_of(kl_NP, self.base).split(len(units), 1)
+        gains = {name: x_NU.mean(0).tolist() for name, x_NU in zip(inputs.alternatives, alternatives, strict=True)}
+        more = {"kl_base": float(kl_NP[:, 0].mean()), "alternatives": gains}
+        return replace(Ranking.by_rows(units, gains_NU, inputs.unit, more), alternatives=gains)
+
+
+@selector("kl-removal", aligned=True)
+class KlRemoval(Kl):
+    """Units whose attention the teacher misses most, in KL, when they alone are linear."""
+
+    base: ClassVar[Base] = "remove"
 
 
 def candidates(board: Supernet, units: Sequence[Unit], base: Base) -> list[Plan]:
@@ -80,7 +156,7 @@ def round_tokens(tokens: int, rounds: int) -> list[int]:
     return [max(1, round(tokens / KEPT**left)) for left in range(rounds - 1, -1, -1)]
 
 
-def training_bill(plans: int, text_NT: Tensor, tokens: int, rounds: int) -> TokenCost:
+def training_cost(plans: int, text_NT: Tensor, tokens: int, rounds: int) -> TokenCost:
     """Of all rounds: the first trains every plan, each later one a quarter of the candidates, and the base again."""
     counts = [plans, *(_open(plans - 1, later) + 1 for later in range(1, rounds))]
     trained = sum(count * amount for count, amount in zip(counts, round_tokens(tokens, rounds), strict=True))

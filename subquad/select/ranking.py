@@ -1,4 +1,4 @@
-"""What a selector is asked, and what it answers: which units keep attention, for any number or cost of them."""
+"""The answer of a selector: which units keep attention, for any number or cost of them."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,55 +8,15 @@ from typing import Any
 
 from torch import Tensor
 
-from subquad.data.text import Corpus
 from subquad.model.base import BaseStudent
 from subquad.plan import ATTENTION, AttentionShape, Join, Plan, dtype_name
-from subquad.pretrained.load import Teacher
 from subquad.select.budget import Budget, Cost
 from subquad.select.cost import best_units, front
-from subquad.select.kl import Train
 from subquad.select.knapsack import solve
-from subquad.select.supernet import Supernet
-from subquad.select.units import Unit, Wish, heads_of, kind_of, layers_in, units_of
-from subquad.select.work import Work
+from subquad.select.units import Unit, Wish, by_layer, heads_of, kind_of, layers_in, units_of
+from subquad.select.work import bootstrap
 
 FRONT_CONTEXT = 32768  # of the Pareto front, where the budget names no context
-
-
-@dataclass
-class SelectorInputs:
-    """What a selector may look at. `text_BT`: rows that neither training nor the final measurement sees."""
-
-    student: BaseStudent  # all-linear; aligned where the selector needs it
-    source: Teacher
-    text_BT: Tensor
-    budget: Budget
-    unit: Wish = "layer"
-    corpus: Corpus | None = None  # the text to train on
-    train: Train | None = None
-    seed: int = 0
-    work: Work = field(default_factory=Work)
-    alternatives: Mapping[str, BaseStudent] = field(default_factory=dict)  # all-linear too, with other mixers, by name
-
-    @property
-    def units(self) -> list[Unit]:
-        return units_of(self.student.plan.shapes, self.unit)
-
-    def new_board(self) -> Supernet:
-        """The plans over the student's mixers, and the alternatives'."""
-        return Supernet(self.student, self.source.model, self.alternatives)
-
-    @property
-    def count(self) -> int:
-        """How many units will be kept; where the budget leaves that open, half of them."""
-        units = len(self.units)
-        counted = self.budget.context is None and self.budget.word is None
-        return self.budget.of(units, kind_of(self.unit)) if counted else units // 2
-
-    @property
-    def least(self) -> int:
-        """How many units will be kept at least, as far as the budget says."""
-        return 0 if self.budget.context is not None else self.count
 
 
 @dataclass
@@ -88,6 +48,15 @@ class Ranking:
         """Keeps the units with the highest scores: numbers, or tuples of them, of which later ones part equals."""
         order = sorted(range(len(scores)), key=lambda index: scores[index], reverse=True)
         return cls(units, lambda count: sorted(order[:count]), unit, worth, report=report | {"order": order})
+
+    @classmethod
+    def by_rows(cls, units: list[Unit], gains_NU: Tensor, unit: Wish, more: dict[str, Any]) -> "Ranking":
+        """Keeps the units with the highest mean gain over rows of text; reports bootstrap intervals, and `more`."""
+        scores = gains_NU.mean(0).tolist()
+        low, high = (bound.tolist() for bound in bootstrap(gains_NU))
+        report = {"scores": scores, "low": low, "high": high}
+        shaped = {key: by_layer(values, units) for key, values in report.items()}
+        return cls.in_order(units, scores, unit, shaped | {"rows": len(gains_NU)} | more, scores)
 
     @classmethod
     def of_scores(cls, scores: Mapping[str, Any], shapes: Sequence[AttentionShape]) -> "Ranking":

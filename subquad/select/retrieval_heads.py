@@ -23,14 +23,74 @@ from subquad.model.interface import shapes_of, watched_attention
 from subquad.model.output_head import final_hidden
 from subquad.model.student import Student
 from subquad.plan import Plan
+from subquad.recipes.stage import Length
 from subquad.select.ablation import Measure, Silence, measure_of, silence_bill
+from subquad.select.inputs import SelectorInputs
+from subquad.select.ranking import Ranking
+from subquad.select.registry import Selector, selector
 from subquad.select.units import Unit, by_layer, units_of
-from subquad.select.work import Work
+from subquad.select.work import SelectionCost, Work
 
 ROLE_FLOOR = 0.1  # of a head's attention that must follow a pattern for it to have that role
 ROLE_ROWS = 8
 ROLE_ANSWERS = 8  # of a row that has many
 BEFORE = 4  # tokens before the answer that make up the fact with it
+
+
+@selector("retrieval-heads", unit="head")
+class RetrievalHeads(Selector):
+    """Heads, or layers, without which the teacher cannot look things up."""
+
+    tasks: list[str] = ["dictionary"]
+    """Retrieval tasks."""
+    context: Length = 512
+    """Tokens of a row."""
+    rows: Length = 64
+    """Rows of each task, at most."""
+    measure: Measure = "auto"
+    top: int | None = None
+    """Units that must be told from the others before it stops; none: as many as the budget keeps."""
+    confidence: float = 0.95
+    seed: int = 0
+
+    def cost(self, inputs: SelectorInputs) -> SelectionCost:
+        shapes, units = inputs.student.plan.shapes, inputs.units
+        teacher = inputs.source
+        probes = make_probes(self.tasks, teacher.tokenizer, self.context, self.rows, self.seed, inputs.text_BT)
+        top = default_top(units) if self._top(inputs) is None else self._top(inputs)
+        return SelectionCost(
+            f"silencing {len(units)} {'heads' if units == units_of(shapes, 'head') else 'units'} on {len(probes)} x "
+            f"{self.rows} rows of {self.context} tokens, fewer when the first {top} are settled early",
+            silence_bill(units, len(shapes), probes),
+        )
+
+    def choose(self, inputs: SelectorInputs) -> Ranking:
+        scores = retrieval_scores(
+            inputs.source.model,
+            inputs.source.tokenizer,
+            inputs.text_BT,
+            units=inputs.units,
+            tasks=self.tasks,
+            context=self.context,
+            rows=self.rows,
+            measure=self.measure,
+            top=self._top(inputs),
+            confidence=self.confidence,
+            seed=self.seed,
+            work=inputs.work,
+        )
+        pairs = [*zip(scores.scores, scores.logprob_drop, strict=True)]
+        return Ranking.in_order(inputs.units, pairs, inputs.unit, scores.as_dict(), scores.scores)
+
+    def _top(self, inputs: SelectorInputs) -> int | None:
+        return inputs.count if self.top is None and inputs.budget.context is None else self.top
+
+
+@selector("recall")
+class Recall(RetrievalHeads):
+    """The same of whole layers, on three tasks."""
+
+    tasks: list[str] = ["dictionary", "variables", "associative"]
 
 
 @dataclass
@@ -61,6 +121,23 @@ class RetrievalScores:
         return found | {key: by_layer(found[key], self.units) for key in each}
 
 
+def default_top(units: Sequence[Unit]) -> int:
+    """A fiftieth of the units (the paper's 2%)."""
+    return max(1, round(len(units) / 50))
+
+
+def make_probes(
+    tasks: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    context: int,
+    rows: int,
+    seed: int,
+    text_BT: Tensor | None,
+) -> dict[str, Probe]:
+    """A probe for each retrieval task, by name."""
+    return {task: make_probe(task, tokenizer, context, rows, seed, text_BT) for task in tasks}
+
+
 @torch.no_grad()
 def retrieval_scores(
     model: PreTrainedModel,
@@ -80,22 +157,15 @@ def retrieval_scores(
     """Scores every unit of `model` by silencing its heads on the retrieval probes `tasks` of `context` tokens.
 
     `text_BT`: a haystack for the probes. `units`: none: every head. `rows`: of each task, at most. `top`: how many
-    units must be told from the others before it stops; none: a fiftieth of them (the paper's 2 %). `work` gets the bill
-    before the work begins, and shares it. Raises UserError where the model can be asked nothing: no task is left.
+    units must be told from the others before it stops; none: `default_top`. `work` shares the work between processes.
+    Raises UserError where the model can be asked nothing: no task is left.
     """
     work = work or Work()
     shapes = shapes_of(model)
     heads = units_of(shapes, "head")
     units = heads if units is None else list(units)
-    top = max(1, round(len(units) / 50)) if top is None else top
-    probes = {task: make_probe(task, tokenizer, context, rows, seed, text_BT) for task in tasks}
-    bill = silence_bill(units, len(shapes), probes)
-    what = "heads" if units == heads else "units"
-    work.announce(
-        f"silencing {len(units)} {what} on {len(probes)} x {rows} rows of {context} tokens, fewer when the first {top} "
-        "are settled early",
-        bill,
-    )
+    top = default_top(units) if top is None else top
+    probes = make_probes(tasks, tokenizer, context, rows, seed, text_BT)
     teacher = Student.from_teacher(model, Plan.all_attention(shapes))
     with evaluating(model):
         whole = {task: answers(model, probe) for task, probe in probes.items()}

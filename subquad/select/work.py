@@ -23,8 +23,21 @@ from subquad.utils.token_cost import TokenCost
 RESAMPLES = 1000
 
 
-class OnlyTheBill(Exception):
-    """The bill was all that was asked for."""
+@dataclass(frozen=True)
+class SelectionCost:
+    """The tokens that a selection will run, and the words that announce it."""
+
+    description: str
+    tokens: TokenCost = field(default_factory=TokenCost)
+
+    def sentence(self, speed: Callable[[], float] | None = None) -> str:
+        """The announcement; with the time it takes where `speed` measures the teacher's tokens/s."""
+        parts = [f"{self.tokens.forward_tokens:,.0f} tokens forward"] if self.tokens.forward_tokens else []
+        parts += [f"{self.tokens.training_tokens:,.0f} tokens of training"] if self.tokens.training_tokens else []
+        if not parts:
+            return f"{self.description}: nothing to measure"
+        time_ = "" if speed is None else f", about {duration(self.tokens.seconds(speed()))}"
+        return f"{self.description}: {' and '.join(parts)}{time_}"
 
 
 @dataclass
@@ -36,21 +49,14 @@ class Work:
     accelerator: Accelerator | None = None
     file: Path | None = None
     speed: Callable[[], float] | None = None
-    dry_run: bool = False
     announced: TokenCost = field(default_factory=TokenCost)
     spent: TokenCost = field(default_factory=TokenCost)
     started: float = field(default_factory=time.perf_counter)
 
-    def announce(self, what: str, bill: TokenCost) -> None:
-        """Says what is about to be done and what it costs. Raises OnlyTheBill on a dry run."""
-        self.announced = bill
-        parts = [f"{bill.forward_tokens:,.0f} tokens forward"] if bill.forward_tokens else []
-        parts += [f"{bill.training_tokens:,.0f} tokens of training"] if bill.training_tokens else []
-        cost = " and ".join(parts) or "nothing to measure"
-        about = "" if self.speed is None or not parts else f", about {duration(bill.seconds(self.speed()))}"
-        self.say(f"{what}: {cost}{about}")
-        if self.dry_run:
-            raise OnlyTheBill
+    def announce(self, cost: SelectionCost) -> None:
+        """Prints the cost of the work about to begin."""
+        self.announced = cost.tokens
+        self.say(cost.sentence(self.speed))
 
     def pieces(
         self,

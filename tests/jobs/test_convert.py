@@ -26,7 +26,7 @@ from subquad.model.student import Student
 from subquad.plan import AttentionShape, Plan
 from subquad.recipes.load import load_recipe
 from subquad.recipes.schema import Recipe
-from subquad.select import SELECTORS, Selector, units_of
+from subquad.select import SELECTORS, units_of
 from subquad.select.speed import DecodeCost
 from tests.helpers import RECIPE, STAGE, tiny
 
@@ -114,7 +114,7 @@ def test_an_interrupted_run_ends_the_same(finished, teacher_folder, text, tmp_pa
         with pytest.raises(KeyboardInterrupt):
             convert.convert(teacher_folder, Recipe(**RECIPE), again, data=text)
     with monkeypatch.context() as patch:
-        patch.setitem(select.SELECTORS, "kl", Selector(stop, aligned=True))
+        patch.setattr(select.SELECTORS["kl"], "choose", stop)
         resumed = convert.convert(teacher_folder, Recipe(**RECIPE), again, data=text, resume=True)
     mine, theirs = dict(student.mixer_parameters()), dict(resumed.mixer_parameters())
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)

@@ -14,7 +14,7 @@ from subquad.recipes.schema import Recipe, SelectorConfig
 from subquad.select import (
     SELECTORS,
     Budget,
-    OnlyTheBill,
+    SelectionCost,
     SelectorInputs,
     Supernet,
     TokenCost,
@@ -22,6 +22,7 @@ from subquad.select import (
     check_alternatives,
     check_selector,
     choose_plan,
+    make_selector,
     uniform_layers,
     units_of,
 )
@@ -74,7 +75,7 @@ def ruined_layer(layer=1):
 
 def asked(student, teacher, by, budget="1", **options):
     question = SelectorInputs(student, SimpleNamespace(model=teacher), text(), Budget.parse(budget), work=Work(**quiet))
-    return SELECTORS[by].choose(question, **options)
+    return make_selector(by, options).run(question)
 
 
 # Units and boards ----------------------------------------------------------------------------------------------------
@@ -163,7 +164,7 @@ def test_candidates_are_trained_before_they_are_measured():
     question = SelectorInputs(
         student, SimpleNamespace(model=teacher), text(), Budget.parse("1"), "head", train=train, work=work
     )
-    choice = SELECTORS["kl"].choose(question, retrain_tokens=1600, rounds=2)
+    choice = make_selector("kl", {"retrain_tokens": 1600, "rounds": 2}).run(question)
     assert round_tokens(1600, 2) == [400, 1600]
     assert [tokens for _, tokens in trained] == [400] * 19 + [1600] * 5  # with all-linear, in each round
     last = [turn for row in choice.report["last_round"] for turn in row]
@@ -171,7 +172,7 @@ def test_candidates_are_trained_before_they_are_measured():
     assert work.announced.training_tokens == work.spent.training_tokens == 19 * 400 + 5 * 1600
     question.train = None
     with pytest.raises(UserError, match="has no stage on logits"):
-        SELECTORS["kl"].choose(question, retrain_tokens=10)
+        make_selector("kl", {"retrain_tokens": 10}).run(question)
 
 
 def test_units_get_the_mixer_that_is_worth_its_bytes():
@@ -187,7 +188,7 @@ def test_units_get_the_mixer_that_is_worth_its_bytes():
         work=Work(**quiet),
         alternatives={"sliding_window": window},
     )
-    choice = SELECTORS["kl"].choose(question)
+    choice = make_selector("kl", {}).run(question)
     gains = choice.alternatives["sliding_window"]
     assert choice.worth[1] > gains[1] > 0.1 * choice.worth[1] and gains[0] < 0 and gains[2] < 0
     wanted = Student.from_teacher(
@@ -329,7 +330,7 @@ def test_greedy_with_a_number_of_units_goes_on_below_the_floor():
         Budget.parse("1"),
         work=Work(**quiet),
     )
-    choice = SELECTORS["greedy"].choose(question, task=task)
+    choice = make_selector("greedy", {"task": task}).run(question)
     assert choose_plan(student, Budget.parse("1"), choice)[1] == [2]
     assert choice.report["order"] == [2, 1, 0] and choice.named == {"best": [0, 1, 2], "opt": [0, 1, 2]}
     assert choose_plan(student, Budget.parse("best"), choice)[0].attention_layers == [0, 1, 2]
@@ -374,12 +375,15 @@ def test_pieces_are_kept(tmp_path):
     assert torch.equal(whole, found)
 
 
-def test_the_bill_comes_first():
+def test_the_cost_is_announced():
     said = []
-    work = Work(said.append, speed=lambda: 100.0, dry_run=True)
-    with pytest.raises(OnlyTheBill):
-        work.announce("kl", TokenCost(forward_tokens=1000, training_tokens=500))
-    assert said == ["kl: 1,000 tokens forward and 500 tokens of training, about 30\xa0s"]
+    work = Work(said.append, speed=lambda: 100.0)
+    work.announce(SelectionCost("kl", TokenCost(forward_tokens=1000, training_tokens=500)))
+    work.announce(SelectionCost("uniform"))
+    assert said == [
+        "kl: 1,000 tokens forward and 500 tokens of training, about 30\xa0s",
+        "uniform: nothing to measure",
+    ]
 
 
 def test_bootstrap():
@@ -403,8 +407,14 @@ def test_uniform_is_even():
 def test_unknown_selectors_options_and_budgets_are_refused():
     with pytest.raises(UserError, match="did you mean 'uniform'"):
         check_selector(SelectorConfig(by="unifrom"))
-    with pytest.raises(UserError, match="no option 'strid'"):
+    with pytest.raises(UserError, match="no option 'strid': did you mean 'stride'"):
         check_selector(SelectorConfig(by="kl", options={"strid": 3}))
+    with pytest.raises(UserError, match="'kl', option 'stride': input should be a valid integer"):
+        check_selector(SelectorConfig(by="kl", options={"stride": "often"}))
+    with pytest.raises(UserError, match="'uniform' has no option 'stride': it has none"):
+        check_selector(SelectorConfig(by="uniform", options={"stride": 3}))
+    with pytest.raises(UserError, match="'fixed' needs the layers to keep"):
+        check_selector(SelectorConfig(by="fixed"))
     with pytest.raises(UserError, match="only the selector greedy finds"):
         check_selector(SelectorConfig(by="kl", budget="opt"))
     for by in SELECTORS.keys() - {"fixed"}:
