@@ -20,9 +20,9 @@ class Attention(Mixer):
         k_BGLD, v_BGLD = inputs.k_BGTD, inputs.v_BGTD
         if state:
             k_BGLD, v_BGLD = inputs.append(state["k"], k_BGLD), inputs.append(state["v"], v_BGLD)
-        kept = slice(None) if self.group.window is None else slice(-self.group.window + 1, None)
+        cache_window = slice(None) if self.group.window is None else slice(-self.group.window + 1, None)
         y_BHTD = inputs.attend(inputs.q_BHTD, self.expand(k_BGLD), self.expand(v_BGLD))
-        return y_BHTD, {"k": k_BGLD[:, :, kept], "v": v_BGLD[:, :, kept]}
+        return y_BHTD, {"k": k_BGLD[:, :, cache_window], "v": v_BGLD[:, :, cache_window]}
 
     def expand(self, x_BGLD: Tensor) -> Tensor:
         """Attention functions know even groups; uneven ones get one key/value head for each query head."""

@@ -48,7 +48,7 @@ class HeadGroup:
         return tuple(sorted({head // self.queries_per_kv for head in self.heads}))
 
     @cached_property
-    def served_by(self) -> tuple[int, ...]:
+    def kv_positions(self) -> tuple[int, ...]:
         """Of each head, the place of its key/value head among those in use."""
         return tuple(self.kv_heads.index(head // self.queries_per_kv) for head in self.heads)
 
@@ -58,9 +58,9 @@ class HeadGroup:
         counts = {sum(h // self.queries_per_kv == kv for h in self.heads) for kv in self.kv_heads}
         return len(counts) == 1
 
-    def within(self, other: "HeadGroup") -> bool:
+    def is_subset(self, group: "HeadGroup") -> bool:
         """Whether these are heads of another group of the same layer."""
-        return replace(self, heads=()) == replace(other, heads=()) and {*self.heads} <= {*other.heads}
+        return replace(self, heads=()) == replace(group, heads=()) and {*self.heads} <= {*group.heads}
 
     def states(self, share: bool) -> int:
         """Recurrent states in use: one a key/value head when they are shared, else one a query head."""
@@ -156,20 +156,20 @@ class Mixer(nn.Module):
     def _check(self, inputs: MixerInputs, state: State | None) -> None:
         B, _, T, _ = inputs.q_BHTD.shape
         group, name = self.group, type(self).__name__
-        keys = (B, len(group.kv_heads), T, group.head_dim)
-        for what, tensor, wanted in (
+        kv_shape = (B, len(group.kv_heads), T, group.head_dim)
+        for label, tensor, expected_shape in (
             ("queries", inputs.q_BHTD, (B, len(group.heads), T, group.head_dim)),
-            ("keys", inputs.k_BGTD, keys),
-            ("values", inputs.v_BGTD, keys),
+            ("keys", inputs.k_BGTD, kv_shape),
+            ("values", inputs.v_BGTD, kv_shape),
             ("hidden states", inputs.hidden_BTM, (B, T, group.hidden_size)),
         ):
-            if tensor.shape != wanted:
-                raise ValueError(f"{name} was given {what} of shape {tuple(tensor.shape)}, and takes {wanted}")
+            if tensor.shape != expected_shape:
+                raise ValueError(f"{name} was given {label} of shape {tuple(tensor.shape)}, and takes {expected_shape}")
         if state:
             shapes = {key: tuple(tensor.shape[1:]) for key, tensor in state.items()}
-            wanted_state = {key: held.shape for key, held in self.held(group, self.options, inputs.past).items()}
-            if shapes != wanted_state:
-                raise ValueError(f"{name} was given the state of another mixer: {shapes}, and keeps {wanted_state}")
+            expected_shapes = {key: tensor.shape for key, tensor in self.held(group, self.options, inputs.past).items()}
+            if shapes != expected_shapes:
+                raise ValueError(f"{name} was given the state of another mixer: {shapes}, and keeps {expected_shapes}")
 
     def matrix(self, inputs: MixerInputs, columns: slice = slice(None)) -> Tensor:
         """The mixing matrix M, (B, H, T, T): what `mix` does to the identity. Row: query, column: key.
@@ -190,31 +190,35 @@ class Mixer(nn.Module):
     def state_bytes(cls, group: HeadGroup, options: Any, context: int, size: int, wide_size: int) -> int:
         """Bytes held for one row of the batch after `context` tokens: `size` an element, `wide_size` a wide one."""
         return sum(
-            math.prod(held.shape) * (wide_size if held.wide else size)
-            for held in cls.held(group, options, context).values()
+            math.prod(tensor.shape) * (wide_size if tensor.wide else size)
+            for tensor in cls.held(group, options, context).values()
         )
 
     @torch.no_grad()
     def calibrate(self, inputs: MixerInputs, target_BHTD: Tensor) -> None:
         """Starts the mixer as near to the teacher's attention as its free scale allows (one batch, closed form)."""
 
-    def share(self, other: "Mixer") -> bool:
+    def share(self, source: "Mixer") -> bool:
         """Takes what a mixer of the same kind has learned for these heads and maybe more; whether it could.
 
         Of the same heads all weights share their storage afterwards; of more heads, the rows of these are copied. Not
         possible where the other one lacks a head or has other options.
         """
-        if type(self) is not type(other) or self.options != other.options or not self.group.within(other.group):
+        if type(self) is not type(source) or self.options != source.options or not self.group.is_subset(source.group):
             return False
-        same = self.group == other.group
-        if not same and not self.group.even and len(self.group.heads) == len(other.group.kv_heads):
+        same_heads = self.group == source.group
+        if not same_heads and not self.group.even and len(self.group.heads) == len(source.group.kv_heads):
             return False  # a weight with rows for key/value heads would look like one that is not of heads
-        for parameter, source in zip(self.parameters(), other.parameters(), strict=True):
+        for parameter, source_parameter in zip(self.parameters(), source.parameters(), strict=True):
             shape = tuple(parameter.shape)
-            parameter.data = source.data if same else _rows_of(source.data, shape, other.group, self.group)
+            parameter.data = (
+                source_parameter.data
+                if same_heads
+                else _rows_of(source_parameter.data, shape, source.group, self.group)
+            )
         return True
 
-    def shared(self, inputs: MixerInputs, share: bool) -> MixerInputs:
+    def match_states(self, inputs: MixerInputs, share: bool) -> MixerInputs:
         """Keys and values as the states need them: one a key/value head when shared, else one a query head."""
         if share and self.group.even:
             return inputs
@@ -224,23 +228,23 @@ class Mixer(nn.Module):
         """Key/value heads repeated (or picked) so that each query head has its own."""
         if x_BGTD.shape[1] == len(self.group.heads):
             return x_BGTD
-        return picked(x_BGTD, self.group.served_by)
+        return picked(x_BGTD, self.group.kv_positions)
 
 
-def _rows_of(weight: Tensor, shape: tuple[int, ...], whole: HeadGroup, part: HeadGroup) -> Tensor:
+def _rows_of(weight: Tensor, shape: tuple[int, ...], source: HeadGroup, target: HeadGroup) -> Tensor:
     """The rows of a weight of `whole` that belong to the heads of `part`; `shape`: what that mixer's weight has.
 
     A head's rows stand together, in the order of the heads. They are those of query heads, of key/value heads, or, in a
     part whose heads share these unevenly, of each query head's key/value head. Other weights are returned as they are.
     """
-    of_each = [head // part.queries_per_kv for head in part.heads]
-    for all_of_them, these in (
-        (whole.heads, part.heads),
-        (whole.kv_heads, part.kv_heads),
-        (whole.kv_heads, of_each),
+    kv_head_of_query = [head // target.queries_per_kv for head in target.heads]
+    for source_heads, target_heads in (
+        (source.heads, target.heads),
+        (source.kv_heads, target.kv_heads),
+        (source.kv_heads, kv_head_of_query),
     ):
-        rows, rest = divmod(len(weight), len(all_of_them))
-        if rest == 0 and shape == (rows * len(these), *weight.shape[1:]):
-            index = torch.tensor([all_of_them.index(head) for head in these], device=weight.device)
+        rows, remainder = divmod(len(weight), len(source_heads))
+        if remainder == 0 and shape == (rows * len(target_heads), *weight.shape[1:]):
+            index = torch.tensor([source_heads.index(head) for head in target_heads], device=weight.device)
             return weight.unflatten(0, (-1, rows))[index].flatten(0, 1)
     return weight

@@ -47,9 +47,9 @@ class DiscreteMamba2(Convolved):
 
     def terms(self, inputs: MixerInputs) -> tuple[Tensor | None, ...]:
         log_a_BGT = nn.functional.logsigmoid(wide(self.decay(inputs.hidden_BTM))).transpose(1, 2)
-        real = inputs.real_BT
-        return inputs.q_BHTD * inputs.scale, masked(inputs.k_BGTD, real), inputs.v_BGTD, masked(log_a_BGT, real)
+        real_BT = inputs.real_BT
+        return inputs.q_BHTD * inputs.scale, masked(inputs.k_BGTD, real_BT), inputs.v_BGTD, masked(log_a_BGT, real_BT)
 
     def mix(self, inputs: MixerInputs, state: State) -> tuple[Tensor, State]:
-        y_BHTD, new = super().mix(inputs, state)
-        return y_BHTD + self.D_H[:, None, None] * self.spread(inputs.v_BGTD), new
+        y_BHTD, new_state = super().mix(inputs, state)
+        return y_BHTD + self.D_H[:, None, None] * self.spread(inputs.v_BGTD), new_state

@@ -38,5 +38,5 @@ class GLA(Recurrent):
     def terms(self, inputs: MixerInputs) -> tuple[Tensor | None, ...]:
         logits_BTGN = self.decay(inputs.hidden_BTM).unflatten(-1, (self.states, -1))
         log_a_BGTN = nn.functional.logsigmoid(wide(logits_BTGN)).transpose(1, 2) / self.options.normalizer
-        real = inputs.real_BT
-        return inputs.q_BHTD * inputs.scale, masked(inputs.k_BGTD, real), inputs.v_BGTD, masked(log_a_BGTN, real)
+        real_BT = inputs.real_BT
+        return inputs.q_BHTD * inputs.scale, masked(inputs.k_BGTD, real_BT), inputs.v_BGTD, masked(log_a_BGTN, real_BT)

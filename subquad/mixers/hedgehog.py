@@ -13,7 +13,7 @@ from subquad.mixers.parts import FeatureMap
 from subquad.mixers.sliding_window import WindowOptions, window_held, window_of
 from subquad.ops import WindowSum, decay_chunk, decay_read
 from subquad.ops.common import joined, wide
-from subquad.ops.window import first_real
+from subquad.ops.window import first_real_column
 
 CAUTION = 2.0  # subtracted from log c at the start, see `Hedgehog.calibrate`
 
@@ -43,16 +43,16 @@ class Hedgehog(Mixer):
         self.log_far_H = nn.Parameter(torch.zeros(len(group.heads)))
 
     def queries_and_keys(self, inputs: MixerInputs) -> tuple[Tensor, Tensor]:
-        inputs = self.shared(inputs, share=True)
+        inputs = self.match_states(inputs, share=True)
         return self.query_map(inputs.q_BHTD), self.key_map(inputs.k_BGTD)
 
     def mix(self, inputs: MixerInputs, state: State) -> tuple[Tensor, State]:
-        inputs = self.shared(inputs, share=True)
-        near = window_of(inputs, {name: x for name, x in state.items() if name != "far"}, self.options)
-        far_BHTP, far_state = self.far(inputs, state)
-        return self.joined(near, far_BHTP), near.state | {"far": far_state}
+        inputs = self.match_states(inputs, share=True)
+        near_sum = window_of(inputs, {name: x for name, x in state.items() if name != "far"}, self.options)
+        far_BHTP, far_state = self.far_sums(inputs, state)
+        return self.combine(near_sum, far_BHTP), near_sum.state | {"far": far_state}
 
-    def far(self, inputs: MixerInputs, state: State) -> tuple[Tensor, Tensor]:
+    def far_sums(self, inputs: MixerInputs, state: State) -> tuple[Tensor, Tensor]:
         """The linear sums [far numerator, far denominator] (B, H, T, D + 1), and their state after the new tokens.
 
         Between calls the state holds every token that the *next* query no longer sees in its window. The first new
@@ -70,7 +70,7 @@ class Hedgehog(Mixer):
         k_BGTF = self.key_map(k)
         if inputs.padding_BL is not None or inputs.past < window + self.options.sinks:
             columns_T = torch.arange(inputs.past - window, inputs.past - window + T, device=k.device)
-            start_B = first_real(inputs.padding_BL, B, k.device)
+            start_B = first_real_column(inputs.padding_BL, B, k.device)
             leaving_BT = columns_T >= start_B[:, None] + self.options.sinks
             if inputs.padding_BL is not None:
                 leaving_BT = leaving_BT & inputs.padding_BL[:, columns_T.clamp_min(0)]
@@ -86,22 +86,22 @@ class Hedgehog(Mixer):
             y_BHTP, far_state = decay_chunk(q_BHTF, k_BGTF, v_BGTP, None, state.get("far"))
         return y_BHTP, torch.addcmul(far_state, last_k.transpose(-1, -2), last_v)
 
-    def joined(self, near: WindowSum, far_BHTP: Tensor) -> Tensor:
+    def combine(self, near_sum: WindowSum, far_BHTP: Tensor) -> Tensor:
         """Both sums under one denominator, divided by the scale of the larger, so that nothing over- or underflows."""
         log_far_H11 = wide(self.log_far_H)[:, None, None]
         far_size = far_BHTP[..., -1:].detach().log() + log_far_H11.detach()  # -inf where no token is far
-        peak = torch.maximum(near.peak_BHT1, far_size)
-        near_weight = (near.peak_BHT1 - peak).exp()
+        peak = torch.maximum(near_sum.peak_BHT1, far_size)
+        near_weight = (near_sum.peak_BHT1 - peak).exp()
         far_weight = (log_far_H11 - peak).clamp_max(80.0).exp()  # the bound is met only where the far sum is zero
-        numerator = near_weight * near.numerator_BHTD + far_weight * far_BHTP[..., :-1]
-        denominator = near_weight * near.denominator_BHT1 + far_weight * far_BHTP[..., -1:]
-        return (numerator / denominator).to(near.numerator_BHTD.dtype)
+        numerator = near_weight * near_sum.numerator_BHTD + far_weight * far_BHTP[..., :-1]
+        denominator = near_weight * near_sum.denominator_BHT1 + far_weight * far_BHTP[..., -1:]
+        return (numerator / denominator).to(near_sum.numerator_BHTD.dtype)
 
     @classmethod
     def held(cls, group: HeadGroup, options: HedgehogOptions, context: int) -> dict[str, Held]:
         states, features = group.states(share=True), 2 * (options.feature_dim or group.head_dim)
-        far = Held((states, features, group.head_dim + 1), wide=True)
-        return window_held(states, group.head_dim, options) | {"far": far}
+        far_state = Held((states, features, group.head_dim + 1), wide=True)
+        return window_held(states, group.head_dim, options) | {"far": far_state}
 
     @torch.no_grad()
     def calibrate(self, inputs: MixerInputs, target_BHTD: Tensor) -> None:
@@ -112,24 +112,27 @@ class Hedgehog(Mixer):
         layer replaced (window 128, length 1,024) the KL to the teacher was 0.071 at the least local error, 0.043 at
         e^-2 of it, and 0.045 with the window alone.
         """
-        inputs = self.shared(inputs, share=True)
-        near = window_of(inputs, {}, self.options)
-        some = slice(None, None, 8)
-        near = WindowSum(
-            near.numerator_BHTD[:, :, some], near.denominator_BHT1[:, :, some], near.peak_BHT1[:, :, some], state={}
+        inputs = self.match_states(inputs, share=True)
+        near_sum = window_of(inputs, {}, self.options)
+        token_slice = slice(None, None, 8)
+        near_sum = WindowSum(
+            near_sum.numerator_BHTD[:, :, token_slice],
+            near_sum.denominator_BHT1[:, :, token_slice],
+            near_sum.peak_BHT1[:, :, token_slice],
+            state={},
         )
         maps = (self.query_map.weight_HDF, self.key_map.weight_HDF)
         starts = [weight.clone() for weight in maps]
         sharpness = torch.tensor([0.25, 0.5, 1.0, 2.0]).to(self.log_far_H)
         factors = torch.arange(-12.0, 9.0).to(self.log_far_H)
         errors = []
-        for sharp in sharpness:
+        for scale in sharpness:
             for weight, start in zip(maps, starts, strict=True):
-                weight.copy_(start * sharp)
-            far_BHTP = self.far(inputs, {})[0][:, :, some]
+                weight.copy_(start * scale)
+            far_BHTP = self.far_sums(inputs, {})[0][:, :, token_slice]
             for factor in factors:
                 self.log_far_H.fill_(factor)
-                error_BHTD = wide(self.joined(near, far_BHTP) - target_BHTD[:, :, some])
+                error_BHTD = wide(self.combine(near_sum, far_BHTP) - target_BHTD[:, :, token_slice])
                 errors.append(error_BHTD.norm(dim=-1).sum((0, 2)))
         least_SH, factor_SH = torch.stack(errors).unflatten(0, (len(sharpness), -1)).min(1)
         # Heads that share a state share its sharpness.

@@ -31,18 +31,18 @@ class Liger(Mixer):
     options: LigerOptions
 
     def mix(self, inputs: MixerInputs, state: State) -> tuple[Tensor, State]:
-        inputs = self.shared(inputs, share=True)
-        near = window_of(inputs, {name: x for name, x in state.items() if name != "far"}, self.options)
-        real, k_BGTD = inputs.real_BT, wide(inputs.k_BGTD)
+        inputs = self.match_states(inputs, share=True)
+        near_sum = window_of(inputs, {name: x for name, x in state.items() if name != "far"}, self.options)
+        real_BT, k_BGTD = inputs.real_BT, wide(inputs.k_BGTD)
         form = decay_step if inputs.q_BHTD.shape[2] == 1 else decay_chunk
         far_BHTD, far_state = form(
             wide(inputs.q_BHTD).softmax(-1),
-            masked(k_BGTD.softmax(-1), real),
+            masked(k_BGTD.softmax(-1), real_BT),
             inputs.v_BGTD,
-            masked(nn.functional.logsigmoid(k_BGTD) / self.options.normalizer, real),
+            masked(nn.functional.logsigmoid(k_BGTD) / self.options.normalizer, real_BT),
             state.get("far"),
         )
-        return (near.normalised() + far_BHTD) / 2, near.state | {"far": far_state}
+        return (near_sum.normalised() + far_BHTD) / 2, near_sum.state | {"far": far_state}
 
     @classmethod
     def held(cls, group: HeadGroup, options: Any, context: int) -> dict[str, Held]:

@@ -41,10 +41,10 @@ class Linear(Recurrent):
             self.key_features = FeatureMap(self.states, self.state_dim, self.state_dim)
         self.output = Scale(len(group.heads), group.head_dim)
 
-    def features(self, x_BHTN: Tensor, learned: str) -> Tensor:
+    def features(self, x_BHTN: Tensor, feature_map: str) -> Tensor:
         if self.options.feature == "hedgehog":
-            mapped: Tensor = getattr(self, learned)(x_BHTN)
-            return mapped
+            features_BHTF: Tensor = getattr(self, feature_map)(x_BHTN)
+            return features_BHTF
         x_BHTN = wide(x_BHTN) * self.group.head_dim**-0.25
         return x_BHTN.softmax(-1) if self.options.feature == "softmax" else nn.functional.elu(x_BHTN) + 1
 
@@ -58,9 +58,9 @@ class Linear(Recurrent):
         return q_BHTF, masked(k_BGTF, inputs.real_BT), wide(torch.cat([inputs.v_BGTD, ones_BGT1], -1)), None
 
     def mix(self, inputs: MixerInputs, state: State) -> tuple[Tensor, State]:
-        sums_BHTP, new = super().mix(inputs, state)
+        sums_BHTP, new_state = super().mix(inputs, state)
         y_BHTD = sums_BHTP[..., :-1] / sums_BHTP[..., -1:].clamp_min(1e-20)  # zero only where nothing is seen: at pads
-        return y_BHTD.to(inputs.v_BGTD.dtype), new
+        return y_BHTD.to(inputs.v_BGTD.dtype), new_state
 
     @classmethod
     def state_shape(cls, group: HeadGroup, options: RecurrentOptions) -> tuple[int, int, int]:

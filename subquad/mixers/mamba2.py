@@ -58,5 +58,5 @@ class Mamba2(Convolved):
         return inputs.q_BHTD * inputs.scale, k_BGTD, inputs.v_BGTD, log_a_BGT
 
     def mix(self, inputs: MixerInputs, state: State) -> tuple[Tensor, State]:
-        y_BHTD, new = super().mix(inputs, state)
-        return y_BHTD + self.D_H[:, None, None] * self.spread(inputs.v_BGTD), new
+        y_BHTD, new_state = super().mix(inputs, state)
+        return y_BHTD + self.D_H[:, None, None] * self.spread(inputs.v_BGTD), new_state

@@ -45,10 +45,10 @@ class LowRank(nn.Sequential):
     """A linear map from the hidden states through `rank` channels, or a plain one if that is None; starts constant."""
 
     def __init__(self, hidden_size: int, out: int, rank: int | None, bias: float) -> None:
-        last = nn.Linear(hidden_size if rank is None else rank, out)
-        nn.init.zeros_(last.weight)
-        nn.init.constant_(last.bias, bias)
-        super().__init__(*([] if rank is None else [nn.Linear(hidden_size, rank, bias=False)]), last)
+        output_map = nn.Linear(hidden_size if rank is None else rank, out)
+        nn.init.zeros_(output_map.weight)
+        nn.init.constant_(output_map.bias, bias)
+        super().__init__(*([] if rank is None else [nn.Linear(hidden_size, rank, bias=False)]), output_map)
 
 
 class ShortConv(nn.Module):

@@ -73,15 +73,15 @@ class Recurrent(Mixer):
         """
         raise NotImplementedError
 
-    def convolved(self, inputs: MixerInputs, state: State) -> tuple[MixerInputs, State]:
+    def convolve(self, inputs: MixerInputs, state: State) -> tuple[MixerInputs, State]:
         """The inputs after short convolutions, for mixers that have them, and the state of these."""
         return inputs, {}
 
     def prepare(self, inputs: MixerInputs, state: State) -> tuple[MixerInputs, State]:
-        inputs, new = self.convolved(self.shared(inputs, self.options.share_state), state)
-        return self.reduced(inputs), new
+        inputs, conv_state = self.convolve(self.match_states(inputs, self.options.share_state), state)
+        return self.project(inputs), conv_state
 
-    def reduced(self, inputs: MixerInputs) -> MixerInputs:
+    def project(self, inputs: MixerInputs) -> MixerInputs:
         """Queries and keys in `state_dim` channels."""
         if self.options.state_dim is None:
             return inputs
@@ -93,11 +93,11 @@ class Recurrent(Mixer):
         if self.options.bidirectional:
             if state or inputs.past:
                 raise ValueError(f"{type(self).__name__} is bidirectional: it cannot go on from a state")
-            return self._sized(both_ways(chunk, terms)), {}
-        y_BHTP, new = (step if inputs.q_BHTD.shape[2] == 1 else chunk)(*terms, state.get("recurrent"))
-        return self._sized(y_BHTP), {"recurrent": new}
+            return self._apply_gain(scan_both_ways(chunk, terms)), {}
+        y_BHTP, new_state = (step if inputs.q_BHTD.shape[2] == 1 else chunk)(*terms, state.get("recurrent"))
+        return self._apply_gain(y_BHTP), {"recurrent": new_state}
 
-    def _sized(self, y_BHTP: Tensor) -> Tensor:
+    def _apply_gain(self, y_BHTP: Tensor) -> Tensor:
         return y_BHTP if self.averages else y_BHTP * self.gain_H[:, None, None]
 
     def finish(self, y_BHTD: Tensor, inputs: MixerInputs) -> Tensor:
@@ -118,8 +118,8 @@ class Recurrent(Mixer):
     def calibrate(self, inputs: MixerInputs, target_BHTD: Tensor) -> None:
         """Projects to `state_dim` where least is lost of q k^T, then fits the gain and the output's scale."""
         if self.options.state_dim is not None:
-            whole, _ = self.convolved(self.shared(inputs, self.options.share_state), {})
-            query_map_GDN, key_map_GDN = low_rank(whole.q_BHTD, whole.k_BGTD, self.state_dim)
+            conv_inputs, _ = self.convolve(self.match_states(inputs, self.options.share_state), {})
+            query_map_GDN, key_map_GDN = low_rank(conv_inputs.q_BHTD, conv_inputs.k_BGTD, self.state_dim)
             self.query_map_HDN.copy_(query_map_GDN.repeat_interleave(len(self.group.heads) // self.states, 0))
             self.key_map_GDN.copy_(key_map_GDN)
         prepared, _ = self.prepare(inputs, {})
@@ -131,18 +131,18 @@ class Recurrent(Mixer):
         self.output.calibrate(self.mix(prepared, {})[0], prepared.hidden_BTM, target_BHTD)
 
 
-def both_ways(chunk: Form, terms: tuple[Tensor | None, ...]) -> Tensor:
+def scan_both_ways(chunk: Form, terms: tuple[Tensor | None, ...]) -> Tensor:
     """The sum of a scan forwards and one backwards over the tokens after each query: (B, H, T, P).
 
     Backwards, a query is moved one token ahead, to where the state does not hold its own token yet.
     """
-    forwards = chunk(*terms)[0]
-    if forwards.shape[2] == 1:
-        return forwards
+    y_forwards = chunk(*terms)[0]
+    if y_forwards.shape[2] == 1:
+        return y_forwards
     q, *rest = (None if x is None else x.flip(2) for x in terms)
     assert q is not None
-    after = chunk(q[:, :, 1:], *(None if x is None else x[:, :, :-1] for x in rest))[0]
-    return forwards + nn.functional.pad(after, (0, 0, 1, 0)).flip(2)
+    y_backwards = chunk(q[:, :, 1:], *(None if x is None else x[:, :, :-1] for x in rest))[0]
+    return y_forwards + nn.functional.pad(y_backwards, (0, 0, 1, 0)).flip(2)
 
 
 def low_rank(q_BHTD: Tensor, k_BGTD: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -156,14 +156,14 @@ def low_rank(q_BHTD: Tensor, k_BGTD: Tensor, rank: int) -> tuple[Tensor, Tensor]
     k_GLD = wide(k_BGTD).transpose(0, 1).flatten(1, 2)
     (q_root, q_inverse), (k_root, k_inverse) = (_roots(x.transpose(-1, -2) @ x) for x in (q_GLD, k_GLD))
     left, values, right = torch.linalg.svd(q_root @ k_root)
-    half = values[:, None, :rank].sqrt()
-    return q_inverse @ left[:, :, :rank] * half, k_inverse @ right.transpose(-1, -2)[:, :, :rank] * half
+    root_values = values[:, None, :rank].sqrt()
+    return q_inverse @ left[:, :, :rank] * root_values, k_inverse @ right.transpose(-1, -2)[:, :, :rank] * root_values
 
 
 def _roots(moment_GDD: Tensor) -> tuple[Tensor, Tensor]:
     """The symmetric square root of positive semidefinite matrices, and its (pseudo-)inverse."""
     values, vectors = torch.linalg.eigh(moment_GDD)
-    kept = values > values[:, -1:] * values.shape[-1] * torch.finfo(values.dtype).eps
+    nonzero = values > values[:, -1:] * values.shape[-1] * torch.finfo(values.dtype).eps
     root = values.clamp_min(0).sqrt()
-    inverse = torch.where(kept, 1 / root.clamp_min(torch.finfo(values.dtype).tiny), 0.0)
+    inverse = torch.where(nonzero, 1 / root.clamp_min(torch.finfo(values.dtype).tiny), 0.0)
     return vectors * root[:, None] @ vectors.transpose(-1, -2), vectors * inverse[:, None] @ vectors.transpose(-1, -2)

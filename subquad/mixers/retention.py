@@ -43,16 +43,16 @@ class Retention(Recurrent):
         B, _, T, _ = inputs.q_BHTD.shape
         log_a_G = torch.log1p(-1 / self.memories()).to(inputs.q_BHTD.device, wide(inputs.v_BGTD).dtype)
         log_a_BGT = log_a_G[None, :, None].expand(B, -1, T)
-        real = inputs.real_BT
-        k_BGTD = masked(inputs.k_BGTD, real)
-        return inputs.q_BHTD * inputs.scale, k_BGTD, inputs.v_BGTD, masked(log_a_BGT, real)
+        real_BT = inputs.real_BT
+        k_BGTD = masked(inputs.k_BGTD, real_BT)
+        return inputs.q_BHTD * inputs.scale, k_BGTD, inputs.v_BGTD, masked(log_a_BGT, real_BT)
 
     def memories(self) -> Tensor:
         """Of each state, in tokens; float64."""
         group = self.group
-        places, of = [*group.heads], group.layer_heads or group.heads[-1] + 1
+        positions, count = [*group.heads], group.layer_heads or group.heads[-1] + 1
         if self.options.share_state:  # neighbours have one, by their key/value head
-            of = math.ceil(of / group.queries_per_kv)
-            places = [*group.kv_heads] if group.even else [head // group.queries_per_kv for head in places]
+            count = math.ceil(count / group.queries_per_kv)
+            positions = [*group.kv_heads] if group.even else [head // group.queries_per_kv for head in positions]
         first, last = math.log(self.options.shortest), math.log(self.options.longest)
-        return torch.linspace(first, last, of, dtype=torch.float64).exp()[places]
+        return torch.linspace(first, last, count, dtype=torch.float64).exp()[positions]

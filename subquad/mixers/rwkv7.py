@@ -44,16 +44,16 @@ class RWKV7(Recurrent):
             wide(gate(inputs.hidden_BTM)).sigmoid().unflatten(-1, (self.states, -1)).transpose(1, 2)
             for gate in (self.decay, self.rate)
         )
-        real = inputs.real_BT
+        real_BT = inputs.real_BT
         log_w_BGTN = -math.exp(-0.5) * decay_BGTN
         k_BGTN = wide(inputs.k_BGTD)
         unit_BGTN = unit(k_BGTN)
         written_BGTN = k_BGTN * (rate_BGTN - log_w_BGTN.expm1())
         return (
             inputs.q_BHTD * inputs.scale,
-            masked(written_BGTN, real),
+            masked(written_BGTN, real_BT),
             inputs.v_BGTD,
-            masked(log_w_BGTN, real),
+            masked(log_w_BGTN, real_BT),
             unit_BGTN,
-            masked(rate_BGTN * unit_BGTN, real),
+            masked(rate_BGTN * unit_BGTN, real_BT),
         )

@@ -48,7 +48,7 @@ class SlidingWindow(Mixer):
     options: WindowOptions
 
     def mix(self, inputs: MixerInputs, state: State) -> tuple[Tensor, State]:
-        result = window_of(self.shared(inputs, share=True), state, self.options)
+        result = window_of(self.match_states(inputs, share=True), state, self.options)
         return result.normalised(), result.state
 
     @classmethod

@@ -49,7 +49,7 @@ def initial_state(state_BGNP: Tensor | None, k_BGTN: Tensor, v_BGTP: Tensor) -> 
     return wide(v_BGTP.new_zeros(B, G, N, v_BGTP.shape[-1]))
 
 
-def decayed(state_BGNP: Tensor, log_a: Tensor) -> Tensor:
+def decay_state(state_BGNP: Tensor, log_a: Tensor) -> Tensor:
     """The state after one token's decay: `log_a` is (B, G, 1), or (B, G, 1, N) for one a key channel."""
     a = wide(log_a).exp()
     return state_BGNP * (a.transpose(-1, -2) if log_a.dim() == 4 else a.unsqueeze(-1))
@@ -57,13 +57,13 @@ def decayed(state_BGNP: Tensor, log_a: Tensor) -> Tensor:
 
 def into_chunks(x: Tensor, size: int, dim: int = 2) -> Tensor:
     """Splits time into chunks, (.., T, ..) -> (.., K, C, ..), zeros at the end: these leave every state untouched."""
-    extra = -x.shape[dim] % size
-    return wide(pad(x, (0, 0) * (x.dim() - 1 - dim) + (0, extra))).unflatten(dim, (-1, size))
+    padding = -x.shape[dim] % size
+    return wide(pad(x, (0, 0) * (x.dim() - 1 - dim) + (0, padding))).unflatten(dim, (-1, size))
 
 
-def even_chunk(length: int, most: int) -> int:
+def even_chunk(length: int, limit: int) -> int:
     """The size of chunks of at most `most` that leaves the least to fill up: as few as can be, all alike."""
-    return -(-length // -(-length // most))
+    return -(-length // -(-length // limit))
 
 
 def pair_decay(c_BGKC: Tensor | None, like: Tensor) -> Tensor:

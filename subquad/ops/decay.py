@@ -19,7 +19,16 @@ import torch
 from torch import Tensor
 
 from subquad.ops import triton
-from subquad.ops.common import decayed, even_chunk, full_precision, initial_state, into_chunks, loop, pair_decay, wide
+from subquad.ops.common import (
+    decay_state,
+    even_chunk,
+    full_precision,
+    initial_state,
+    into_chunks,
+    loop,
+    pair_decay,
+    wide,
+)
 from subquad.ops.products import decayed_products, gradients
 
 SCALAR_CHUNK = 64
@@ -32,7 +41,7 @@ def decay_step(
 ) -> tuple[Tensor, Tensor]:
     """One token of the recurrence. Returns y (B, H, 1, P) and the new state (B, G, N, P)."""
     state = initial_state(state_BGNP, k_BG1N, v_BG1P)
-    state = state.clone() if log_a is None else decayed(state, log_a)
+    state = state.clone() if log_a is None else decay_state(state, log_a)
     state.addcmul_(wide(k_BG1N).transpose(-1, -2), wide(v_BG1P))
     return decay_read(q_BH1N, state).to(v_BG1P.dtype), state
 
@@ -79,34 +88,34 @@ class _Decay(torch.autograd.Function):
     def forward(
         ctx: Any, q_BGKRCN: Tensor, k_BGKCN: Tensor, v_BGKCP: Tensor, c: Tensor | None, state_BGNP: Tensor
     ) -> tuple[Tensor, Tensor]:
-        read, rest, total = _decays(c)
+        read_decay, write_decay, total_decay = _decays(c)
         scores_BGKRCC = _scores(q_BGKRCN, k_BGKCN, c)
-        written_BGKNP = (k_BGKCN * rest).transpose(-1, -2) @ v_BGKCP
-        states_BGKNP = _scan(written_BGKNP, total, state_BGNP)  # one more than chunks: the first is at the start
+        written_BGKNP = (k_BGKCN * write_decay).transpose(-1, -2) @ v_BGKCP
+        states_BGKNP = _scan(written_BGKNP, total_decay, state_BGNP)  # one more than chunks: the first is at the start
         y_BGKQP = scores_BGKRCC.flatten(3, 4) @ v_BGKCP
-        y_BGKQP += (q_BGKRCN * _for_queries(read)).flatten(3, 4) @ states_BGKNP[:, :, :-1]
+        y_BGKQP += (q_BGKRCN * _for_queries(read_decay)).flatten(3, 4) @ states_BGKNP[:, :, :-1]
         ctx.save_for_backward(q_BGKRCN, k_BGKCN, v_BGKCP, c, scores_BGKRCC, states_BGKNP)
         return y_BGKQP.unflatten(3, q_BGKRCN.shape[3:5]), states_BGKNP[:, :, -1].clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q_BGKRCN, k_BGKCN, v_BGKCP, c, scores_BGKRCC, states_BGKNP = ctx.saved_tensors
-        read, rest, total = _decays(c)
+        read_decay, write_decay, total_decay = _decays(c)
         dy_BGKQP, dstate_BGNP = grads[0].flatten(3, 4), grads[1]
         # the states' gradients, from the last backwards: what each chunk reads, and what the one after it passes on
-        reading_BGKNP = (q_BGKRCN * _for_queries(read)).flatten(3, 4).transpose(-1, -2) @ dy_BGKQP
-        total_backwards = total.flip(2) if isinstance(total, Tensor) else total
-        dstates_BGKNP = _scan(reading_BGKNP.flip(2), total_backwards, dstate_BGNP).flip(2)
+        reading_BGKNP = (q_BGKRCN * _for_queries(read_decay)).flatten(3, 4).transpose(-1, -2) @ dy_BGKQP
+        total_decay_backwards = total_decay.flip(2) if isinstance(total_decay, Tensor) else total_decay
+        dstates_BGKNP = _scan(reading_BGKNP.flip(2), total_decay_backwards, dstate_BGNP).flip(2)
         # contiguous: a transposed slice is copied slowly
         before_BGKNP, dafter_BGKNP = states_BGKNP[:, :, :-1].contiguous(), dstates_BGKNP[:, :, 1:].contiguous()
 
         dscores_BGKRCC = (dy_BGKQP @ v_BGKCP.transpose(-1, -2)).unflatten(3, q_BGKRCN.shape[3:5])
         dq_BGKRCN, dk_BGKCN = _score_gradients(dscores_BGKRCC, q_BGKRCN, k_BGKCN, c)
         from_state = (dy_BGKQP @ before_BGKNP.transpose(-1, -2)).unflatten(3, q_BGKRCN.shape[3:5])
-        dq_BGKRCN += from_state * _for_queries(read)
-        dk_BGKCN += (v_BGKCP @ dafter_BGKNP.transpose(-1, -2)) * rest
+        dq_BGKRCN += from_state * _for_queries(read_decay)
+        dk_BGKCN += (v_BGKCP @ dafter_BGKNP.transpose(-1, -2)) * write_decay
         dv_BGKCP = scores_BGKRCC.flatten(3, 4).transpose(-1, -2) @ dy_BGKQP
-        dv_BGKCP += (k_BGKCN * rest) @ dafter_BGKNP
+        dv_BGKCP += (k_BGKCN * write_decay) @ dafter_BGKNP
         dc = None
         if c is not None:
             dc = (q_BGKRCN * dq_BGKRCN).sum(3) - k_BGKCN * dk_BGKCN
@@ -123,17 +132,19 @@ def _decays(c: Tensor | None) -> tuple[Tensor | float, Tensor | float, Tensor | 
     return c_BGKCN.exp(), (c_BGKCN[..., -1:, :] - c_BGKCN).exp(), c_BGKCN[..., -1, :, None].exp()
 
 
-def _for_queries(read: Tensor | float) -> Tensor | float:
-    return read.unsqueeze(3) if isinstance(read, Tensor) else read
+def _for_queries(read_decay: Tensor | float) -> Tensor | float:
+    return read_decay.unsqueeze(3) if isinstance(read_decay, Tensor) else read_decay
 
 
-def _scan(added_BGKNP: Tensor, total: Tensor | float, state_BGNP: Tensor) -> Tensor:
+def _scan(written_BGKNP: Tensor, total_decay: Tensor | float, state_BGNP: Tensor) -> Tensor:
     """state, total_0 state + added_0, ...: one more than there are chunks."""
-    states_BGKNP = torch.cat([state_BGNP.unsqueeze(2), added_BGKNP], 2)
-    if not isinstance(total, Tensor):
+    states_BGKNP = torch.cat([state_BGNP.unsqueeze(2), written_BGKNP], 2)
+    if not isinstance(total_decay, Tensor):
         return states_BGKNP.cumsum(2)
-    for before, after, decay in zip(states_BGKNP.unbind(2), states_BGKNP.unbind(2)[1:], total.unbind(2), strict=False):
-        after.addcmul_(before, decay)
+    for previous, current, decay in zip(
+        states_BGKNP.unbind(2), states_BGKNP.unbind(2)[1:], total_decay.unbind(2), strict=False
+    ):
+        current.addcmul_(previous, decay)
     return states_BGKNP
 
 

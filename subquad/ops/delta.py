@@ -17,7 +17,16 @@ import torch
 from torch import Tensor
 
 from subquad.ops import triton
-from subquad.ops.common import decayed, even_chunk, full_precision, initial_state, into_chunks, loop, pair_decay, wide
+from subquad.ops.common import (
+    decay_state,
+    even_chunk,
+    full_precision,
+    initial_state,
+    into_chunks,
+    loop,
+    pair_decay,
+    wide,
+)
 from subquad.ops.dplr import dplr_chunk
 
 CHUNK = 64
@@ -28,7 +37,7 @@ def delta_step(
     q_BH1N: Tensor, k_BG1N: Tensor, v_BG1P: Tensor, log_a: Tensor, b_BG1: Tensor, state_BGNP: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """One token of the recurrence. Returns y (B, H, 1, P) and the new state (B, G, N, P)."""
-    state = decayed(initial_state(state_BGNP, k_BG1N, v_BG1P), log_a)
+    state = decay_state(initial_state(state_BGNP, k_BG1N, v_BG1P), log_a)
     k = wide(k_BG1N)
     u_BG1P = wide(b_BG1).unsqueeze(-1) * (wide(v_BG1P) - k @ state)
     state = torch.addcmul(state, k.transpose(-1, -2), u_BG1P)
@@ -115,10 +124,10 @@ class _Delta(torch.autograd.Function):
         states_BGKNP = state_BGNP.unsqueeze(2).repeat(1, 1, chunks + 1, 1, 1)  # the first is at the start
         total_BGK11 = read_BGKC1[..., -1:, :]
         for i in range(chunks):
-            before = states_BGKNP[:, :, i]
-            u_BGKCP[:, :, i] -= from_state_BGKCN[:, :, i] @ before
+            previous_BGNP = states_BGKNP[:, :, i]
+            u_BGKCP[:, :, i] -= from_state_BGKCN[:, :, i] @ previous_BGNP
             states_BGKNP[:, :, i + 1] = k_end_BGKCN[:, :, i].transpose(-1, -2) @ u_BGKCP[:, :, i]
-            states_BGKNP[:, :, i + 1].addcmul_(before, total_BGK11[:, :, i])
+            states_BGKNP[:, :, i + 1].addcmul_(previous_BGNP, total_BGK11[:, :, i])
 
         y_BGKQP = scores_BGKRCC.flatten(3, 4) @ u_BGKCP
         y_BGKQP += (q_BGKRCN * read_BGKC1.unsqueeze(3)).flatten(3, 4) @ states_BGKNP[:, :, :-1]
@@ -148,9 +157,9 @@ class _Delta(torch.autograd.Function):
         dstates_BGKNP[:, :, :-1] = q_read_BGKQN.transpose(-1, -2) @ dy_BGKQP
         total_BGK11 = read_BGKC1[..., -1:, :]
         for i in reversed(range(k_BGKCN.shape[2])):
-            dafter = dstates_BGKNP[:, :, i + 1]
-            dr_BGKCP[:, :, i] += from_after_BGKCN[:, :, i] @ dafter
-            dstates_BGKNP[:, :, i].addcmul_(dafter, total_BGK11[:, :, i])
+            dnext_BGNP = dstates_BGKNP[:, :, i + 1]
+            dr_BGKCP[:, :, i] += from_after_BGKCN[:, :, i] @ dnext_BGNP
+            dstates_BGKNP[:, :, i].addcmul_(dnext_BGNP, total_BGK11[:, :, i])
             dstates_BGKNP[:, :, i] -= erasing_BGKNC[:, :, i] @ dr_BGKCP[:, :, i]
         dafter_BGKNP = dstates_BGKNP[:, :, 1:].contiguous()
 

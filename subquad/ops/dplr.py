@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from subquad.ops import triton
-from subquad.ops.common import decayed, full_precision, initial_state, into_chunks, loop, wide
+from subquad.ops.common import decay_state, full_precision, initial_state, into_chunks, loop, wide
 from subquad.ops.products import decayed_products
 
 CHUNK = 32  # longer ones pay more for products within, shorter ones for steps between
@@ -37,7 +37,7 @@ def dplr_step(
     state = initial_state(state_BGNP, k_BG1N, v_BG1P)
     u_BG1P = wide(e_BG1N) @ state
     w_BG1N = wide(w) if w.dim() == 4 else wide(w).unsqueeze(-1) * wide(k_BG1N)
-    state = decayed(state, log_a_BG1N)
+    state = decay_state(state, log_a_BG1N)
     state.addcmul_(w_BG1N.transpose(-1, -2), u_BG1P, value=-1)
     state.addcmul_(wide(k_BG1N).transpose(-1, -2), wide(v_BG1P))
     q_BGRN = wide(q_BH1N).squeeze(2).unflatten(1, (k_BG1N.shape[1], -1))
@@ -80,8 +80,8 @@ def dplr_chunk(
     # What e_t reads has decayed as what q_{t-1} reads: one token earlier it is one more query.
     reads = torch.cat([q, pad(e, (0, 0, -1, 1)).unsqueeze(3)], 3).flatten(0, 2)
     keys = torch.stack([k, w] if w.dim() == 5 else [k], 3).flatten(0, 2)
-    c_LCN, leading = c.flatten(0, 2), c.shape[:3]
-    products = decayed_products(reads, c_LCN, keys, c_LCN).unflatten(0, leading)  # B G K R+1 S C C
+    c_LCN, leading_shape = c.flatten(0, 2), c.shape[:3]
+    products = decayed_products(reads, c_LCN, keys, c_LCN).unflatten(0, leading_shape)  # B G K R+1 S C C
     if w.dim() == 4:
         products = torch.cat([products, products * w[..., None, None, None, :]], 4)
         w = w.unsqueeze(-1) * k
@@ -89,21 +89,21 @@ def dplr_chunk(
     ek, ew = pad(products[:, :, :, -1], (0, 0, 1, -1)).unbind(3)
 
     # (I + ew) u = ek v + e^{c before} e S_0: solved for both right-hand sides at once, S_0 being unknown yet
-    right = torch.cat([ek @ v, e * (c - log_a).exp()], -1)
-    solved = torch.linalg.solve_triangular(ew, right, upper=False, unitriangular=True)
-    from_v, from_state = solved.split([v.shape[-1], k.shape[-1]], -1)
+    right_sides = torch.cat([ek @ v, e * (c - log_a).exp()], -1)
+    solutions = torch.linalg.solve_triangular(ew, right_sides, upper=False, unitriangular=True)
+    from_v, from_state = solutions.split([v.shape[-1], k.shape[-1]], -1)
 
-    rest = (c[..., -1:, :] - c).exp()
-    written = (k * rest).transpose(-1, -2) @ v
-    w_write = (w * rest).transpose(-1, -2)
+    write_decay = (c[..., -1:, :] - c).exp()
+    written_states = (k * write_decay).transpose(-1, -2) @ v
+    w_write = (w * write_decay).transpose(-1, -2)
     decay = c[..., -1, :].exp().unsqueeze(-1)
-    starts, erasures = [], []
-    for chunk in zip(*(x.unbind(2) for x in (from_v, from_state, decay, written, w_write)), strict=True):
+    start_states, erasures = [], []
+    for chunk in zip(*(x.unbind(2) for x in (from_v, from_state, decay, written_states, w_write)), strict=True):
         from_v_BGCP, from_state_BGCN, decay_BGN1, written_BGNP, w_BGNC = chunk
         u_BGCP = from_v_BGCP + from_state_BGCN @ state_BGNP
-        starts.append(state_BGNP)
+        start_states.append(state_BGNP)
         erasures.append(u_BGCP)
         state_BGNP = state_BGNP * decay_BGN1 + written_BGNP - w_BGNC @ u_BGCP
-    start, u = torch.stack(starts, 2).unsqueeze(3), torch.stack(erasures, 2).unsqueeze(3)
+    start, u = torch.stack(start_states, 2).unsqueeze(3), torch.stack(erasures, 2).unsqueeze(3)
     y = qk @ v.unsqueeze(3) - qw @ u + (q * c.exp().unsqueeze(3)) @ start  # B G K R C P
     return y.transpose(2, 3).flatten(3, 4)[:, :, :, :T].flatten(1, 2).to(v_BGTP.dtype), state_BGNP

@@ -48,11 +48,11 @@ def _products(x_LRCN: Tensor, c_LCN: Tensor, y_LSCN: Tensor, d_LCN: Tensor) -> T
     if C <= BLOCK or C % 2:
         return _exact(x_LRCN, c_LCN, y_LSCN, d_LCN)
     A, S = C // 2, y_LSCN.shape[1]
-    late, early = _across(c_LCN, d_LCN)
-    reads_LQN, keys_LKN = (x_LRCN[:, :, A:] * late).flatten(1, 2), (y_LSCN[:, :, :A] * early).flatten(1, 2)
-    within = _products(*(_halved(z) for z in (x_LRCN, c_LCN, y_LSCN, d_LCN))).unflatten(0, (L, 2))
+    late_decay, early_decay = _boundary_decays(c_LCN, d_LCN)
+    reads_LQN, keys_LKN = (x_LRCN[:, :, A:] * late_decay).flatten(1, 2), (y_LSCN[:, :, :A] * early_decay).flatten(1, 2)
+    half_products = _products(*(_halve(z) for z in (x_LRCN, c_LCN, y_LSCN, d_LCN))).unflatten(0, (L, 2))
     s_LRSCC = x_LRCN.new_zeros(L, R, S, C, C)
-    s_LRSCC[..., :A, :A], s_LRSCC[..., A:, A:] = within.unbind(1)
+    s_LRSCC[..., :A, :A], s_LRSCC[..., A:, A:] = half_products.unbind(1)
     s_LRSCC[..., A:, :A] = (reads_LQN @ keys_LKN.transpose(-1, -2)).view(L, R, A, S, A).transpose(2, 3)
     return s_LRSCC
 
@@ -63,23 +63,23 @@ def gradients(ds_LRSCC: Tensor, x_LRCN: Tensor, c_LCN: Tensor, y_LSCN: Tensor, d
     if C <= BLOCK or C % 2:
         return _exact_gradients(ds_LRSCC, x_LRCN, c_LCN, y_LSCN, d_LCN)
     A, S = C // 2, y_LSCN.shape[1]
-    late, early = _across(c_LCN, d_LCN)
-    reads_LQN, keys_LKN = (x_LRCN[:, :, A:] * late).flatten(1, 2), (y_LSCN[:, :, :A] * early).flatten(1, 2)
-    within = torch.stack([ds_LRSCC[..., :A, :A], ds_LRSCC[..., A:, A:]], 1).flatten(0, 1)
-    dx, dy = gradients(within, *(_halved(z) for z in (x_LRCN, c_LCN, y_LSCN, d_LCN)))
+    late_decay, early_decay = _boundary_decays(c_LCN, d_LCN)
+    reads_LQN, keys_LKN = (x_LRCN[:, :, A:] * late_decay).flatten(1, 2), (y_LSCN[:, :, :A] * early_decay).flatten(1, 2)
+    half_gradients = torch.stack([ds_LRSCC[..., :A, :A], ds_LRSCC[..., A:, A:]], 1).flatten(0, 1)
+    dx, dy = gradients(half_gradients, *(_halve(z) for z in (x_LRCN, c_LCN, y_LSCN, d_LCN)))
     dx_LRCN, dy_LSCN = (z.unflatten(0, (L, 2)).transpose(1, 2).flatten(2, 3) for z in (dx, dy))
     across_LQK = ds_LRSCC[..., A:, :A].transpose(2, 3).reshape(L, R * A, S * A)
-    dx_LRCN[:, :, A:] += (across_LQK @ keys_LKN).unflatten(1, (R, A)) * late
-    dy_LSCN[:, :, :A] += (across_LQK.transpose(-1, -2) @ reads_LQN).unflatten(1, (S, A)) * early
+    dx_LRCN[:, :, A:] += (across_LQK @ keys_LKN).unflatten(1, (R, A)) * late_decay
+    dy_LSCN[:, :, :A] += (across_LQK.transpose(-1, -2) @ reads_LQN).unflatten(1, (S, A)) * early_decay
     return dx_LRCN, dy_LSCN
 
 
-def _halved(z: Tensor) -> Tensor:
+def _halve(z: Tensor) -> Tensor:
     """The two halves of every chunk as chunks of their own: (L, .., C, N) -> (2 L, .., A, N)."""
     return z.unflatten(-2, (2, -1)).movedim(-3, 1).flatten(0, 1)
 
 
-def _across(c_LCN: Tensor, d_LCN: Tensor) -> tuple[Tensor, Tensor]:
+def _boundary_decays(c_LCN: Tensor, d_LCN: Tensor) -> tuple[Tensor, Tensor]:
     """e^{c_i - r} for the later half and e^{r - d_j} for the earlier, r being d at its end: (L, 1, A, N) each."""
     A = c_LCN.shape[1] // 2
     boundary_L1N = d_LCN[:, A - 1 : A]
@@ -106,8 +106,8 @@ def _exact_gradients(
         for s in range(y.shape[1]):  # at each query position i: (R, C) with (C, N)
             dx += (ds[:, :, s].transpose(1, 2) @ (decay_LCCN * y[:, s].unsqueeze(1))).transpose(1, 2)
         for r in range(x.shape[1]):  # at each key position j: (S, C) with (C, N)
-            seen_by = (decay_LCCN * x[:, r].unsqueeze(2)).transpose(1, 2)
-            dy += (ds[:, r].permute(0, 3, 1, 2) @ seen_by).transpose(1, 2)
+            decayed_x = (decay_LCCN * x[:, r].unsqueeze(2)).transpose(1, 2)
+            dy += (ds[:, r].permute(0, 3, 1, 2) @ decayed_x).transpose(1, 2)
         parts.append((dx, dy))
     dx_LRCN, dy_LSCN = (torch.cat(part) for part in zip(*parts, strict=True))
     return dx_LRCN, dy_LSCN
@@ -116,8 +116,8 @@ def _exact_gradients(
 def _decay(c_LCN: Tensor, d_LCN: Tensor) -> Tensor:
     """e^{c_i - d_j} where j <= i, else 0: (L, C, C, N)."""
     C = c_LCN.shape[1]
-    seen_CC = torch.ones(C, C, dtype=torch.bool, device=c_LCN.device).tril()
-    return (c_LCN.unsqueeze(2) - d_LCN.unsqueeze(1)).masked_fill_(~seen_CC.unsqueeze(-1), -torch.inf).exp_()
+    causal_CC = torch.ones(C, C, dtype=torch.bool, device=c_LCN.device).tril()
+    return (c_LCN.unsqueeze(2) - d_LCN.unsqueeze(1)).masked_fill_(~causal_CC.unsqueeze(-1), -torch.inf).exp_()
 
 
 def _slices(*tensors: Tensor) -> Any:

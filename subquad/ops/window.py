@@ -36,7 +36,7 @@ class WindowSum:
         return (self.numerator_BHTD / self.denominator_BHT1).to(self.numerator_BHTD.dtype)
 
 
-def first_real(padding_BL: Tensor | None, batch: int, device: torch.device) -> Tensor:
+def first_real_column(padding_BL: Tensor | None, batch: int, device: torch.device) -> Tensor:
     """The column of each row's first real token, (B,)."""
     if padding_BL is None:
         return torch.zeros(batch, dtype=torch.long, device=device)
@@ -45,18 +45,20 @@ def first_real(padding_BL: Tensor | None, batch: int, device: torch.device) -> T
 
 def _valid(padding_BL: Tensor | None, columns: Tensor) -> Tensor:
     """Which columns hold a real token: (B or 1, number of columns)."""
-    inside = columns >= 0
+    in_range = columns >= 0
     if padding_BL is None:
-        return inside[None]
-    return inside[None] & padding_BL[:, columns.clamp(0, padding_BL.shape[1] - 1)]
+        return in_range[None]
+    return in_range[None] & padding_BL[:, columns.clamp(0, padding_BL.shape[1] - 1)]
 
 
-def _sinks(new: Tensor, old: Tensor | None, index_BS: Tensor) -> Tensor:
+def _sinks(x_BGTD: Tensor, past_sinks: Tensor | None, index_BS: Tensor) -> Tensor:
     """The sinks' keys or values (B, G, S, D), with those that are among the new tokens written in."""
-    B, G, T, D = new.shape
-    among_new = (index_BS >= 0) & (index_BS < T)
-    gathered = new.gather(2, index_BS.clamp(0, T - 1)[:, None, :, None].expand(B, G, -1, D))
-    return torch.where(among_new[:, None, :, None], gathered, gathered.new_zeros(()) if old is None else old)
+    B, G, T, D = x_BGTD.shape
+    is_new_BS = (index_BS >= 0) & (index_BS < T)
+    gathered = x_BGTD.gather(2, index_BS.clamp(0, T - 1)[:, None, :, None].expand(B, G, -1, D))
+    return torch.where(
+        is_new_BS[:, None, :, None], gathered, gathered.new_zeros(()) if past_sinks is None else past_sinks
+    )
 
 
 def window_sum(
@@ -78,25 +80,30 @@ def window_sum(
     `append` puts the new keys and values behind those of the state.
     """
 
-    def extended(new: Tensor, old: Tensor | None) -> Tensor:
-        return pad(new, (0, 0, window - 1, 0)) if old is None else append(old, new)
+    def extend(x_BGTD: Tensor, past_x: Tensor | None) -> Tensor:
+        return pad(x_BGTD, (0, 0, window - 1, 0)) if past_x is None else append(past_x, x_BGTD)
 
     T = k_BGTD.shape[2]
-    seen = Seen(window, sinks, past, padding_BL, len(k_BGTD), k_BGTD.device, scale, softcap)
-    old: dict[str, Tensor | None] = {**state} if state else dict.fromkeys(("window_k", "window_v", "sink_k", "sink_v"))
-    k_BGED, v_BGED = extended(k_BGTD, old["window_k"]), extended(v_BGTD, old["window_v"])
-    held = {"window_k": k_BGED[:, :, T:], "window_v": v_BGED[:, :, T:]}
+    visibility = Visibility(window, sinks, past, padding_BL, len(k_BGTD), k_BGTD.device, scale, softcap)
+    past_state: dict[str, Tensor | None] = (
+        {**state} if state else dict.fromkeys(("window_k", "window_v", "sink_k", "sink_v"))
+    )
+    k_BGED, v_BGED = extend(k_BGTD, past_state["window_k"]), extend(v_BGTD, past_state["window_v"])
+    new_state = {"window_k": k_BGED[:, :, T:], "window_v": v_BGED[:, :, T:]}
     if state and padding_BL is None and past >= sinks:
-        held |= {name: state[name] for name in ("sink_k", "sink_v")}
+        new_state |= {name: state[name] for name in ("sink_k", "sink_v")}
     else:
-        new = {"sink_k": k_BGTD, "sink_v": v_BGTD}
-        held |= {name: _sinks(x_BGTD, old[name], seen.sink_columns_BS - past) for name, x_BGTD in new.items()}
+        sink_sources = {"sink_k": k_BGTD, "sink_v": v_BGTD}
+        new_state |= {
+            name: _sinks(x_BGTD, past_state[name], visibility.sink_columns_BS - past)
+            for name, x_BGTD in sink_sources.items()
+        }
     form = _step if T == 1 else _blocks
-    return WindowSum(*form(q_BHTD, k_BGED, v_BGED, held["sink_k"], held["sink_v"], seen), held)
+    return WindowSum(*form(q_BHTD, k_BGED, v_BGED, new_state["sink_k"], new_state["sink_v"], visibility), new_state)
 
 
 @dataclass
-class Seen:
+class Visibility:
     """Which keys the queries see, and how they score them."""
 
     window: int
@@ -111,11 +118,11 @@ class Seen:
     @cached_property
     def sink_columns_BS(self) -> Tensor:
         """The columns of the first real tokens."""
-        start_B = first_real(self.padding_BL, self.batch, self.device)
+        start_B = first_real_column(self.padding_BL, self.batch, self.device)
         return start_B[:, None] + torch.arange(self.sinks, device=self.device)
 
     @property
-    def all_of_them(self) -> bool:
+    def sees_everything(self) -> bool:
         """Whether every query sees all sinks, and all keys of its window."""
         return self.padding_BL is None and self.past >= self.sinks + self.window - 1
 
@@ -129,16 +136,16 @@ class Seen:
 
 
 def _step(
-    q_BH1D: Tensor, k_BGWD: Tensor, v_BGWD: Tensor, sink_k_BGSD: Tensor, sink_v_BGSD: Tensor, seen: Seen
+    q_BH1D: Tensor, k_BGWD: Tensor, v_BGWD: Tensor, sink_k_BGSD: Tensor, sink_v_BGSD: Tensor, visibility: Visibility
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One query: numerator, denominator and peak."""
     (B, G, W, _), S = k_BGWD.shape, sink_k_BGSD.shape[2]
     q_BGRD = q_BH1D.squeeze(2).unflatten(1, (G, -1))
-    s_BGRK = torch.cat([seen.scores(q_BGRD, sink_k_BGSD), seen.scores(q_BGRD, k_BGWD)], -1)
-    if not seen.all_of_them:
-        columns_W = torch.arange(seen.past - W + 1, seen.past + 1, device=k_BGWD.device)
-        far_BS = seen.past - seen.sink_columns_BS >= W
-        visible_BK = torch.cat([far_BS, _valid(seen.padding_BL, columns_W).expand(B, -1)], 1)
+    s_BGRK = torch.cat([visibility.scores(q_BGRD, sink_k_BGSD), visibility.scores(q_BGRD, k_BGWD)], -1)
+    if not visibility.sees_everything:
+        columns_W = torch.arange(visibility.past - W + 1, visibility.past + 1, device=k_BGWD.device)
+        far_BS = visibility.past - visibility.sink_columns_BS >= W
+        visible_BK = torch.cat([far_BS, _valid(visibility.padding_BL, columns_W).expand(B, -1)], 1)
         s_BGRK = s_BGRK.masked_fill(~visible_BK[:, None, None], torch.finfo(s_BGRK.dtype).min)
     peak_BGR1 = s_BGRK.detach().amax(-1, keepdim=True)
     weight_BGRK = (s_BGRK - peak_BGR1).exp()
@@ -153,10 +160,10 @@ def _step(
 
 
 def _blocks(
-    q_BHTD: Tensor, k_BGED: Tensor, v_BGED: Tensor, sink_k_BGSD: Tensor, sink_v_BGSD: Tensor, seen: Seen
+    q_BHTD: Tensor, k_BGED: Tensor, v_BGED: Tensor, sink_k_BGSD: Tensor, sink_v_BGSD: Tensor, visibility: Visibility
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Blocks of W queries, each with its own keys and the W - 1 before: numerator, denominator and peak."""
-    T, G, W, device = q_BHTD.shape[2], k_BGED.shape[1], seen.window, q_BHTD.device
+    T, G, W, device = q_BHTD.shape[2], k_BGED.shape[1], visibility.window, q_BHTD.device
     blocks = -(-T // W)
     span = 2 * W - 1
     end = blocks * W - T
@@ -166,23 +173,27 @@ def _blocks(
     )  # views: overlapping spans of keys
     row, key = torch.arange(W, device=device), torch.arange(span, device=device)
     in_window_QU = (key >= row[:, None]) & (key < row[:, None] + W)
-    columns_KU = seen.past - (W - 1) + torch.arange(blocks, device=device)[:, None] * W + key
-    valid_BKU = _valid(seen.padding_BL, columns_KU.flatten().clamp(max=seen.past + T - 1)).unflatten(1, (blocks, span))
-    visible = (in_window_QU & valid_BKU[:, :, None])[:, None, None]
-    query_columns_KQ = seen.past + torch.arange(blocks * W, device=device).unflatten(0, (blocks, W))
-    far_visible = (query_columns_KQ[None, :, :, None] - seen.sink_columns_BS[:, None, None] >= W)[:, None, None]
+    columns_KU = visibility.past - (W - 1) + torch.arange(blocks, device=device)[:, None] * W + key
+    valid_BKU = _valid(visibility.padding_BL, columns_KU.flatten().clamp(max=visibility.past + T - 1)).unflatten(
+        1, (blocks, span)
+    )
+    window_mask = (in_window_QU & valid_BKU[:, :, None])[:, None, None]
+    query_columns_KQ = visibility.past + torch.arange(blocks * W, device=device).unflatten(0, (blocks, W))
+    sink_mask = (query_columns_KQ[None, :, :, None] - visibility.sink_columns_BS[:, None, None] >= W)[:, None, None]
 
-    def masked(scores: Tensor, mask: Tensor) -> Tensor:
+    def mask_scores(scores: Tensor, mask: Tensor) -> Tensor:
         return scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
 
-    near = masked(seen.scores(q_BGRKQD, k_BGKUD[:, :, None]), visible)
-    far = masked(seen.scores(q_BGRKQD, sink_k_BGSD[:, :, None, None]), far_visible)
-    peak = near.detach().amax(-1, keepdim=True)
+    near_BGRKQU = mask_scores(visibility.scores(q_BGRKQD, k_BGKUD[:, :, None]), window_mask)
+    far_BGRKQS = mask_scores(visibility.scores(q_BGRKQD, sink_k_BGSD[:, :, None, None]), sink_mask)
+    peak = near_BGRKQU.detach().amax(-1, keepdim=True)
     if sink_k_BGSD.shape[2]:
-        peak = torch.maximum(peak, far.detach().amax(-1, keepdim=True))
-    near, far = (near - peak).exp(), (far - peak).exp()
-    numerator = near.to(v_BGED.dtype) @ v_BGKUD[:, :, None] + far.to(v_BGED.dtype) @ sink_v_BGSD[:, :, None, None]
-    denominator = near.sum(-1, keepdim=True) + far.sum(-1, keepdim=True)
+        peak = torch.maximum(peak, far_BGRKQS.detach().amax(-1, keepdim=True))
+    near_BGRKQU, far_BGRKQS = (near_BGRKQU - peak).exp(), (far_BGRKQS - peak).exp()
+    numerator = (
+        near_BGRKQU.to(v_BGED.dtype) @ v_BGKUD[:, :, None] + far_BGRKQS.to(v_BGED.dtype) @ sink_v_BGSD[:, :, None, None]
+    )
+    denominator = near_BGRKQU.sum(-1, keepdim=True) + far_BGRKQS.sum(-1, keepdim=True)
 
     def per_token(x: Tensor) -> Tensor:
         return x.flatten(3, 4)[:, :, :, :T].flatten(1, 2)
