@@ -18,7 +18,7 @@ class ConvOptions(RecurrentOptions):
 
 
 class Convolved(Recurrent):
-    """Base of recurrent mixers with short convolutions, which start as the identity."""
+    """Base class of recurrent mixers with short convolutions, which start as the identity."""
 
     options_class = ConvOptions
     options: ConvOptions

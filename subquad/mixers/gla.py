@@ -1,4 +1,4 @@
-"""Gated linear attention: a decay for every key channel, computed from the input.
+"""Gated linear attention (GLA): one input-dependent decay per key channel.
 
 Legend: B batch, H query heads, G state heads, T new tokens, D head width, N key channels.
 """
@@ -21,8 +21,7 @@ class GLAOptions(RecurrentOptions):
 class GLA(Recurrent):
     """S_t = diag(a_t) S_{t-1} + k_t v_t^T, y_t = gate * norm(q_t S_t), a_t = sigmoid(W x_t)^(1 / normalizer).
 
-    Starts with long memory (decay bias 6: half of a state is left after some 4,500 tokens), gate open, and output scale
-    fitted.
+    Initialised with long memory (decay bias 6: half-life of about 4,500 tokens), open gate and fitted output scale.
     Source: GLA (arXiv 2312.06635, section 4.4).
     """
 

@@ -1,4 +1,4 @@
-"""Liger: half a sliding window, half gated linear attention whose gate is the key itself; no new weights.
+"""Liger: the mean of a sliding window and of gated linear attention whose gate is the key; no new weights.
 
 Legend: B batch, H query heads, G state heads, T new tokens, D head width.
 """
@@ -22,9 +22,9 @@ class LigerOptions(WindowOptions):
 class Liger(Mixer):
     """y = (window(q, k, v) + q' S) / 2, S_t = diag(a_t) S_{t-1} + k'_t v_t^T, a_t = sigmoid(k_t)^(1 / normalizer).
 
-    q' and k' are the softmax over the channels of q and k. Nothing is added to the teacher, so there is nothing to fit:
-    Liger trains the projections (by LoRA).
-    Source: Liger (arXiv 2503.01496, eqs. 6 to 9); sinks are ours, and `sinks: 0` is the paper.
+    q' and k' are the softmax of q and k over their channels. There are no new weights to fit: Liger trains the
+    teacher's projections with LoRA.
+    Source: Liger (arXiv 2503.01496, eqs. 6 to 9). Sinks are an addition; `sinks: 0` is the paper's form.
     """
 
     options_class = LigerOptions

@@ -1,4 +1,4 @@
-"""Linear attention: softmax's exponential replaced by a product of positive features, normalised.
+"""Linear attention: the exponential of softmax replaced by a product of positive features, normalised.
 
 Legend: B batch, H query heads, G state heads, T new tokens, D head width, N width before the features, F features.
 """
@@ -25,7 +25,8 @@ class LinearOptions(RecurrentOptions):
 class Linear(Recurrent):
     """y_i = sum_{j<=i} phi(q_i) phi(k_j) v_j / sum_{j<=i} phi(q_i) phi(k_j), times a learned scale per channel.
 
-    The state (F, D + 1) carries the denominator as one more value, of ones. The scale is fitted to the teacher.
+    Values are extended by a one, so the last column of the state (F, D + 1) is the denominator. The scale is fitted to
+    the teacher.
     Sources: arXiv 2006.16236, eq. 12 (elu + 1); Liger, arXiv 2503.01496 (softmax); Hedgehog, arXiv 2402.04347, eq. 6.
     """
 
@@ -42,6 +43,7 @@ class Linear(Recurrent):
         self.output = Scale(len(group.heads), group.head_dim)
 
     def features(self, x_BHTN: Tensor, feature_map: str) -> Tensor:
+        """Map queries or keys to features (B, H, T, F). `feature_map` names the attribute with the learned map."""
         if self.options.feature == "hedgehog":
             features_BHTF: Tensor = getattr(self, feature_map)(x_BHTN)
             return features_BHTF
@@ -59,7 +61,7 @@ class Linear(Recurrent):
 
     def mix(self, inputs: MixerInputs, state: State) -> tuple[Tensor, State]:
         sums_BHTP, new_state = super().mix(inputs, state)
-        y_BHTD = sums_BHTP[..., :-1] / sums_BHTP[..., -1:].clamp_min(1e-20)  # zero only where nothing is seen: at pads
+        y_BHTD = sums_BHTP[..., :-1] / sums_BHTP[..., -1:].clamp_min(1e-20)  # zero only at pads, which see no key
         return y_BHTD.to(inputs.v_BGTD.dtype), new_state
 
     @classmethod

@@ -22,9 +22,10 @@ class RWKV7Options(RecurrentOptions):
 class RWKV7(Recurrent):
     """S_t = (diag(w) - (a * u) u^T) S_{t-1} + (k (1 - w + a))^T v, y_t = gate * q_t S_t * scale, with u = k / |k|.
 
-    The decay w = exp(-e^{-1/2} sigmoid(W_d x)) and the in-context learning rate a = sigmoid(W_a x) are one a channel.
-    Keeps rotary embedding; no token shift, bonus or group norm, and no value residual across layers, for a mixer sees
-    its own layer only. Starts with long memory (w = 0.9985), a = 1/2, the gate open and the output scale fitted.
+    The decay w = exp(-e^{-1/2} sigmoid(W_d x)) and the in-context learning rate a = sigmoid(W_a x) are per channel.
+    Rotary embedding is kept. There is no token shift, bonus or group norm, and no value residual across layers, since a
+    mixer sees its own layer only. Initialised with long memory (w = 0.9985), a = 1/2, an open gate and a fitted output
+    scale.
     Source: RADLADS (arXiv 2505.03005, RAD-RWKV7), after RWKV-7 (arXiv 2503.14456, eqs. 15 to 17).
     """
 

@@ -1,4 +1,4 @@
-"""Every mixer, one row each: its forms agree, padding leaves its state alone, and its bytes are what it says.
+"""Every mixer: its forms agree, padding leaves its state unchanged, and its state has the declared bytes.
 
 To test a new mixer, add a row to MIXERS.
 """
@@ -56,7 +56,7 @@ every_causal_mixer = pytest.mark.parametrize(("name", "options"), CAUSAL, ids=st
 
 
 def make(name, options, group=ALL_HEADS):
-    """A mixer in float64 with random weights, so that every part of it counts."""
+    """Make a mixer in float64 with random weights, so that no part is at its neutral start."""
     torch.manual_seed(0)
     mixer = mixer_class(name)(group, mixer_options(name, options)).double()
     with torch.no_grad():
@@ -96,7 +96,7 @@ def test_half_precision_in_half_precision_out(name, options):
 @pytest.mark.parametrize("group", [ALL_HEADS, UNEVEN], ids=["whole", "uneven"])
 @pytest.mark.parametrize("pieces", [[70], [1] * 70, [33, 1, 1, 35], [64, 6], [3, 67]], ids=lambda p: f"{len(p)}-pieces")
 def test_forms_agree(name, options, group, pieces):
-    """One call = any split with the state carried = token by token."""
+    """One call equals any split with the state carried over, including token by token."""
     mixer, batch = make(name, options, group), inputs(70, group)
     expected, expected_state = mixer(batch)
     outputs, state, start = [], None, 0
@@ -118,7 +118,7 @@ def test_matrix_is_the_mixing(name, options):
     v = prepared.v_BGTD.repeat_interleave(matrix.shape[1] // prepared.v_BGTD.shape[1], 1)
     torch.testing.assert_close(matrix @ v, y, rtol=1e-7, atol=1e-7)
     causal = torch.equal(matrix, matrix.tril())
-    assert causal != bool(options.get("bidirectional")), "what comes later counts in both directions, or not at all"
+    assert causal != bool(options.get("bidirectional")), "only bidirectional mixers read later tokens"
 
 
 @every_mixer
@@ -152,7 +152,7 @@ SCALED = [row for row in MIXERS if row[0] not in ("sliding_window", "hedgehog", 
 
 @pytest.mark.parametrize(("name", "options"), SCALED, ids=str)
 def test_calibration_fits_the_output_scale(name, options):
-    """Least squares: no factor on a channel of the output would bring it nearer to the target."""
+    """Least squares: no factor on a channel of the output would reduce its distance to the target."""
     mixer, batch = make(name, options), inputs(60)
     target = 3.0 * torch.randn(2, 6, 60, 8, dtype=torch.float64) + 1.0
     before = (mixer(batch)[0] - target).square().mean()
@@ -164,11 +164,11 @@ def test_calibration_fits_the_output_scale(name, options):
 
 @pytest.mark.parametrize(("name", "options"), [row for row in SCALED if "state_dim" not in row[1]], ids=str)
 def test_calibration_brings_matrices_to_the_size_of_attention(name, options):
-    """A matrix that is the target's but for its size becomes that; one whose rows are averages stays."""
+    """A matrix proportional to the target's is scaled to it. A matrix whose rows are averages stays."""
     mixer, batch = make(name, options), inputs(60)
     with torch.no_grad():
         if hasattr(mixer, "D_H"):
-            mixer.D_H.zero_()  # a diagonal beside the gain
+            mixer.D_H.zero_()  # a diagonal that the gain does not scale
         start = mixer.matrix(batch)
         v_BHTD = mixer.spread(mixer.prepare(batch, {})[0].v_BGTD)
         mixer.calibrate(batch, 0.01 * start @ v_BHTD)
@@ -176,7 +176,7 @@ def test_calibration_brings_matrices_to_the_size_of_attention(name, options):
 
 
 def test_calibration_of_hedgehog_is_near_the_teacher():
-    """A far factor that swamps the window is brought down; what is left is nearer to softmax attention."""
+    """A far factor that dominates the window is reduced, and the output approaches softmax attention."""
     mixer, batch = make("hedgehog", {"window": 12, "sinks": 3}), inputs(60)
     k, v = (x.repeat_interleave(3, 1) for x in (batch.k_BGTD, batch.v_BGTD))
     target = torch.nn.functional.scaled_dot_product_attention(batch.q_BHTD, k, v, is_causal=True, scale=batch.scale)
@@ -188,7 +188,7 @@ def test_calibration_of_hedgehog_is_near_the_teacher():
 
 
 def test_hedgehog_is_its_formula():
-    """Every entry of the mixing matrix, against the sums written out."""
+    """Every entry of the mixing matrix equals the sums written out."""
     mixer, batch = make("hedgehog", {"window": 5, "sinks": 2}), inputs(23)
     k = batch.k_BGTD.repeat_interleave(3, 1)
     near_scores = (batch.q_BHTD @ k.transpose(-1, -2) * batch.scale).exp()
@@ -208,10 +208,10 @@ def truncated(scores, rank):
 
 @pytest.mark.parametrize("rank", [1, 3, 8])
 def test_small_states_start_at_the_best_fit(rank):
-    """q A (k B)^T is the truncated SVD of all products with one key head, its queries stacked: no better one exists."""
+    """q A (k B)^T is the truncated SVD of all products with one key head, with its queries stacked (the optimum)."""
     batch = inputs(40, B=1)
     query_map, key_map = low_rank(batch.q_BHTD, batch.k_BGTD, rank)
-    q = batch.q_BHTD[0].unflatten(0, (2, 3)).flatten(1, 2)  # of each key head, three query heads in a row
+    q = batch.q_BHTD[0].unflatten(0, (2, 3)).flatten(1, 2)  # the three query heads of each key head
     k = batch.k_BGTD[0]
     fitted = (q @ query_map) @ (k @ key_map).transpose(-1, -2)
     torch.testing.assert_close(fitted, truncated(q @ k.transpose(-1, -2), rank), rtol=1e-6, atol=1e-6)
@@ -227,7 +227,7 @@ def test_small_states_fit_even_where_channels_are_dead():
 
 
 def test_calibration_of_a_small_state_beats_its_start_and_a_random_one():
-    """Of linear attention on queries and keys with few strong directions, which no choice of channels holds."""
+    """Linear attention on queries and keys with few strong directions, which no subset of channels captures."""
     torch.manual_seed(2)
     batch = inputs(60)
     mixing = torch.randn(8, 8, dtype=torch.float64) * 2.0 ** -torch.arange(8.0, dtype=torch.float64)[:, None]
@@ -250,7 +250,7 @@ def test_calibration_of_a_small_state_beats_its_start_and_a_random_one():
 
 @pytest.mark.parametrize("name", ["retention", "gla", "discrete_mamba2"])
 def test_both_directions_are_two_triangles(name):
-    """Below the diagonal and on it the causal mixer's matrix, above it that of the sequence read backwards."""
+    """The lower triangle is the causal mixer's matrix, the upper one that of the reversed sequence."""
     options = {"conv": 1} if name == "discrete_mamba2" else {}
     bidirectional, causal = make(name, options | {"bidirectional": True}), make(name, options)
     batch = inputs(30)
@@ -259,7 +259,7 @@ def test_both_directions_are_two_triangles(name):
     )
     matrix = bidirectional.matrix(batch)
     torch.testing.assert_close(matrix.tril(), causal.matrix(batch), rtol=1e-7, atol=1e-9)
-    # A key that is d tokens away has been through d decays forwards and d - 1 backwards: the query's own comes last.
+    # A key at distance d has passed d decays forwards but d - 1 backwards, where the query's own decay comes last.
     upper = causal.matrix(backwards).flip(-1, -2).triu(1)
     assert ((matrix.triu(1) != 0) == (upper != 0)).all()
     if name == "retention":
@@ -270,13 +270,13 @@ def test_both_directions_are_two_triangles(name):
 def test_bidirectional_mixers_keep_no_state():
     mixer, batch = make("gla", {"bidirectional": True}), inputs(10)
     assert mixer(batch)[1] == {} and mixer.state_bytes(ALL_HEADS, mixer.options, 99, 4, 4) == 0
-    with pytest.raises(ValueError, match="bidirectional: it cannot go on"):
+    with pytest.raises(ValueError, match="bidirectional: it cannot continue"):
         mixer(part(batch, 4, 10))
 
 
 @pytest.mark.parametrize("name", ["gla", "mamba2", "gated_deltanet", "kda", "rwkv7", "discrete_mamba2", "retention"])
 def test_states_and_outputs_under_autocast(name):
-    """Half precision around it: the state stays float32, and the output is near that of full precision."""
+    """Under autocast the state stays float32, and the output is close to that of full precision."""
     mixer = make(name, {}).float()
     batch = inputs(50)
     batch = MixerInputs(*(x.float() for x in (batch.q_BHTD, batch.k_BGTD, batch.v_BGTD, batch.hidden_BTM)), scale=0.3)
@@ -334,7 +334,7 @@ def test_errors_name_the_nearest():
 @every_mixer
 @pytest.mark.parametrize("heads", [(2,), (3, 4, 5), (1, 4), (0, 3, 4, 5), (0, 1, 2, 3, 4, 5)], ids=str)
 def test_what_was_learned_for_more_heads_serves_fewer(name, options, heads):
-    """A mixer that takes over some heads of another puts out for them what that did."""
+    """A mixer that takes over some heads of another computes the same output for them."""
     source, group = make(name, options), replace(ALL_HEADS, heads=heads)
     batch = inputs(30)
     y, _ = source(batch)
@@ -356,7 +356,7 @@ def test_what_cannot_be_taken_over_is_not():
     assert not mixer.share(two_heads) and two_heads.share(mixer)
     odd_group = replace(
         ALL_HEADS, heads=tuple(range(9)), queries_per_kv=3
-    )  # three heads of which two share a key/value head
+    )  # three heads, two of which share a key/value head
     assert not make("gla", {"share_state": True}, replace(odd_group, heads=(0, 1, 3))).share(
         make("gla", {"share_state": True}, odd_group)
     )

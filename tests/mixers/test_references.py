@@ -1,7 +1,7 @@
-"""Against other people's code: transformers' Mamba-2 and gated delta rule with copied weights; flash-linear-attention.
+"""Comparison with other implementations: transformers' Mamba-2 and gated delta rule, and flash-linear-attention.
 
-The kernels of flash-linear-attention run on a GPU only. What can be tested without one is what they are given: a
-stand-in with their signatures and layouts, computed by our loops.
+The kernels of flash-linear-attention need a GPU. Without one, the tests check their inputs through a stand-in with the
+same signatures and layouts, computed by our loops.
 """
 
 import sys
@@ -47,7 +47,7 @@ def mixer_with(module, name, options):
 
 
 def taps(weight_E1W, bias_E):
-    """A depthwise convolution's weights by head: (H, W, D), and its bias (H, D)."""
+    """Split a depthwise convolution by head: weights (H, W, D) and bias (H, D)."""
     return weight_E1W.squeeze(1).unflatten(0, (-1, D)).transpose(1, 2), bias_E.unflatten(0, (-1, D))
 
 
@@ -61,7 +61,7 @@ def convolutions(conv, names):
 
 
 def test_mamba2_is_transformers_bamba():
-    """The whole mixer, module to module: convolution with activation, discretisation, skip, gate, norm."""
+    """Equality of the modules: convolution with activation, discretisation, skip, gate and norm."""
     config = BambaConfig(
         hidden_size=M, mamba_n_heads=H, mamba_d_head=D, mamba_d_state=D, mamba_n_groups=H, mamba_expand=1,
         mamba_d_conv=4, mamba_chunk_size=16, mamba_conv_bias=True, mamba_proj_bias=True, rms_norm_eps=1e-6,
@@ -100,7 +100,7 @@ def test_gated_deltanet_is_transformers_qwen3_next():
     # Transformers scales queries by 1 / sqrt(D). The norm removes that factor, except from its epsilon.
     reference.norm.variance_epsilon /= D
     hidden = torch.randn(2, T, M)
-    # Their input projections hold q, k, v and the gate of one head after another, and b and a likewise.
+    # The input projections of transformers interleave q, k, v and gate by head, and likewise b and a.
     qkvz_w = reference.in_proj_qkvz.weight.unflatten(0, (H, 4, D))
     b_w, a_w = reference.in_proj_ba.weight.unflatten(0, (H, 2)).unbind(1)
     mixer = mixer_with(
@@ -125,7 +125,7 @@ def test_gated_deltanet_is_transformers_qwen3_next():
 
 
 def arguments(kind, dtype=torch.float32, device="cpu", groups=2):
-    """Inputs of a chunk form, and its reference loop."""
+    """Make inputs of a chunk form. Returns the inputs, the chunk form and its reference loop."""
     torch.manual_seed(0)
     B, G, N = 2, groups, 16
     q, k, v = torch.randn(B, 4, T, N), nn.functional.normalize(torch.randn(B, G, T, N), dim=-1), torch.randn(B, G, T, N)
@@ -147,7 +147,7 @@ KINDS = ["linear", "scalar decay", "vector decay", "delta", "delta, vector decay
 
 
 def time_first(form):
-    """One of our loops in the layout of the kernels: tensors (B, T, H, D), states (B, H, N, P)."""
+    """Wrap one of our loops in the layout of the kernels: tensors (B, T, H, D), states (B, H, N, P)."""
 
     def kernel(*inputs, scale, initial_state, output_final_state, **keywords):
         assert output_final_state
@@ -161,7 +161,7 @@ def time_first(form):
 
 @pytest.fixture
 def stand_in(monkeypatch):
-    """flash-linear-attention's names and layouts without its kernels, and tensors that pass for a GPU's; the calls."""
+    """Replace flash-linear-attention by a stand-in that also serves CPU tensors. Returns the list of kernel calls."""
     calls = []
 
     def record_calls(name, form):
@@ -229,7 +229,7 @@ def test_kernels_do_not_serve_processors_or_double_precision(monkeypatch):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 5e-3), (torch.bfloat16, 3e-2)], ids=str)
 def test_triton_kernels_are_the_loop(kind, dtype, tolerance, monkeypatch):
-    """Forward and gradient; and it is the kernels that ran."""
+    """Output and gradient match the loop, and the kernel was called."""
     pytest.importorskip("fla")
     inputs, chunk, loop = arguments(kind, dtype, "cuda")
     leaves = [x.requires_grad_() for x in inputs if x is not None]

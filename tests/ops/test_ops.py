@@ -1,4 +1,4 @@
-"""The recurrences and the window: chunked = step by step = the formula, whatever the shape; finite under any decay."""
+"""Recurrences and window: chunked and step-by-step forms equal the formula for any shape, finite under any decay."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ from subquad.ops.products import decayed_products
 
 DOUBLE = torch.float64
 
-# Each recurrence with each kind of decay: its forms, and how to draw its gates for (B, G, T, N).
+# Each recurrence with each kind of decay: its forms, and a function that draws its gates for (B, G, T, N).
 RECURRENCES = {
     "linear": (decay_chunk, decay_loop, decay_step, lambda *shape: [None]),
     "scalar decay": (decay_chunk, decay_loop, decay_step, lambda *shape: [scalar_decay(*shape)]),
@@ -66,7 +66,7 @@ def strength(B, G, T, N):
 
 
 def draw(name, T, *, B=2, G=2, R=1, N=5, P=4, seed=0, state=True):
-    """All that a form takes, in its order: q, k, v, gates and a state (or None)."""
+    """Draw the arguments of a form in order: q, k, v, gates and a state (or None)."""
     torch.manual_seed(seed)
     start = random(B, G, N, P) if state else None
     return [random(B, G * R, T, N), unit(B, G, T, N), random(B, G, T, P), *RECURRENCES[name][3](B, G, T, N), start]
@@ -109,7 +109,7 @@ def test_pieces_with_the_state_carried_are_the_whole(name):
 @every_recurrence
 @pytest.mark.parametrize("T", [1, 16, 70])
 def test_gradients_are_the_loops(name, T):
-    """Of everything, the initial state included; through the outputs and the final state."""
+    """Gradients of all inputs including the initial state, through the outputs and the final state."""
     chunk, loop, *_ = RECURRENCES[name]
     inputs = [None if x is None else x.requires_grad_() for x in draw(name, T, R=2)]
     leaves = [x for x in inputs if x is not None]
@@ -125,7 +125,7 @@ def test_gradients_are_the_loops(name, T):
 
 @every_recurrence
 def test_gradcheck(name):
-    """Against finite differences, across a chunk's border."""
+    """Comparison with finite differences, across a chunk boundary."""
     chunk, *_ = RECURRENCES[name]
     inputs = [None if x is None else x.requires_grad_() for x in draw(name, 34, B=1, G=1, R=2, N=2, P=2)]
     assert torch.autograd.gradcheck(lambda *x: chunk(*x), inputs, fast_mode=True)
@@ -142,7 +142,7 @@ def test_decayed_products_are_their_formula():
 
 
 def test_decay_is_the_equation():
-    """The loop itself, against S_t = diag(a_t) S_{t-1} + k_t v_t^T written out for one head."""
+    """The loop equals S_t = diag(a_t) S_{t-1} + k_t v_t^T written out for one head."""
     q, k, v, log_a, _ = (None if x is None else x[0, 0] for x in draw("vector decay", 7, N=3, P=2, state=False))
     state = torch.zeros(3, 2, dtype=DOUBLE)
     y, _ = decay_loop(*draw("vector decay", 7, N=3, P=2, state=False))
@@ -171,7 +171,7 @@ def test_dplr_is_the_equation():
         torch.testing.assert_close(y[0, 0, t], q[t] @ state)
 
 
-# Erasing along another key than was read is stable only under decay, so dplr gets no weak one.
+# Erasing along a key other than the one read is stable only under decay, so dplr gets no weak decay.
 WEAK = [
     (name, decay) for name in RECURRENCES if name not in ("linear", "dplr", "dplr, one key") for decay in (0.0, 1e-6)
 ]
@@ -202,7 +202,7 @@ def test_states_stay_float32_under_autocast(name):
 
 
 def window_reference(q, k, v, window, sinks, scale, real_BT):
-    """Masked softmax over all keys: those in the window and the row's first real tokens."""
+    """Softmax over all keys, masked to the window and the row's first real tokens."""
     groups = q.shape[1] // k.shape[1]
     k, v, T = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), q.shape[2]
     query, key = torch.arange(T)[:, None], torch.arange(T)[None, :]
