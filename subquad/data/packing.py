@@ -50,11 +50,11 @@ def document_separator(tokenizer: PreTrainedTokenizerBase) -> int:
     Raises:
         UserError: the tokenizer has none of these.
     """
-    begins = tokenizer("a")["input_ids"][:1]
-    if begins and begins[0] == tokenizer.bos_token_id:
-        return begins[0]
-    if (ends := tokenizer.get_vocab().get("<|endoftext|>")) is not None:
-        return ends
+    first_ids = tokenizer("a")["input_ids"][:1]
+    if first_ids and first_ids[0] == tokenizer.bos_token_id:
+        return first_ids[0]
+    if (endoftext := tokenizer.get_vocab().get("<|endoftext|>")) is not None:
+        return endoftext
     for token in (tokenizer.eos_token_id, tokenizer.bos_token_id):
         if isinstance(token, int):
             return token
@@ -70,8 +70,8 @@ class _Reader:
     files: dict[str, BinaryIO]
     lengths: dict[str, array] = field(default_factory=lambda: {part: array("q") for part in PARTS})
     digest: Any = field(default_factory=hashlib.sha256)
-    seen: int = 0
-    done: bool = False
+    document_count: int = 0
+    exhausted: bool = False
 
     def tokens(self, part: str = "train") -> int:
         return sum(self.lengths[part])
@@ -86,24 +86,24 @@ class _Reader:
             if document.test:
                 part = "test"
             else:
-                part = {0: "test", 1: "selection"}.get(self.seen % period, "train")
-                self.seen += 1
+                part = {0: "test", 1: "selection"}.get(self.document_count % period, "train")
+                self.document_count += 1
             texts.append(text)
             parts.append(part)
             characters -= len(text)
             if characters <= 0:
                 break
         else:
-            self.done = True
-        won = 0
+            self.exhausted = True
+        train_tokens = 0
         for ids, part in zip(encode(texts), parts, strict=True):
             if part == "train":
-                ids = ids if room is None else ids[: room - won]
-                won += len(ids)
+                ids = ids if room is None else ids[: room - train_tokens]
+                train_tokens += len(ids)
             if len(ids):
                 self.files[part].write(ids.tobytes())  # numpy's tofile hides why a write failed
                 self.lengths[part].append(len(ids))
-        return won
+        return train_tokens
 
 
 def pack(
@@ -135,22 +135,22 @@ def pack(
             parts = {part: (folder / f"{number}.{part}") for part in PARTS}
             files: dict[str, BinaryIO] = {part: stack.enter_context(path.open("wb")) for part, path in parts.items()}
             readers.append(_Reader(source, source.documents(), files))
-        won = [0] * len(readers)
-        while active := [n for n, reader in enumerate(readers) if not reader.done]:
-            room = None if max_tokens is None else max_tokens - sum(won)
+        train_tokens = [0] * len(readers)
+        while active_readers := [n for n, reader in enumerate(readers) if not reader.exhausted]:
+            room = None if max_tokens is None else max_tokens - sum(train_tokens)
             if room == 0:
                 break
-            reader_number = min(active, key=won.__getitem__)
+            reader_number = min(active_readers, key=train_tokens.__getitem__)
             # Small turns near the end of a budget, so that a small budget is shared as fairly as a large one.
-            turn = _TURN_CHARACTERS if room is None else min(_TURN_CHARACTERS, room // len(active) + 1)
-            won[reader_number] += readers[reader_number].take(turn, period, encode, room)
+            turn = _TURN_CHARACTERS if room is None else min(_TURN_CHARACTERS, room // len(active_readers) + 1)
+            train_tokens[reader_number] += readers[reader_number].take(turn, period, encode, room)
             if progress is not None:
-                progress(sum(won), max_tokens)
+                progress(sum(train_tokens), max_tokens)
     for reader in readers:
         documents = sum(map(len, reader.lengths.values()))
-        if reader.done and not documents:
+        if reader.exhausted and not documents:
             raise UserError(f"the text '{reader.source.name}' is empty")
-        if reader.done and not reader.tokens():
+        if reader.exhausted and not reader.tokens():
             raise UserError(
                 f"the text '{reader.source.name}' has {documents} documents: at least three are needed, "
                 "as whole documents are held out"
@@ -162,7 +162,7 @@ def pack(
         "separator": separator,
         "dtype": dtype.name,
         "max_tokens": max_tokens,
-        "tokens": {"train": sum(won), "heldout": segments[-1]["stop"]},
+        "tokens": {"train": sum(train_tokens), "heldout": segments[-1]["stop"]},
         "sources": [
             {
                 "name": reader.source.name,
@@ -187,12 +187,12 @@ def _write_train(folder: Path, readers: list[_Reader], dtype: np.dtype) -> None:
     tokens = [_spilled(folder, number, "train", dtype) for number in range(len(readers))]
 
     def in_order() -> Iterator[np.ndarray]:
-        at = [0] * len(readers)
-        document = [0] * len(readers)
+        positions = [0] * len(readers)
+        document_index = [0] * len(readers)
         for owner in owners:  # within a source the order is kept, so its file is read from front to back
-            start, document[owner] = at[owner], document[owner] + 1
-            at[owner] = ends[owner][document[owner] - 1]
-            yield tokens[owner][start : at[owner]]
+            start, document_index[owner] = positions[owner], document_index[owner] + 1
+            positions[owner] = ends[owner][document_index[owner] - 1]
+            yield tokens[owner][start : positions[owner]]
 
     _write_npy(folder / "train.npy", dtype, sum(map(len, tokens)), in_order())
     _remove_spilled(folder, "train")
@@ -200,14 +200,16 @@ def _write_train(folder: Path, readers: list[_Reader], dtype: np.dtype) -> None:
 
 def _write_heldout(folder: Path, readers: list[_Reader], dtype: np.dtype) -> list[dict[str, Any]]:
     """heldout.npy: one stretch for each part of each source; returns the stretches."""
-    segments, at, tokens = [], 0, []
+    segments, position, tokens = [], 0, []
     for part in ("test", "selection"):
         for number, reader in enumerate(readers):
             if size := reader.tokens(part):
-                segments.append({"source": reader.source.name, "part": part, "start": at, "stop": at + size})
+                segments.append(
+                    {"source": reader.source.name, "part": part, "start": position, "stop": position + size}
+                )
                 tokens.append(_spilled(folder, number, part, dtype))
-                at += size
-    _write_npy(folder / "heldout.npy", dtype, at, tokens)
+                position += size
+    _write_npy(folder / "heldout.npy", dtype, position, tokens)
     for part in ("test", "selection"):
         _remove_spilled(folder, part)
     return segments

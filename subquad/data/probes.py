@@ -97,15 +97,15 @@ class Probe:
         if (self.answer_mask.int().argmax(dim=1) < self.question_start).any():
             raise ValueError("the answers of a Probe belong to its questions: none can stand before question_start")
 
-    def rows(self, chosen: slice) -> "Probe":
+    def rows(self, selection: slice) -> "Probe":
         """Some of the rows."""
-        return self._with(lambda part: part[chosen])
+        return self._map_tensors(lambda part: part[selection])
 
     def repeated(self, times: int) -> "Probe":
         """All rows, `times` over."""
-        return self._with(lambda part: part.repeat(times, *[1] * (part.ndim - 1)))
+        return self._map_tensors(lambda part: part.repeat(times, *[1] * (part.ndim - 1)))
 
-    def _with(self, change: Callable[[Tensor], Tensor]) -> "Probe":
+    def _map_tensors(self, change: Callable[[Tensor], Tensor]) -> "Probe":
         parts: dict[str, Any] = {name: change(part) for name, part in vars(self).items() if isinstance(part, Tensor)}
         return replace(self, **parts)
 
@@ -165,11 +165,11 @@ class _Text:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, haystack_ids: Tensor | None):
         self.tokenizer = tokenizer
-        self.special = set(tokenizer.all_special_ids)
-        self.special |= {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-        plain = self.encode("a")
-        full = tokenizer("a")["input_ids"]
-        self.start: list[int] = full[: full.index(plain[0])] if plain and plain[0] in full else []
+        self.special_ids = set(tokenizer.all_special_ids)
+        self.special_ids |= {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+        bare_ids = self.encode("a")
+        text_ids = tokenizer("a")["input_ids"]
+        self.start: list[int] = text_ids[: text_ids.index(bare_ids[0])] if bare_ids and bare_ids[0] in text_ids else []
         self.newline = self.encode("\n")
         self.haystack_ids = haystack_ids
 
@@ -177,7 +177,7 @@ class _Text:
     def haystack(self) -> list[int]:
         """What fills a row, without the separators of documents."""
         ids = self.encode(FILLER * 8) if self.haystack_ids is None else self.haystack_ids.flatten().tolist()
-        ids = [index for index in ids if index not in self.special]
+        ids = [index for index in ids if index not in self.special_ids]
         if not ids:
             raise UserError(
                 "the haystack of the retrieval probes holds no text: give more of it, or none to use our own"
@@ -187,10 +187,10 @@ class _Text:
     @cached_property
     def plain(self) -> list[int]:
         """Every token id that is not special, in order."""
-        return sorted(set(self.tokenizer.get_vocab().values()) - self.special)
+        return sorted(set(self.tokenizer.get_vocab().values()) - self.special_ids)
 
     @cached_property
-    def written(self) -> str:
+    def haystack_text(self) -> str:
         """The haystack as text."""
         return self.decode(self.haystack)
 
@@ -200,11 +200,11 @@ class _Text:
     def encode(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def exact(self, text: str) -> list[int]:
+    def encode_exact(self, text: str) -> list[int]:
         """Tokens of a text that is read to the letter. Raises `UserError` where the tokenizer lacks one."""
-        return self._known(self.encode(text), text.strip())
+        return self._require_known(self.encode(text), text.strip())
 
-    def _known(self, ids: list[int], text: str) -> list[int]:
+    def _require_known(self, ids: list[int], text: str) -> list[int]:
         if not ids or self.tokenizer.unk_token_id in ids:
             raise UserError(f"this tokenizer has no tokens for '{text}': leave out the retrieval tasks about numbers")
         return ids
@@ -212,12 +212,12 @@ class _Text:
     def question(self, question: str, answer: str) -> tuple[list[int], list[bool]]:
         """Tokens of the question with its answer, and which of them are scored: those after the question, from the
         first that is not just a space (a separate space before a number tells nothing about recall)."""
-        alone, ids = self.encode(question), self.encode(f"{question} {answer}")
-        first = next((i for i, (a, b) in enumerate(zip(alone, ids, strict=False)) if a != b), len(alone))
+        question_ids, ids = self.encode(question), self.encode(f"{question} {answer}")
+        first = next((i for i, (a, b) in enumerate(zip(question_ids, ids, strict=False)) if a != b), len(question_ids))
         while first < len(ids) - 1 and not self.decode([ids[first]]).strip():
             first += 1
-        scored = self._known(ids[first:], answer)
-        return ids, [False] * first + [True] * len(scored)
+        answer_ids = self._require_known(ids[first:], answer)
+        return ids, [False] * first + [True] * len(answer_ids)
 
     def fill(self, length: int, rng: random.Random) -> list[int]:
         """`length` tokens of haystack from a random place, closed by a newline as far as there is room."""
@@ -240,9 +240,9 @@ def _copy_row(text: _Text, context: int, rng: random.Random, row: int) -> Row:
         raise UserError(_too_short("copy", context, len(text.start) + 4))
     # Each token once, if the vocabulary allows: then the token before names its successor, and copying is unambiguous.
     sequence = rng.sample(text.plain, length) if length <= len(text.plain) else rng.choices(text.plain, k=length)
-    odd = rng.choices(text.plain, k=context - len(text.start) - 2 * length)
+    padding = rng.choices(text.plain, k=context - len(text.start) - 2 * length)
     # The first token of the second copy is anybody's guess.
-    return text.start + odd + sequence, sequence, [False] + [True] * (length - 1), None
+    return text.start + padding + sequence, sequence, [False] + [True] * (length - 1), None
 
 
 def _dictionary_row(text: _Text, context: int, rng: random.Random, row: int) -> Row:
@@ -278,23 +278,23 @@ def _passkey_row(text: _Text, context: int, rng: random.Random, row: int) -> Row
     room = context - len(intro) - len(needle) - len(question)
     if room < 0:
         raise UserError(_too_short("passkey", context, context - room))
-    before = int(_spread(rng, row) * (room + 1))
-    facts = intro + text.fill(before, rng) + needle + text.fill(room - before, rng)
-    return facts, question, answer, before / max(room, 1)
+    needle_position = int(_spread(rng, row) * (room + 1))
+    facts = intro + text.fill(needle_position, rng) + needle + text.fill(room - needle_position, rng)
+    return facts, question, answer, needle_position / max(room, 1)
 
 
 def _associative_row(text: _Text, context: int, rng: random.Random, row: int) -> Row:
-    slots, odd = divmod(context - len(text.start), 2)
+    slots, padding = divmod(context - len(text.start), 2)
     if slots < 4:
         raise UserError(_too_short("associative", context, len(text.start) + 8))
     # A small vocabulary has tokens for fewer pairs than fill half of the row: each is then asked several times.
     count = min(slots - slots // 2, (len(text.plain) - 1) // 2)
-    spare, *tokens = rng.sample(text.plain, 2 * count + 1)
+    padding_id, *tokens = rng.sample(text.plain, 2 * count + 1)
     pairs = list(zip(tokens[:count], tokens[count:], strict=True))
     rounds = [pair for _ in range(0, slots, count) for pair in rng.sample(pairs, count)]
     facts = [token for pair in pairs for token in pair]
     question = [token for pair in rounds[: slots - count] for token in pair]
-    return text.start + [spare] * odd + facts, question, [False, True] * (slots - count), None
+    return text.start + [padding_id] * padding + facts, question, [False, True] * (slots - count), None
 
 
 def _variables_row(text: _Text, context: int, rng: random.Random, row: int) -> Row:
@@ -307,7 +307,8 @@ def _variables_row(text: _Text, context: int, rng: random.Random, row: int) -> R
         for chain, value in enumerate(values[:chains]):
             names = letters[chain * (hops + 1) :][: hops + 1]
             sources = [str(value), *names]  # one more than there are names: nothing is assigned the last of them
-            lines.append([text.exact(f"VAR {name} = {of}\n") for name, of in zip(names, sources, strict=False)])
+            assignments = zip(names, sources, strict=False)
+            lines.append([text.encode_exact(f"VAR {name} = {source}\n") for name, source in assignments])
             ends.append((names[-1], str(value)))
         name, answer = ends[int(target * chains)]
         return lines, *text.question(f"What is the value of VAR {name}? The value of VAR {name} is", answer)
@@ -321,29 +322,29 @@ def _variables_row(text: _Text, context: int, rng: random.Random, row: int) -> R
         raise UserError(_too_short("variables", context, context - room))
     order = [chain for chain in lines for _ in chain]
     rng.shuffle(order)
-    facts, filled = intro, 0
-    for place, chain in zip(sorted(rng.randint(0, room) for _ in order), order, strict=True):
-        facts = facts + text.fill(place - filled, rng) + chain.pop(0)
-        filled = place
-    return facts + text.fill(room - filled, rng), question, answer, None
+    facts, filled_length = intro, 0
+    for position, chain in zip(sorted(rng.randint(0, room) for _ in order), order, strict=True):
+        facts = facts + text.fill(position - filled_length, rng) + chain.pop(0)
+        filled_length = position
+    return facts + text.fill(room - filled_length, rng), question, answer, None
 
 
 def _questions_row(text: _Text, context: int, rng: random.Random, row: int) -> Row:
-    room, whole = context - len(text.start), len(text.haystack)
-    first = int(_spread(rng, row) * whole)
-    for start in range(first, first + whole, max(1, room // 2)):
+    room, haystack_length = context - len(text.start), len(text.haystack)
+    first = int(_spread(rng, row) * haystack_length)
+    for start in range(first, first + haystack_length, max(1, room // 2)):
         passage = text.stretch(start, room)
         # What stands but once in all of the text is least likely to be guessed.
-        found = [cloze for cloze in clozes(text.decode(passage)) if text.written.count(cloze.answer) == 1]
-        for cloze in rng.sample(found, len(found)):
+        candidates = [cloze for cloze in clozes(text.decode(passage)) if text.haystack_text.count(cloze.answer) == 1]
+        for cloze in rng.sample(candidates, len(candidates)):
             question, answer = text.question(f"\nComplete this sentence of the text: {cloze.lead}", cloze.answer)
-            kept = passage[: max(0, room - len(question))]
-            before, found_it, _ = text.decode(kept).partition(str(cloze))
-            if found_it:
-                return text.start + kept, question, answer, len(before) / len(text.decode(kept))
+            facts = passage[: max(0, room - len(question))]
+            text_before, match, _ = text.decode(facts).partition(str(cloze))
+            if match:
+                return text.start + facts, question, answer, len(text_before) / len(text.decode(facts))
     raise UserError(
-        f"the retrieval task 'questions' finds nothing to ask in {whole} tokens of text, {context} at a time: give it "
-        "more real text or a longer context, or leave it out"
+        f"the retrieval task 'questions' finds nothing to ask in {haystack_length} tokens of text, {context} at a time: give "
+        "it more real text or a longer context, or leave it out"
     )
 
 

@@ -80,15 +80,15 @@ def _question(line: str, where: str) -> Question:
     try:
         return Question.model_validate_json(line)
     except ValidationError as error:
-        first = error.errors()[0]
-    key = next((part for part in first["loc"] if isinstance(part, str)), "")
-    match first["type"]:
+        details = error.errors()[0]
+    key = next((part for part in details["loc"] if isinstance(part, str)), "")
+    match details["type"]:
         case "json_invalid" | "model_type":
             reason = 'is no JSON object such as {"prompt": "...", "answer": "..."}'
         case "missing":
             reason = f"lacks the key '{key}'"
         case "value_error":
-            reason = f"is no question: {first['ctx']['error']}"
+            reason = f"is no question: {details['ctx']['error']}"
         case _:
             reason = f"is no question: '{key}' should be {'a list of texts' if key == 'choices' else 'a text'}"
             reason += ", and none of them empty" if key == "choices" else " that is not empty"

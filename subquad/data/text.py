@@ -102,34 +102,34 @@ class Corpus:
         """
         segments = [segment for segment in self.meta["heldout"] if segment["part"] == part]
         by_source = [self._row_starts(segment["start"], segment["stop"], sequence_length) for segment in segments]
-        in_turn = [starts[turn] for turn in range(count) for starts in by_source if turn < len(starts)]
-        if not in_turn:
+        interleaved_starts = [starts[turn] for turn in range(count) for starts in by_source if turn < len(starts)]
+        if not interleaved_starts:
             longest = max((segment["stop"] - segment["start"] for segment in segments), default=0)
             raise UserError(
                 f"the text held out for {part} has at most {longest} tokens of a kind, fewer than one sequence "
                 f"of {sequence_length}: give more text, hold out a larger share (data.heldout_fraction) or ask for "
                 "shorter contexts"
             )
-        return self._rows(self.heldout, in_turn[:count], sequence_length)
+        return self._rows(self.heldout, interleaved_starts[:count], sequence_length)
 
     def _row_starts(self, start: int, stop: int, length: int) -> list[int]:
         is_start = np.asarray(self.heldout[start:stop]) == self.meta["separator"]
         documents = [start + int(offset) for offset in np.flatnonzero(is_start)]
-        whole: list[int] = []
-        joined: list[int] = []
-        further: list[int] = []
-        free = start  # where the joined row that is being filled ends
+        first_windows: list[int] = []
+        joined_windows: list[int] = []
+        further_windows: list[int] = []
+        free_position = start  # where the joined row that is being filled ends
         for begin, end in zip(documents, [*documents[1:], stop], strict=True):
             if end - begin >= length:
-                if joined and free > begin:  # the row before would run into this document
-                    joined.pop()
-                whole.append(begin)
-                further += range(begin + length, end - length + 1, length)
-                free = end
-            elif begin >= free and begin + length <= stop:
-                joined.append(begin)
-                free = begin + length
-        return whole + joined + further
+                if joined_windows and free_position > begin:  # the row before would run into this document
+                    joined_windows.pop()
+                first_windows.append(begin)
+                further_windows += range(begin + length, end - length + 1, length)
+                free_position = end
+            elif begin >= free_position and begin + length <= stop:
+                joined_windows.append(begin)
+                free_position = begin + length
+        return first_windows + joined_windows + further_windows
 
     @staticmethod
     def _rows(tokens: np.ndarray, starts: list[int], length: int) -> torch.Tensor:
@@ -161,16 +161,16 @@ def load_corpus(
         raise UserError(f"heldout_fraction is {heldout_fraction}: it must be above 0 and at most 0.5")
     if max_tokens is not None and max_tokens < 1:
         raise UserError(f"max_tokens is {max_tokens}: it must be at least 1")
-    opened = default_sources() if sources is None else [open_source(source) for source in sources]
-    if not opened:
+    text_sources = default_sources() if sources is None else [open_source(source) for source in sources]
+    if not text_sources:
         raise UserError("no text was named: give files, folders or data set ids, or none at all for the default text")
     if sources is None and max_tokens is None:
         max_tokens = DEFAULT_MAX_TOKENS
-    for source in opened:
+    for source in text_sources:
         if source.endless and max_tokens is None:
             raise UserError(f"the data set '{source.name}' is streamed: say how many tokens to take (data.max_tokens)")
     period = round(2 / heldout_fraction)  # of so many documents two are held out, one for each part
-    key = [FORMAT, tokenizer_hash(tokenizer), max_tokens, period, *([s.name, s.signature] for s in opened)]
+    key = [FORMAT, tokenizer_hash(tokenizer), max_tokens, period, *([s.name, s.signature] for s in text_sources)]
     folder = cache_dir() / "tokens" / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:20]
-    build_once(folder, partial(pack, opened, tokenizer, max_tokens, period, progress))
+    build_once(folder, partial(pack, text_sources, tokenizer, max_tokens, period, progress))
     return Corpus.open(folder)

@@ -139,10 +139,10 @@ def _decoded(file: Path, lines: Iterable[bytes]) -> Iterator[str]:
         try:
             yield line.decode("utf-8")
         except UnicodeDecodeError as error:
-            wide = offset == 0 and line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+            is_utf16 = offset == 0 and line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
             raise UserError(
                 f"the text file {file} is not UTF-8: byte 0x{line[error.start]:02x} at offset {offset + error.start} "
-                f"cannot be read: convert it first, e.g. iconv -f {'utf-16' if wide else 'latin1'} -t utf-8"
+                f"cannot be read: convert it first, e.g. iconv -f {'utf-16' if is_utf16 else 'latin1'} -t utf-8"
             ) from error
         offset += len(line)
 
@@ -169,8 +169,8 @@ def _pieces(lines: Iterable[str], longest: int) -> Iterator[str]:
 def _cut(text: str, longest: int) -> Iterator[str]:
     start = 0
     while len(text) - start > longest:
-        blank = text.rfind(" ", start + 1, start + longest)
-        stop = blank if blank > start else start + longest
+        space = text.rfind(" ", start + 1, start + longest)
+        stop = space if space > start else start + longest
         yield text[start:stop]
         start = stop
     yield text[start:]
