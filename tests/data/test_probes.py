@@ -1,4 +1,4 @@
-"""The retrieval probes: right answers at the end, exact lengths, seeded, for any tokenizer."""
+"""Retrieval probes: right answers at the end, exact lengths, determined by the seed, for any tokenizer."""
 
 import re
 
@@ -14,7 +14,7 @@ from tests.helpers import ALPHABET, SALES, TEXT, _byte_level, byte_tokenizer, ta
 
 
 def bpe_tokenizer() -> PreTrainedTokenizerFast:
-    """Words as tokens, digits one by one, and a <bos> before every text."""
+    """Make a tokenizer with words as tokens, single digits, and a <bos> before every text."""
     tokenizer = _byte_level(merges=600, digits=True)
     bos = tokenizer.convert_tokens_to_ids("<bos>")
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
@@ -24,7 +24,7 @@ def bpe_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def metaspace_tokenizer() -> PreTrainedTokenizerFast:
-    """SentencePiece's way: the space belongs to the word, and every text starts with one."""
+    """Make a tokenizer like SentencePiece's: the space belongs to the word, and every text starts with one."""
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
@@ -75,13 +75,13 @@ def test_copy_repeats_a_random_sequence_of_plain_tokens(tokenizer):
         assert mask.sum() == length - 1
         assert len(ids[-length:].unique()) == length  # a token names its successor
         assert not set(ids[start:].tolist()) & set(tokenizer.all_special_ids)
-    # Longer than the vocabulary: tokens have to come more than once.
+    # A sequence longer than the vocabulary has to repeat tokens.
     assert make_probe("copy", tokenizer, 4000, 1, seed=0).input_ids.shape == (1, 4000)
 
 
 @pytest.mark.parametrize("context", [400, 4000])
 def test_dictionary_is_the_prompt_of_the_paper(context):
-    tokenizer = TOKENIZERS["bytes"]  # decodes to what was encoded, to the letter
+    tokenizer = TOKENIZERS["bytes"]  # decoding restores the text exactly
     probe = make_probe("dictionary", tokenizer, context, 8, seed=1)
     for row in range(8):
         text = tokenizer.decode(probe.input_ids[row])
@@ -94,9 +94,9 @@ def test_dictionary_is_the_prompt_of_the_paper(context):
         assert answer_text(tokenizer, probe, row) == pairs[key]
         assert len(set(pairs.values())) == len(pairs) and all(0 <= int(value) <= 99 for value in pairs.values())
         assert set(pairs) <= set(WORDS)
-        if context == 4000:  # more room than 0-99 can fill: the rest is text before the question
+        if context == 4000:  # longer than 100 pairs, so text fills the rest before the question
             assert len(pairs) == MAX_PAIRS and "The sky is blue." in body
-        else:  # no further pair would have fitted
+        else:  # no further pair fits
             assert 2 <= len(pairs) < MAX_PAIRS and len(body) - len("\n".join(f"{k}:{v}" for k, v in pairs.items())) < 14
 
 
@@ -125,14 +125,14 @@ def test_associative_recall_asks_pairs_of_distinct_tokens_in_another_order(conte
         keys, values = ids[start::2].tolist(), ids[mask].tolist()
         assert values == [pairs[key] for key in keys]
         assert keys[: len(pairs)] != tokens[::2] and set(keys) <= set(pairs)
-        if context == 1500 and tokenizer is TOKENIZERS["bytes"]:  # too few tokens: all pairs, again and again
+        if context == 1500 and tokenizer is TOKENIZERS["bytes"]:  # too few tokens: all pairs, several times
             assert len(pairs) == 127 and set(keys[:127]) == set(keys[127:254]) == set(pairs)
         else:
             assert len(set(keys)) == len(keys) >= len(pairs) - 1
 
 
 def follow(text: str) -> tuple[str, int, int]:
-    """What a row of `variables` asks for, by its text: the value, how many chains there are, and the hops to it."""
+    """Solve a row of `variables` by its text. Returns the value, the number of chains, and the hops to the value."""
     assignments = dict(re.findall(r"^VAR ([A-Z]) = (\w+)$", text, re.MULTILINE))
     variable = re.search(r"What is the value of VAR ([A-Z])\?", text)[1]
     assert variable not in assignments.values()  # the last of its chain
@@ -172,7 +172,7 @@ def test_questions_are_answered_by_their_text_alone(tokenizer):
         lead = question.split("Complete this sentence of the text:")[1].removesuffix(answer).strip()
         assert question.startswith("\n") and len(lead.split()) >= 5
         assert text.count(lead) == text.count(answer) == 1 and SALES.count(answer) == 1
-        continuation = text.split(lead)[1]  # what an oracle reads off
+        continuation = text.split(lead)[1]  # an oracle's answer
         assert continuation.strip().startswith(answer) and re.match(r"\W", continuation.strip().removeprefix(answer))
         assert not set(probe.input_ids[row, 1:].tolist()) & set(tokenizer.all_special_ids)
         depths.append(SALES.index(lead) / len(SALES))
@@ -198,10 +198,13 @@ CLOZES = [
     ("We spent as much as all of $2.5 trillion, and more.", ["$2.5 trillion"]),
     ("It had been known since the winter of 1776.", ["1776"]),
     ("No one in all the land was as tall as John Smith was.", ["John Smith"]),
-    ("No one in all the land was as tall as Mister John Adam Smith was.", []),  # asked whole or not at all
+    (
+        "No one in all the land was as tall as Mister John Adam Smith was.",
+        [],
+    ),  # a name is asked completely or not at all
     ("No one in all the land was as tall as O'Neil was.", []),
     ("No one in all the land was as old as 1,234,56 or 12th or 3rd-born men.", []),
-    ("It was in 1776.", []),  # too little to know it again by
+    ("It was in 1776.", []),  # too short a lead to recognise
     ("It was never seen again. Then came the year 1776.", []),
     ("It had been known since the winter of 1776, so of 1776 we speak.", []),
     ("It was in the month of 12 men. It was in the month of 13 men.", []),  # one lead, two answers

@@ -1,4 +1,4 @@
-"""Text becomes tokens once; what is held out is never trained on; a batch depends on (seed, step) alone."""
+"""Text is tokenised once, held-out text is never trained on, and a batch depends on (seed, step) only."""
 
 import gzip
 import hashlib
@@ -27,7 +27,7 @@ END = 256
 
 
 def byte_tokenizer(bos: bool = False, extra: int = 0, **special: str) -> PreTrainedTokenizerFast:
-    """One token a byte: 0..255 in GPT-2's byte alphabet, then <|endoftext|> = 256 and <s> = 257."""
+    """Make a tokenizer with one token per byte, 0..255 in GPT-2's alphabet, <|endoftext|> = 256 and <s> = 257."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {character: index for index, character in enumerate(alphabet)}
     backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
@@ -61,7 +61,7 @@ def documents_in(tokens: np.ndarray, tokenizer) -> list[str]:
     return [tokenizer.decode(tokens[a + 1 : b]) for a, b in zip(starts, starts[1:], strict=False)]
 
 
-# What is packed.
+# Packing.
 
 
 def test_every_document_is_packed_once_and_some_are_held_out_whole(tmp_path, tokenizer):
@@ -69,7 +69,7 @@ def test_every_document_is_packed_once_and_some_are_held_out_whole(tmp_path, tok
     corpus = load_corpus([write_jsonl(tmp_path / "a.jsonl", texts)], tokenizer, heldout_fraction=0.02)
     train, heldout = documents_in(corpus.train, tokenizer), documents_in(corpus.heldout, tokenizer)
     assert sorted(train + heldout) == sorted(texts)
-    assert len(heldout) == 6  # two of every hundred, begun three times
+    assert len(heldout) == 6  # two of each hundred started, and 250 documents start three
     assert corpus.train.dtype == np.uint16
     assert corpus.meta["tokens"] == {"train": len(corpus.train), "heldout": len(corpus.heldout)}
     (source,) = corpus.meta["sources"]
@@ -127,7 +127,7 @@ def test_large_vocabularies_take_four_bytes(tmp_path):
 
 def test_the_separator_is_what_the_teacher_knows():
     assert document_separator(byte_tokenizer()) == END
-    assert document_separator(byte_tokenizer(bos=True)) == 257  # the tokenizer itself begins texts so
+    assert document_separator(byte_tokenizer(bos=True)) == 257  # the tokenizer itself starts texts with it
     backend = Tokenizer(models.WordLevel({"a": 0, "</s>": 1}, unk_token="a"))
     assert document_separator(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="a")) == 1
     with pytest.raises(UserError, match="separates documents"):
@@ -219,7 +219,7 @@ def test_a_data_set_out_of_reach(tokenizer, monkeypatch):
 
 @pytest.fixture
 def numbers() -> Corpus:
-    """Ten and a half windows of 8, every token its own position."""
+    """Make ten and a half windows of 8 tokens, where each token is its own position."""
     return Corpus(np.arange(84, dtype=np.uint16), np.arange(4, dtype=np.uint16), {"heldout": [], "separator": 0})
 
 
@@ -240,7 +240,7 @@ def test_a_batch_depends_on_seed_and_step_alone(numbers):
     assert torch.equal(numbers.batch(3, **batch, seed=7), third)
     assert not torch.equal(numbers.batch(3, **batch, seed=8), third)
     halves = [numbers.batch(step, batch=6, sequence_length=8, seed=7) for step in range(2)]
-    assert torch.equal(torch.cat(halves)[9:12], third)  # rows are numbered through, whatever the batch size
+    assert torch.equal(torch.cat(halves)[9:12], third)  # rows are numbered independently of the batch size
 
 
 def test_text_shorter_than_one_sequence(numbers):
@@ -330,7 +330,7 @@ def test_default_corpus_not_installed(tokenizer, monkeypatch):
         load_corpus(None, tokenizer)
 
 
-# Bad input: one sentence that names the file and the place.
+# Bad input: one sentence that names the file and the position.
 
 GOOD = b'{"text": "one"}\n' * 4
 BAD = [
