@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import AutoModelForImageClassification, ViTImageProcessorPil
 
 from subquad.data.batch import ImageBatch
-from subquad.data.image_sources import HeldPictures, read_idx
+from subquad.data.image_sources import InMemoryImages, read_idx
 from subquad.data.images import ImageSet, load_images
 from subquad.distill import loop
 from subquad.distill.loop import make_pass, run_stage
@@ -42,7 +42,7 @@ def picture_set(count=24):
     labels = torch.arange(count) % 4
     noise = torch.randint(0, 60, (count, 3, 32, 32), generator=generator)
     pixels = (noise + 50 * labels[:, None, None, None]).to(torch.uint8)
-    parts = {part: HeldPictures(pixels, labels) for part in ("train", "selection", "test")}
+    parts = {part: InMemoryImages(pixels, labels) for part in ("train", "selection", "test")}
     return ImageSet(parts, list("abcd"), (32, 32))
 
 
