@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from subquad.errors import UserError
 from subquad.recipes.schema import Recipe
-from subquad.utils.environment import machine, source_commit, versions
+from subquad.utils.environment import environment
 from subquad.utils.files import claim_folder, write_aside
 from subquad.utils.memory import peak_rss_bytes
 
@@ -103,10 +103,7 @@ def provenance(run: Run, command: str | None) -> dict[str, Any]:
     return {
         "seed": run.recipe.seed,
         "peak_rss_bytes": peak_rss_bytes(),
-        "versions": versions(),
-        "machine": machine(run.accelerator.device) | {"processes": run.accelerator.num_processes},
-        "command": command,
-        "commit": source_commit(),
+        **environment(run.accelerator.device, command, run.accelerator.num_processes),
     }
 
 
