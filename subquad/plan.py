@@ -22,7 +22,6 @@ A plan knows what its cache costs: `plan.cache_bytes(context, batch, dtype)`.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -32,6 +31,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from subquad.errors import UserError
 from subquad.mixers import HeadGroup, mixer_class, mixer_options
+from subquad.utils.files import write_aside
 
 Join: TypeAlias = Literal["split", "parallel"]
 JoinStart: TypeAlias = Literal["identity", "random"]
@@ -287,10 +287,9 @@ class Plan(BaseModel):
             raise UserError(f"{path}: {error}") from None
 
     def save(self, path: str | Path) -> None:
-        """Writes the plan file: aside first, then renamed."""
-        aside = Path(f"{path}.tmp")
-        aside.write_text(self.to_yaml(), encoding="utf-8")
-        os.replace(aside, path)
+        """Writes the plan file."""
+        with write_aside(Path(path)) as aside:
+            aside.write_text(self.to_yaml(), encoding="utf-8")
 
 
 def find_plan(path: str | Path) -> Plan:

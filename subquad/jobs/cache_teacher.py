@@ -10,8 +10,9 @@ from subquad.distill.cache_writer import claim_cache, write_cache
 from subquad.distill.teacher_cache import TeacherCache
 from subquad.errors import UserError
 from subquad.jobs.conversion import checked_recipe, open_data, open_teacher
-from subquad.jobs.run import Run, make_accelerator, provenance
+from subquad.jobs.run import Run, make_accelerator
 from subquad.recipes.schema import Recipe
+from subquad.utils.environment import environment
 from subquad.utils.format import nats, percent, size
 
 
@@ -56,7 +57,6 @@ def cache_teacher(
     run.say(f"teacher: {source.name}; {corpus.amount}")
     if len(corpus.train) < tokens:
         run.say(f"the text is shorter than the {tokens:,} tokens that were asked for: all of it is cached")
-    about = provenance(run, command)
     write_cache(
         out,
         source,
@@ -67,7 +67,7 @@ def cache_teacher(
         batch=batch or 1,
         resume=resume,
         console=run.console,
-        about={key: about[key] for key in ("versions", "machine", "command", "commit")},
+        about=environment(run.accelerator.device, command, run.accelerator.num_processes),
     )
     cache = TeacherCache.open(
         out, teacher_fingerprint=source.fingerprint, tokenizer_hash=tokenizer_hash(source.tokenizer)

@@ -33,6 +33,7 @@ from subquad.pretrained.load import Teacher
 from subquad.recipes.schema import Recipe
 from subquad.recipes.stage import Stage
 from subquad.report import print_plan
+from subquad.report.console import make_table
 from subquad.select import SELECTORS, Budget, Ranking, choose_plan, uniform_layers, units_of
 from subquad.utils import format as fmt
 from subquad.utils.token_cost import TRAINING
@@ -245,17 +246,9 @@ def _free_bytes(out: Path) -> int:
     return shutil.disk_usage(there).free
 
 
-def _table(title: str, *headings: str) -> Table:
-    table = Table(title=Text(title), title_justify="left", box=None, header_style="bold", pad_edge=False)
-    table.add_column("")
-    for heading in headings:
-        table.add_column(heading, justify="right")
-    return table
-
-
 def _stages(found: Preview) -> Table:
     """Settings of the stages, and the weights that they train."""
-    table = _table("Stages", "objective", "tokens", "steps", "length", "batch", "weights")
+    table = make_table("Stages", ["", "objective", "tokens", "steps", "length", "batch", "weights"])
     for one in found.stages:
         stage, times = one.stage, f" × {one.students}" if one.students > 1 else ""
         table.add_row(
@@ -272,7 +265,7 @@ def _stages(found: Preview) -> Table:
 
 def _memory(found: Preview) -> Table:
     """Bytes while each stage is trained."""
-    table = _table("Memory of each device", *(found.stages[0].memory if found.stages else []), "together")
+    table = make_table("Memory of each device", ["", *(found.stages[0].memory if found.stages else []), "together"])
     for one in found.stages:
         sizes = [*one.memory.values(), sum(one.memory.values())]
         table.add_row(Text(one.stage.name), *(fmt.size(size) for size in sizes))
@@ -281,7 +274,7 @@ def _memory(found: Preview) -> Table:
 
 def _time(found: Preview) -> Table:
     """All parts, and of the stages how fast they went on how many tokens."""
-    table = _table("Time", "about", "tokens/s", "tried on")
+    table = make_table("Time", ["", "about", "tokens/s", "tried on"])
     stages = {one.stage.name: one for one in found.stages}
     for part, seconds in found.seconds.items():
         one = stages.get(part)

@@ -15,7 +15,7 @@ from subquad.model.base import plan_of
 from subquad.model.output_head import check_head
 from subquad.pretrained.load import load_pretrained
 from subquad.recipes.load import load_recipe
-from subquad.utils.environment import machine, source_commit, versions
+from subquad.utils.environment import environment
 from subquad.utils.files import write_json
 
 
@@ -54,8 +54,8 @@ def evaluate_model(
     if isinstance(corpus, Corpus):
         prompts, length = settings.prompts, settings.max_new_tokens
         metrics["samples"] = paired_samples(source.model, measured, source.tokenizer, prompts, length)
-    metrics |= {"teacher_name": source.name, "teacher_fingerprint": source.fingerprint, "versions": versions()}
-    metrics |= {"machine": machine(measured.device), "command": command, "commit": source_commit()}
+    metrics |= {"teacher_name": source.name, "teacher_fingerprint": source.fingerprint}
+    metrics |= environment(measured.device, command)
     if json_path is not None:
         write_json(Path(json_path), metrics)
     return dict(json.loads(json.dumps(metrics)))
