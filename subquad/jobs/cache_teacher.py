@@ -9,7 +9,7 @@ from subquad.data.text import Corpus
 from subquad.distill.cache_writer import claim_cache, write_cache
 from subquad.distill.teacher_cache import TeacherCache
 from subquad.errors import UserError
-from subquad.jobs.conversion import checked_recipe, open_data, open_teacher
+from subquad.jobs.conversion import checked_recipe, open_teacher, read_data
 from subquad.jobs.run import Run, make_accelerator
 from subquad.recipes.schema import Recipe
 from subquad.utils.environment import environment
@@ -50,8 +50,9 @@ def cache_teacher(
     if run.accelerator.num_processes > 1:
         raise UserError("the teacher's cache is written by one process: start the command without accelerate launch")
     claim_cache(out, resume=resume, overwrite=overwrite)  # now, for what follows takes a while
-    source = open_teacher(run, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
-    corpus = open_data(run, source)
+    device = str(run.accelerator.device)
+    source = open_teacher(recipe, device, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
+    corpus = read_data(recipe, source)
     if not isinstance(corpus, Corpus):
         raise UserError(f"only a language model's answers can be written down, and the recipe is for {recipe.task}")
     run.say(f"teacher: {source.name}; {corpus.amount}")

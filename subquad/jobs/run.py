@@ -12,7 +12,6 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 from rich.console import Console
-from transformers import PreTrainedModel
 
 from subquad.errors import UserError
 from subquad.recipes.schema import Recipe
@@ -31,7 +30,6 @@ class Run:
     console: Console
     resume: bool
     seconds: dict[str, float] = field(default_factory=dict)
-    base: PreTrainedModel = field(init=False)  # whose attention is replaced: the teacher, or the student's own model
 
     @property
     def main(self) -> bool:

@@ -16,7 +16,7 @@ from huggingface_hub import ModelCardData
 from transformers import PreTrainedModel
 
 from subquad.data.batch import TokenSource
-from subquad.distill.loop import run_stage
+from subquad.distill.loop import StageInputs, run_stage
 from subquad.distill.state import StageResult
 from subquad.jobs.run import Run, provenance
 from subquad.model.base import BaseStudent, plan_of
@@ -92,18 +92,9 @@ class SmallTeacher(ABC):
     ) -> StageResult:
         """One stage of the training loop on `data`."""
         run = self.run
-        return run_stage(
-            stage,
-            index=index,
-            student=student,
-            teacher_model=model,
-            corpus=data,
-            seed=run.recipe.seed,
-            out=run.out,
-            accelerator=run.accelerator,
-            progress=run.console if run.main else None,
-            resume=run.resume,
-        )
+        inputs = StageInputs(model, data, run.accelerator, index, run.recipe.seed)
+        progress = run.console if run.main else None
+        return run_stage(stage, inputs, student=student, out=run.out, progress=progress, resume=run.resume)
 
 
 def small_recipe(name: str, out: Path, seed: int, data: DataConfig, stages: list[Stage], **settings: Any) -> Recipe:

@@ -57,7 +57,7 @@ def write_report(run_dir: Path | str, *others: Path | str, out: Path | str | Non
     page = templates(autoescape=True).get_template("report.html.j2").render(
         views=views,
         title=" · ".join(name for name, _ in runs) if others else views[0].run.name,
-        facts={} if others else run_facts(views[0].run),
+        run_facts={} if others else run_facts(views[0].run),
         overview=together,
         front_svg=_together(together),
         samples=_samples(runs),

@@ -225,10 +225,10 @@ def test_the_same_seed_gives_the_same_weights_also_after_an_interruption(tmp_pat
 
     run_stage = small_teacher.run_stage
 
-    def interrupted(stage, *, index, **options):
-        if index == 1:
+    def interrupted(stage, inputs, **options):
+        if inputs.index == 1:
             raise KeyboardInterrupt
-        return run_stage(stage, index=index, **options)
+        return run_stage(stage, inputs, **options)
 
     monkeypatch.setattr(small_teacher, "run_stage", interrupted)
     with pytest.raises(KeyboardInterrupt):
