@@ -206,11 +206,12 @@ class Plan(BaseModel):
 
     def head_table(self) -> list[list[str]]:
         """Mixer names, layers by heads; a head that attends beside another mixer counts as attention."""
-        by_head = [
-            {head: name for name in sorted(layer, key=ATTENTION.__eq__) for head in layer[name]}
-            for layer in self.layers
-        ]
-        return [[names[head] for head in range(len(names))] for names in by_head]
+        table = []
+        for layer in self.layers:
+            names = {head: name for name, heads in layer.items() for head in heads}
+            names |= dict.fromkeys(layer.get(ATTENTION, []), ATTENTION)
+            table.append([names[head] for head in range(len(names))])
+        return table
 
     def pattern(self) -> str:
         """One letter a layer: the mixer's initial in capitals, or * where a layer's heads differ."""
