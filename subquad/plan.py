@@ -85,7 +85,7 @@ class AttentionShape(BaseModel):
 
 
 def every_head(shapes: Sequence[AttentionShape]) -> list[tuple[int, int]]:
-    """All heads of a model, as (layer, head)."""
+    """List all heads of a model as (layer, head)."""
     return [(layer, head) for layer, shape in enumerate(shapes) for head in range(shape.heads)]
 
 

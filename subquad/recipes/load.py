@@ -170,25 +170,25 @@ def _override(data: dict[str, Any], override: str) -> None:
 
 def _index(section: Any, part: str, override: str, path: Sequence[str]) -> Any:
     """Return a mapping's key unchanged, or the position of a list item addressed by number or name."""
-    where = ".".join(path)
+    location = ".".join(path)
     if isinstance(section, dict):
         return part
     if not isinstance(section, list):
-        raise UserError(f"override '{override}': '{where}' is a single value and has no key '{part}'")
+        raise UserError(f"override '{override}': '{location}' is a single value and has no key '{part}'")
     if part.isdecimal() and int(part) < len(section):
         return int(part)
     names = [item.get("name") if isinstance(item, dict) else None for item in section]
     if part in names:
         return names.index(part)
     valid = ", ".join([str(i) for i in range(len(section))] + [name for name in names if name]) or "none"
-    raise UserError(f"override '{override}': '{where}' has no item '{part}' (valid: {valid})")
+    raise UserError(f"override '{override}': '{location}' has no item '{part}' (valid: {valid})")
 
 
 def _sentence(error: ValidationError, data: Mapping[str, Any], recipe: str) -> str:
     """Describe the first error in one sentence that names the key."""
     details = error.errors()[0]
     loc, kind, value = details["loc"], details["type"], details["input"]
-    key = ".".join(map(str, _inside(data, loc)))
+    key = ".".join(map(str, _existing_part(data, loc)))
     if kind == "extra_forbidden":
         valid = _model_at(loc[:-1]).model_fields
         return f"unknown key '{key}' in recipe '{recipe}': {nearest(str(loc[-1]), valid)}"
@@ -206,7 +206,7 @@ def _sentence(error: ValidationError, data: Mapping[str, Any], recipe: str) -> s
     return f"'{key}' in recipe '{recipe}' {reason}, not {value!r}"
 
 
-def _inside(data: Any, loc: tuple[int | str, ...]) -> tuple[int | str, ...]:
+def _existing_part(data: Any, loc: tuple[int | str, ...]) -> tuple[int | str, ...]:
     """Cut an error's location to the part that exists in the data, since pydantic appends branches of a union."""
     for depth, part in enumerate(loc):
         keys = data.keys() if isinstance(data, dict) else range(len(data)) if isinstance(data, list) else ()
