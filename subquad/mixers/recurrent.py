@@ -158,9 +158,9 @@ def low_rank(q_BHTD: Tensor, k_BGTD: Tensor, rank: int) -> tuple[Tensor, Tensor]
     (q_root, q_inverse), (k_root, k_inverse) = (_roots(x.transpose(-1, -2) @ x) for x in (q_GLD, k_GLD))
     left_vectors, values, right_vectors = torch.linalg.svd(q_root @ k_root)
     root_values = values[:, None, :rank].sqrt()
-    return q_inverse @ left_vectors[:, :, :rank] * root_values, k_inverse @ right_vectors.transpose(-1, -2)[
-        :, :, :rank
-    ] * root_values
+    query_map_GDN = q_inverse @ left_vectors[:, :, :rank] * root_values
+    key_map_GDN = k_inverse @ right_vectors.transpose(-1, -2)[:, :, :rank] * root_values
+    return query_map_GDN, key_map_GDN
 
 
 def _roots(moment_GDD: Tensor) -> tuple[Tensor, Tensor]:
