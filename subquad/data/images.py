@@ -102,6 +102,7 @@ def load_images(
     Raises:
         UserError: the source is not a set of images, is damaged, or is too small.
     """
+    # Split the training images; the test part is cut off them only if the source has none.
     image_source = open_image_source(source, processor)
     train = image_source.train
     order = epoch_order(len(train), 0, 0).tolist()  # the held-out images are the same for all seeds
@@ -117,6 +118,7 @@ def load_images(
         "selection": train.select(order[:heldout_count]),
         "test": test,
     }
+    # Size and normalisation of the model.
     mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else ((0.0,) * 3, (1.0,) * 3)
     size = processed_size(processor)
     return ImageSet(

@@ -220,11 +220,13 @@ class _Text:
         Scored are the tokens after the question, without a separate space before a number, which needs no recall.
         """
         question_ids, ids = self.encode(question), self.encode(f"{question} {answer}")
-        first = next((i for i, (a, b) in enumerate(zip(question_ids, ids, strict=False)) if a != b), len(question_ids))
-        while first < len(ids) - 1 and not self.decode([ids[first]]).strip():
-            first += 1
-        answer_ids = self._require_known(ids[first:], answer)
-        return ids, [False] * first + [True] * len(answer_ids)
+        first_scored = next(
+            (i for i, (a, b) in enumerate(zip(question_ids, ids, strict=False)) if a != b), len(question_ids)
+        )
+        while first_scored < len(ids) - 1 and not self.decode([ids[first_scored]]).strip():
+            first_scored += 1
+        answer_ids = self._require_known(ids[first_scored:], answer)
+        return ids, [False] * first_scored + [True] * len(answer_ids)
 
     def fill(self, length: int, rng: random.Random) -> list[int]:
         """Take `length` tokens of haystack from a random position, ending in a newline if there is room."""
@@ -338,8 +340,8 @@ def _variables_row(text: _Text, context: int, rng: random.Random, row: int) -> R
 
 def _questions_row(text: _Text, context: int, rng: random.Random, row: int) -> Row:
     room, haystack_length = context - len(text.start), len(text.haystack)
-    first = int(_spread(rng, row) * haystack_length)
-    for start in range(first, first + haystack_length, max(1, room // 2)):
+    first_start = int(_spread(rng, row) * haystack_length)
+    for start in range(first_start, first_start + haystack_length, max(1, room // 2)):
         passage = text.stretch(start, room)
         # Answers that occur once in all of the text are the hardest to guess.
         candidates = [cloze for cloze in clozes(text.decode(passage)) if text.haystack_text.count(cloze.answer) == 1]

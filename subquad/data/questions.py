@@ -76,7 +76,7 @@ def read_questions(path: Path) -> list[Question]:
     return questions
 
 
-def _question(line: str, where: str) -> Question:
+def _question(line: str, location: str) -> Question:
     try:
         return Question.model_validate_json(line)
     except ValidationError as error:
@@ -92,4 +92,4 @@ def _question(line: str, where: str) -> Question:
         case _:
             reason = f"is no question: '{key}' should be {'a list of texts' if key == 'choices' else 'a text'}"
             reason += ", and none of them empty" if key == "choices" else " that is not empty"
-    raise UserError(f"{where} {reason}")
+    raise UserError(f"{location} {reason}")

@@ -187,13 +187,13 @@ def _json_texts(file: Path, lines: Iterable[str]) -> Iterator[str]:
         yield _text_of(record, "text", f"line {number} of {file}")
 
 
-def _text_of(record: Any, column: str, where: str) -> str:
+def _text_of(record: Any, column: str, location: str) -> str:
     if not isinstance(record, dict):
-        raise UserError(f"{where} is not a JSON object with a field '{column}'")
+        raise UserError(f"{location} is not a JSON object with a field '{column}'")
     if column not in record:
-        raise UserError(f"{where} has no field '{column}': {nearest(column, map(str, record))}")
+        raise UserError(f"{location} has no field '{column}': {nearest(column, map(str, record))}")
     if not isinstance(record[column], str):
-        raise UserError(f"field '{column}' in {where} is not a text")
+        raise UserError(f"field '{column}' in {location} is not a text")
     return record[column]
 
 

@@ -55,8 +55,8 @@ def mixer_options(name: str, options: dict[str, Any]) -> Options:
     try:
         return kind(**options)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(f"mixer '{name}', option '{first['loc'][0]}': {first['msg'].lower()}") from None
+        details = error.errors()[0]
+        raise UserError(f"mixer '{name}', option '{details['loc'][0]}': {details['msg'].lower()}") from None
 
 
 __all__ = ["MIXERS", "HeadGroup", "Mixer", "MixerInputs", "Options", "State", "mixer_class", "mixer_options"]

@@ -139,9 +139,9 @@ def scan_both_ways(chunk: Form, terms: tuple[Tensor | None, ...]) -> Tensor:
     y_forwards = chunk(*terms)[0]
     if y_forwards.shape[2] == 1:
         return y_forwards
-    q, *rest = (None if x is None else x.flip(2) for x in terms)
+    q, *keys_values_gates = (None if x is None else x.flip(2) for x in terms)
     assert q is not None
-    y_backwards = chunk(q[:, :, 1:], *(None if x is None else x[:, :, :-1] for x in rest))[0]
+    y_backwards = chunk(q[:, :, 1:], *(None if x is None else x[:, :, :-1] for x in keys_values_gates))[0]
     return y_forwards + nn.functional.pad(y_backwards, (0, 0, 1, 0)).flip(2)
 
 
@@ -156,9 +156,11 @@ def low_rank(q_BHTD: Tensor, k_BGTD: Tensor, rank: int) -> tuple[Tensor, Tensor]
     q_GLD = wide(q_BHTD).unflatten(1, (G, -1)).permute(1, 0, 2, 3, 4).flatten(1, 3)
     k_GLD = wide(k_BGTD).transpose(0, 1).flatten(1, 2)
     (q_root, q_inverse), (k_root, k_inverse) = (_roots(x.transpose(-1, -2) @ x) for x in (q_GLD, k_GLD))
-    left, values, right = torch.linalg.svd(q_root @ k_root)
+    left_vectors, values, right_vectors = torch.linalg.svd(q_root @ k_root)
     root_values = values[:, None, :rank].sqrt()
-    return q_inverse @ left[:, :, :rank] * root_values, k_inverse @ right.transpose(-1, -2)[:, :, :rank] * root_values
+    query_map_GDN = q_inverse @ left_vectors[:, :, :rank] * root_values
+    key_map_GDN = k_inverse @ right_vectors.transpose(-1, -2)[:, :, :rank] * root_values
+    return query_map_GDN, key_map_GDN
 
 
 def _roots(moment_GDD: Tensor) -> tuple[Tensor, Tensor]:

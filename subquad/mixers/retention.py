@@ -54,5 +54,5 @@ class Retention(Recurrent):
         if self.options.share_state:  # neighbouring heads share the memory of their key/value head
             count = math.ceil(count / group.queries_per_kv)
             positions = [*group.kv_heads] if group.even else [head // group.queries_per_kv for head in positions]
-        first, last = math.log(self.options.shortest), math.log(self.options.longest)
-        return torch.linspace(first, last, count, dtype=torch.float64).exp()[positions]
+        log_shortest, log_longest = math.log(self.options.shortest), math.log(self.options.longest)
+        return torch.linspace(log_shortest, log_longest, count, dtype=torch.float64).exp()[positions]

@@ -81,7 +81,7 @@ def decay_chunk(
 
 
 class _Decay(torch.autograd.Function):
-    """All chunks, with a hand-written gradient: a few more matrix products instead of storing every step.
+    """Chunked recurrence with a hand-written gradient: a few more matrix products instead of storing every step.
 
     c are the chunk's cumulated log decays (None: no decay). The output of a chunk depends on q_i e^{c_i} and
     k_j e^{-c_j}, the state after it on k_j e^{c_C - c_j} and e^{c_C}. So dc = q dq - k dk per channel; the last token

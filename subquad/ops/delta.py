@@ -88,7 +88,7 @@ def delta_chunk(
 
 
 class _Delta(torch.autograd.Function):
-    """All chunks, with a hand-written gradient: a few more matrix products instead of storing every step.
+    """Chunked recurrence with a hand-written gradient: a few more matrix products instead of storing every step.
 
     With c the chunk's cumulated log decays, w_ij = e^{c_i - c_j} for j <= i, and S the state before the chunk:
 

@@ -118,8 +118,8 @@ def test_passkey_lies_at_all_depths_of_the_haystack():
 def test_associative_recall_asks_pairs_of_distinct_tokens_in_another_order(context, tokenizer):
     probe = make_probe("associative", tokenizer, context, 3, seed=0)
     for ids, mask, start in zip(probe.input_ids, probe.answer_mask, probe.question_start.tolist(), strict=True):
-        first = len(tokenizer("")["input_ids"]) + (context - len(tokenizer("")["input_ids"])) % 2
-        tokens = ids[first:start].tolist()
+        pairs_start = len(tokenizer("")["input_ids"]) + (context - len(tokenizer("")["input_ids"])) % 2
+        tokens = ids[pairs_start:start].tolist()
         pairs = dict(zip(tokens[::2], tokens[1::2], strict=True))
         assert len(set(tokens)) == len(tokens) and not set(tokens) & set(tokenizer.all_special_ids)
         keys, values = ids[start::2].tolist(), ids[mask].tolist()
@@ -136,8 +136,8 @@ def follow(text: str) -> tuple[str, int, int]:
     assignments = dict(re.findall(r"^VAR ([A-Z]) = (\w+)$", text, re.MULTILINE))
     variable = re.search(r"What is the value of VAR ([A-Z])\?", text)[1]
     assert variable not in assignments.values()  # the last of its chain
-    for new, old in assignments.items():
-        assert old.isdigit() or text.index(f"VAR {old} =") < text.index(f"VAR {new} =")
+    for target, source in assignments.items():
+        assert source.isdigit() or text.index(f"VAR {source} =") < text.index(f"VAR {target} =")
     value, hops = assignments[variable], 0
     while not value.isdigit():
         value, hops = assignments[value], hops + 1
@@ -226,8 +226,8 @@ def test_a_cloze_quotes_no_more_than_it_needs():
 def test_answers_are_scored_without_the_space_before_them(name, tokenizer):
     probe = make_probe(name, tokenizer, 300, 4, seed=0)
     for row in range(4):
-        first = probe.input_ids[row][probe.answer_mask[row]][0]
-        assert tokenizer.decode([first]).strip().isdigit()
+        first_id = probe.input_ids[row][probe.answer_mask[row]][0]
+        assert tokenizer.decode([first_id]).strip().isdigit()
         assert answer_text(tokenizer, probe, row).isdigit()
 
 

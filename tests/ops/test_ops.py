@@ -229,18 +229,18 @@ def test_window_is_masked_attention_in_any_pieces(seed, T, window, sinks, pads, 
     expected = window_reference(q, k, v, window, sinks, 0.7, real_BT)
     outputs, state, past = [], None, 0
     while past < T:
-        new = slice(past, min(T, past + (first_piece if past == 0 else 1)))
+        new_range = slice(past, min(T, past + (first_piece if past == 0 else 1)))
         part = window_sum(
-            *(x[:, :, new] for x in (q, k, v)),
+            *(x[:, :, new_range] for x in (q, k, v)),
             window=window,
             sinks=sinks,
             scale=0.7,
             state=state,
             past=past,
-            padding_BL=real_BT[:, : new.stop],
+            padding_BL=real_BT[:, : new_range.stop],
         )
         outputs.append(part.normalised())
-        state, past = part.state, new.stop
+        state, past = part.state, new_range.stop
     actual = torch.cat(outputs, 2)
     assert actual.isfinite().all()
     torch.testing.assert_close(actual * real_BT[:, None, :, None], expected * real_BT[:, None, :, None])
