@@ -37,7 +37,7 @@ from subquad.evaluate import likelihood
 from subquad.model.student import Student, cache_after
 from subquad.plan import Join, Plan
 from subquad.recipes.stage import Stage
-from subquad.select import Work, retrieval_scores, uniform_layers
+from subquad.select import SelectionWork, retrieval_scores, uniform_layers
 from subquad.select.ablation import Kind, scaled
 from subquad.select.budget import largest_within
 from subquad.utils.timing import clock
@@ -146,7 +146,7 @@ class RetrievalAware(Bench):
             context=setup.context,
             rows=setup.score_rows,
             top=max(setup.counts),
-            work=Work(self.store.console.print),
+            work=SelectionWork(self.store.console.print),
         )
         by_head = zip(found.units, found.scores, found.logprob_drop, strict=True)
         order = [(layer, head, score, between) for [(layer, head)], score, between in by_head]

@@ -22,7 +22,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -35,10 +35,10 @@ from subquad.evaluate import likelihood
 from subquad.model.student import Student
 from subquad.plan import Plan
 from subquad.recipes.stage import Stage
-from subquad.select import Budget, Ranking, SelectorInputs, Supernet, Work, make_selector
+from subquad.select import Budget, Ranking, SelectionWork, SelectorInputs, Supernet, make_selector
 from subquad.select.supernet import without
-from subquad.select.task import TaskScore, task_score
-from subquad.select.units import Wish, heads_of, units_of
+from subquad.select.task import Part, TaskScore, task_score
+from subquad.select.units import UnitSpec, heads_of, units_of
 
 PARTS = ("estimators", "budgets", "greedy")
 FULL = "kl, each retrained"
@@ -49,7 +49,7 @@ class Setup:
     """What is run: lengths and counts in tokens."""
 
     teacher: str = SMALL_TEACHER
-    unit: Wish = "head"
+    unit: UnitSpec = "head"
     mixer: str = "discrete_mamba2"
     options: tuple[tuple[str, Any], ...] = ()
     align_tokens: int = 60_000
@@ -222,7 +222,7 @@ class Selection(Bench):
 
         def job(settings: Settings) -> Result:
             student = self.aligned(seed)  # before the clock of the selector starts
-            work = Work(say=lambda text: None)
+            work = SelectionWork(say=lambda text: None)
             choice = self.choice(student, by, options, seed, work)
             order = choice.report["order"]
             worth = choice.worth or [-order.index(unit) for unit in range(len(order))]  # its ranks
@@ -237,7 +237,7 @@ class Selection(Bench):
         """What a selector scores on; HALO sets recall against what needs none, so it gets text alone."""
         return self.plain_rows if by == "halo" else self.scored_rows
 
-    def choice(self, student: Student, by: str, options: dict[str, Any], seed: int, work: Work) -> Ranking:
+    def choice(self, student: Student, by: str, options: dict[str, Any], seed: int, work: SelectionWork) -> Ranking:
         def train(candidate: Student, tokens: int, name: str) -> None:
             self.logits(candidate, tokens, self.rate, seed)
 
@@ -251,7 +251,9 @@ class Selection(Bench):
         if by == "random":
             return random.Random(f"units {seed}").sample(range(len(self.units)), count)
         if by == "uniform":
-            return self.choice(self.student(self.plan([]), seed), by, {}, seed, Work(say=lambda text: None)).kept(count)
+            return self.choice(
+                self.student(self.plan([]), seed), by, {}, seed, SelectionWork(say=lambda text: None)
+            ).top(count)
         return sorted(self.selected(by, options, seed)["order"][:count])
 
     def estimators(self) -> list[Result]:
@@ -298,21 +300,21 @@ class Selection(Bench):
     def task(self, name: str) -> TaskScore:
         return task_score(name, limit=self.setup.greedy_rows, context=self.setup.context, text_BT=self.text)
 
-    def scorer(self, settings: Settings) -> Callable[[Sequence[int], str], float]:
+    def scorer(self, settings: Settings) -> Callable[[Sequence[int], Part], float]:
         """The score of the aligned student with these units replaced, on the documents of a part."""
-        board = Supernet(self.aligned(settings["seed"]), self.teacher.model)
+        supernet = Supernet(self.aligned(settings["seed"]), self.teacher.model)
         task = self.task(settings["task"])
 
-        def score(gone: Sequence[int], part: str) -> float:
-            left = without(board.everything, heads_of(self.units, gone))
-            with board.following(board.keeping(left)) as following:
-                return float(getattr(task, part)(following, self.teacher.tokenizer))
+        def score(gone: Sequence[int], part: Part) -> float:
+            left = without(supernet.all_heads, heads_of(self.units, gone))
+            with supernet.activate(supernet.plan_with(left)) as following:
+                return task.score(following, self.teacher.tokenizer, part)
 
         return score
 
-    def scored(self, orders: Mapping[str, Sequence[int]], score: Callable[[Sequence[int], str], float]) -> Result:
+    def scored(self, orders: Mapping[str, Sequence[int]], score: Callable[[Sequence[int], Part], float]) -> Result:
         return {
-            way: [{part: score(order[:count], part) for part in ("validation", "test")} for count in self.counts]
+            way: [{part: score(order[:count], part) for part in get_args(Part)} for count in self.counts]
             for way, order in orders.items()
         }
 
@@ -320,7 +322,7 @@ class Selection(Bench):
         """Distill-then-Replace's path, to the largest count."""
         setup, score = self.setup, self.scorer(settings)
         budget = Budget.parse(str(len(self.units) - max(self.counts)))
-        work = Work(say=lambda text: None)
+        work = SelectionWork(say=lambda text: None)
         question = SelectorInputs(
             self.aligned(settings["seed"]), self.teacher, self.text, budget, setup.unit, work=work
         )
@@ -334,7 +336,9 @@ class Selection(Bench):
         seed, score = settings["seed"], self.scorer(settings)
         units = range(len(self.units))
         alone = [score([unit], "validation") for unit in units]
-        by_kl = self.choice(self.aligned(seed), "kl-removal", {}, seed, Work(say=lambda text: None)).report["order"]
+        by_kl = self.choice(self.aligned(seed), "kl-removal", {}, seed, SelectionWork(say=lambda text: None)).report[
+            "order"
+        ]
         orders = {
             "static, by the task": sorted(units, key=lambda unit: (alone[unit], unit), reverse=True),
             "static, by kl-removal": by_kl[::-1],

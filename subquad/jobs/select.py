@@ -27,9 +27,9 @@ from subquad.select import (
     SELECTORS,
     Budget,
     Ranking,
+    SelectionWork,
     SelectorInputs,
     TokenCost,
-    Work,
     choose_plan,
     make_selector,
     pareto,
@@ -125,7 +125,7 @@ def _from_scores(conversion: Conversion, file: Path) -> Plan:
         for name, options in mixers_of(recipe).items()
     }
     linear = aligned.pop(recipe.mixer.name)
-    decoding = _decoding(Work(conversion.run.say), teacher, linear)
+    decoding = _decoding(SelectionWork(conversion.run.say), teacher, linear)
     budget = Budget.parse(recipe.selector.budget)
     return choose_plan(linear, budget, ranking, recipe.mixer.join, decoding, aligned)[0]
 
@@ -147,7 +147,7 @@ def selection_cost(conversion: Conversion, linear: Mapping[str, BaseStudent]) ->
     settings = conversion.recipe.selector
     inputs = _inputs(conversion, linear)
     cost = make_selector(settings.by, settings.options).cost(inputs)
-    inputs.work.announce(cost)
+    inputs.work.print_cost(cost)
     return cost.tokens
 
 
@@ -162,8 +162,8 @@ def select_plan(conversion: Conversion, linear: Mapping[str, BaseStudent]) -> tu
         work = inputs.work
 
         def show(done: int, total: int) -> None:
-            tokens = work.spent.forward_tokens + work.spent.training_tokens
-            bar.update(done, f"{tokens / (time.perf_counter() - work.started):,.0f} tokens/s", total)
+            tokens = work.actual_cost.forward_tokens + work.actual_cost.training_tokens
+            bar.update(done, f"{tokens / (time.perf_counter() - work.start_time):,.0f} tokens/s", total)
 
         work.progress = show
         plan, scores = _choose(conversion, inputs)
@@ -204,7 +204,7 @@ def _inputs(conversion: Conversion, aligned: Mapping[str, BaseStudent]) -> Selec
         None if conversion.teacher.kind.of_images else conversion.corpus,
         candidate_training(conversion) if settings.options.get("retrain_tokens") else None,
         recipe.seed,
-        Work(
+        SelectionWork(
             run.say,
             accelerator=run.accelerator,
             file=run.out / "selection.jsonl",
@@ -240,7 +240,7 @@ def _choose(conversion: Conversion, inputs: SelectorInputs) -> tuple[Plan, dict[
     return plan, scores
 
 
-def _decoding(work: Work, teacher: Teacher, linear: BaseStudent) -> Callable[[int], DecodeCost]:
+def _decoding(work: SelectionWork, teacher: Teacher, linear: BaseStudent) -> Callable[[int], DecodeCost]:
     """What decoding steps take, measured when it is asked for.
 
     It is a piece of the work, so that all processes have the same, and an interrupted run the same again.
@@ -253,7 +253,7 @@ def _decoding(work: Work, teacher: Teacher, linear: BaseStudent) -> Callable[[in
         return [*found.attention, *found.mixer, found.rest]
 
     def seconds(context: int) -> DecodeCost:
-        found = work.pieces(f"decoding after {context}", 1, lambda _: measured(context), each=TokenCost())[0].tolist()
+        found = work.map(f"decoding after {context}", 1, lambda _: measured(context), item_cost=TokenCost())[0].tolist()
         layers = linear.plan.num_layers
         return DecodeCost(found[:layers], found[layers:-1], found[-1])
 

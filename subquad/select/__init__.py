@@ -1,8 +1,8 @@
 """Selectors: measure units, and propose a plan under a budget.
 
 A unit is a set of heads that keep attention together or not at all: a layer, a head, or a group of layers. A selector
-says what each is worth, or in which order they go; the budget says how much may stay. So one set of scores serves any
-budget. CONTRIBUTING.md says how to add a selector.
+measures the worth of each unit, or an order of them; the budget limits how many keep attention. So one set of scores
+serves any budget. CONTRIBUTING.md explains how to add a selector.
 """
 
 from importlib import import_module
@@ -22,7 +22,7 @@ from subquad.select.registry import (
 from subquad.select.retrieval_heads import RetrievalScores, retrieval_scores
 from subquad.select.supernet import Supernet
 from subquad.select.units import Unit, uniform_layers, units_of
-from subquad.select.work import SelectionCost, Work
+from subquad.select.work import SelectionCost, SelectionWork
 from subquad.utils.token_cost import TokenCost
 
 __all__ = [
@@ -36,7 +36,7 @@ __all__ = [
     "RetrievalScores",
     "Selector",
     "Unit",
-    "Work",
+    "SelectionWork",
     "check_alternatives",
     "check_selector",
     "make_selector",
@@ -48,5 +48,5 @@ __all__ = [
     "units_of",
 ]
 
-for module in iter_modules(__path__):  # each registers the selectors written in it
+for module in iter_modules(__path__):  # each file registers its selectors
     import_module(f"{__name__}.{module.name}")

@@ -1,18 +1,19 @@
-"""What a model looks up less well with a unit's heads silenced: their outputs zeroed before the output projection.
+"""The loss of retrieval when a unit's heads are ablated: their outputs zeroed before the output projection.
 
-Of a layer this is the recall score that KL-guided selection compares with (AR, arXiv 2512.20569), of a head that of
-Retrieval-Aware Distillation (arXiv 2602.11374), whose official code ships lists of heads but no scorer.
+For layers this is the recall score that KL-guided selection compares with (AR, arXiv 2512.20569). For heads it is the
+score of Retrieval-Aware Distillation (arXiv 2602.11374), whose official code ships lists of heads but no scorer.
 
 Notable:
-- A head of layer l changes nothing below l: its pass begins there (prefix.py), so that it costs about half a pass.
-  Units that begin in the same layer go through the rest of the model together, as rows of a batch.
-- Rows come in rounds. After each, every unit gets a bootstrap interval of its mean; one whose interval lies clear of
-  the cut between the `top` first and the rest is settled and measured no more. When all are, the work is done.
-- Where the teacher answers, accuracy counts (and log-probability between equals); where it fails half of the questions,
-  a drop of its accuracy is noise, and log-probability counts, if the facts move that. Else the task is left out, and
-  said to be (`usable`).
+- A head of layer l changes nothing below l, so its pass begins there (prefix.py) and costs about half a pass. Units
+  that begin in the same layer go through the rest of the model together, as rows of a batch.
+- Rows are measured in rounds. After each round, every unit has a bootstrap interval of its mean. Units whose interval
+  does not contain the cut between the `top` first and the rest are settled and measured no further. The work ends when
+  all units are settled.
+- Where the teacher answers well, accuracy counts (and log-probability breaks ties). Where it fails half of the
+  questions, a drop of its accuracy is noise, and log-probability counts, if the facts change it. Otherwise the task is
+  left out, with a message (`usable`).
 
-Legend: N rows, T tokens, H heads of a layer, S units that are silenced, one at a time, U units.
+Legend: N rows, T tokens, H heads of a layer, S units ablated in one batch, one per row, U units, I open units.
 """
 
 import math
@@ -30,49 +31,55 @@ from subquad.evaluate.retrieval import TOKENS_AT_ONCE, Answers, answers, usable
 from subquad.mixers.base import picked
 from subquad.model.layer_call import ForwardContext, LayerCall
 from subquad.model.student import Student
-from subquad.select.prefix import recorded, repeated, resumed
+from subquad.select.prefix import record_outputs, repeat_output, skip_below
 from subquad.select.units import Unit, layers_in
-from subquad.select.work import Work, bootstrap
+from subquad.select.work import SelectionWork, bootstrap
 from subquad.utils.token_cost import TokenCost
 
 Measure: TypeAlias = Literal["auto", "accuracy", "logprob"]
 Kind: TypeAlias = Literal["accuracy", "logprob"]
 KINDS: tuple[Kind, ...] = ("accuracy", "logprob")
 
-ROUND = 8  # rows of each task that are measured before settled units are left out
+ROUND = 8  # rows of each task in a round
 
 
 def measure_of(
-    model: PreTrainedModel, probes: Mapping[str, Probe], whole: Mapping[str, Answers], wish: Measure
+    model: PreTrainedModel, probes: Mapping[str, Probe], baseline: Mapping[str, Answers], measure: Measure
 ) -> tuple[Kind, dict[str, str]]:
-    """What is compared, accuracy or logprob, and why tasks are left out, from the model's answers (`whole`).
+    """The measure to compare, accuracy or logprob, and the reasons to leave out tasks, from the model's own answers.
 
-    Raises UserError if none is left.
+    `baseline`: these answers, by task. Raises UserError if no task remains.
     """
-    for kind in KINDS if wish == "auto" else (wish,):
-        verdicts = {task: usable(model, probe, kind, answered=whole[task]) for task, probe in probes.items()}
+    for kind in KINDS if measure == "auto" else (measure,):
+        verdicts = {task: usable(model, probe, kind, answered=baseline[task]) for task, probe in probes.items()}
         if all(verdict.usable for verdict in verdicts.values()):
             break
     unusable = {task: verdict.reason for task, verdict in verdicts.items() if not verdict.usable}
     if len(unusable) == len(probes):
-        listed = "; ".join(f"{task} is {reason}" for task, reason in unusable.items())
+        reasons = "; ".join(f"{task} is {reason}" for task, reason in unusable.items())
         raise UserError(
-            f"no retrieval task tells this model's heads apart ({listed}): give it easier tasks or a shorter context "
+            f"no retrieval task tells this model's heads apart ({reasons}): give it easier tasks or a shorter context "
             "(selector.options)"
         )
     return kind, unusable
 
 
-def silence_bill(units: Sequence[Unit], layers: int, probes: Mapping[str, Probe]) -> TokenCost:
-    """Of all rows, if no unit is settled before."""
-    passes = 1 + sum((layers - layers_in(unit)[0]) / layers for unit in units)
-    return TokenCost(forward_tokens=passes * sum(probe.input_ids.numel() for probe in probes.values()))
+def ablation_cost(units: Sequence[Unit], layers: int, probes: Mapping[str, Probe]) -> TokenCost:
+    """The cost of measuring every unit on all rows, if none is settled early."""
+    tokens = sum(probe.input_ids.numel() for probe in probes.values())
+    return TokenCost(forward_tokens=_passes(units, layers) * tokens)
 
 
-class Silence:
-    """What every unit's silence costs, row by row; rounds of rows, for the units that are not settled.
+def _passes(units: Sequence[Unit], layers: int) -> float:
+    """Whole forward passes that it takes to ablate each unit once, with the pass that they share."""
+    return 1 + sum((layers - layers_in(unit)[0]) / layers for unit in units)
 
-    `teacher`: the model, as a student that is all attention. `whole`: its answers. `kind`: what settles a unit.
+
+class Ablation:
+    """The loss of retrieval without each unit, row by row, in rounds of rows for the units that are not settled.
+
+    `teacher`: the model as a student with attention everywhere. `baseline`: its answers, by task. `kind`: the measure
+    that settles a unit.
     """
 
     def __init__(
@@ -80,104 +87,111 @@ class Silence:
         teacher: Student,
         units: Sequence[Unit],
         probes: Mapping[str, Probe],
-        whole: Mapping[str, Answers],
+        baseline: Mapping[str, Answers],
         kind: Kind,
         top: int,
-        work: Work,
+        work: SelectionWork,
         confidence: float = 0.95,
         seed: int = 0,
     ) -> None:
-        self.teacher, self.units, self.probes, self.whole, self.work = teacher, units, probes, whole, work
+        self.teacher, self.units, self.probes, self.baseline, self.work = teacher, units, probes, baseline, work
         self.kind, self.top, self.confidence, self.seed = kind, top, confidence, seed
         self.limit = min(len(probe.input_ids) for probe in probes.values())
-        nothing = torch.full((self.limit, len(units)), math.nan, dtype=torch.float64)
-        self.drops = {kind: nothing.clone() for kind in KINDS}  # rows by units, means over tasks
-        self.done = 0
+        empty_NU = torch.full((self.limit, len(units)), math.nan, dtype=torch.float64)
+        self.drops = {kind: empty_NU.clone() for kind in KINDS}  # mean over tasks; NaN: not measured
+        self.rows_measured = 0
 
     @property
     def rows(self) -> Tensor:
-        """Rows of each task that a unit was measured on, (U,)."""
+        """The number of rows of each task that a unit was measured on, (U,)."""
         return self.drops[self.kind].isfinite().sum(0)
 
     def mean(self, kind: Kind) -> Tensor:
+        """The mean drop over the measured rows, (U,)."""
         return self.drops[kind].nanmean(0)
 
     def interval(self) -> tuple[Tensor, Tensor]:
         """Bounds of the bootstrap interval of each unit's mean, (U,)."""
         drops_NU = self.drops[self.kind]
-        bounds = torch.zeros(2, len(self.units), dtype=torch.float64)
+        bounds_2U = torch.zeros(2, len(self.units), dtype=torch.float64)
         for count in self.rows.unique().tolist():
-            of_count = self.rows == count
-            bounds[:, of_count] = torch.stack(bootstrap(drops_NU[:count, of_count], self.confidence, self.seed))
-        return bounds[0], bounds[1]
+            of_count_U = self.rows == count
+            low_high = bootstrap(drops_NU[:count, of_count_U], self.confidence, self.seed)
+            bounds_2U[:, of_count_U] = torch.stack(low_high)
+        return bounds_2U[0], bounds_2U[1]
 
     def open_units(self) -> list[int]:
-        """The units that may still belong to the first `top` or not: their interval holds the cut."""
-        if self.done == 0:
+        """The units that may or may not belong to the first `top`: their interval contains the cut."""
+        if self.rows_measured == 0:
             return [*range(len(self.units))]
         if not 0 < self.top < len(self.units):
             return []
-        ordered = self.mean(self.kind).sort(descending=True).values
-        cut = (ordered[self.top - 1] + ordered[self.top]) / 2
-        low, high = self.interval()
-        return (~((low > cut) | (cut > high))).nonzero()[:, 0].tolist()
+        ordered_U = self.mean(self.kind).sort(descending=True).values
+        cut = (ordered_U[self.top - 1] + ordered_U[self.top]) / 2
+        low_U, high_U = self.interval()
+        return (~((low_U > cut) | (cut > high_U))).nonzero()[:, 0].tolist()
 
     def step(self) -> bool:
-        """Measures the open units on the next rows; whether there was anything to do."""
-        wanted = self.open_units()
-        if not wanted or self.done == self.limit:
+        """Measures the open units on the next round of rows; False if nothing was left to measure."""
+        open_units = self.open_units()
+        if not open_units or self.rows_measured == self.limit:
             return False
-        first, stop = self.done, min(self.done + ROUND, self.limit)
-        layers = self.teacher.plan.num_layers
-        passes = 1 + sum((layers - layers_in(self.units[index])[0]) / layers for index in wanted)
-        found = self.work.pieces(
-            f"silence, rows from {first}",
-            stop - first,
-            lambda row: self._row(first + row, wanted),
-            each=TokenCost(forward_tokens=passes * sum(probe.input_ids.shape[1] for probe in self.probes.values())),
+        start, stop = self.rows_measured, min(self.rows_measured + ROUND, self.limit)
+        passes = _passes([self.units[index] for index in open_units], self.teacher.plan.num_layers)
+        row_tokens = sum(probe.input_ids.shape[1] for probe in self.probes.values())
+        drops_NI = self.work.map(
+            f"silence, rows from {start}",
+            stop - start,
+            lambda row: self._row(start + row, open_units),
+            item_cost=TokenCost(forward_tokens=passes * row_tokens),
         )
-        for kind, drops_NW in zip(KINDS, found.split(len(wanted), 1), strict=True):
-            self.drops[kind][first:stop, wanted] = drops_NW
-        self.done = stop
+        for kind, of_kind_NI in zip(KINDS, drops_NI.split(len(open_units), 1), strict=True):
+            self.drops[kind][start:stop, open_units] = of_kind_NI
+        self.rows_measured = stop
         return True
 
     @torch.no_grad()
-    def _row(self, row: int, wanted: list[int]) -> list[float]:
-        """What one row of every task loses without each of these units: of accuracy, then of log-probability."""
-        drops = {kind: dict.fromkeys(wanted, 0.0) for kind in KINDS}
+    def _row(self, row: int, indices: list[int]) -> list[float]:
+        """The drops on one row of every task without each of these units: of accuracy, then of log-probability."""
+        drops = {kind: dict.fromkeys(indices, 0.0) for kind in KINDS}
         for task, probe in self.probes.items():
-            whole = by_row(self.whole[task])
-            for index, silent in self._silenced(probe.rows(slice(row, row + 1)), wanted):
+            baseline = by_row(self.baseline[task])
+            for index, ablated in self._ablated(probe.rows(slice(row, row + 1)), indices):
                 for kind in KINDS:
-                    drops[kind][index] += float(whole[kind][row] - silent[kind]) / len(self.probes)
+                    drops[kind][index] += float(baseline[kind][row] - ablated[kind]) / len(self.probes)
         return [drop for kind in KINDS for drop in drops[kind].values()]
 
-    def _silenced(self, probe: Probe, wanted: list[int]) -> Iterator[tuple[int, dict[str, Tensor]]]:
-        """(unit, what is answered without it) for each of these units, on a probe of one row."""
+    def _ablated(self, probe: Probe, indices: list[int]) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """(unit, scores of the answers without it) for each of these units, on a probe of one row."""
         teacher, blocks = self.teacher, self.teacher.blocks()
-        shapes = teacher.plan.shapes
-        with recorded(blocks) as outputs:
+        with record_outputs(blocks) as outputs:
             teacher.final_hidden(probe.input_ids.to(teacher.device))
-        at_once = max(1, TOKENS_AT_ONCE // probe.input_ids.numel())
+        batch_size = max(1, TOKENS_AT_ONCE // probe.input_ids.numel())
         for layer in range(len(blocks)):
-            mine = [index for index in wanted if layers_in(self.units[index])[0] == layer]
-            for first in range(0, len(mine), at_once):
-                group = mine[first : first + at_once]
-                gains = {}
-                for touched in {touched for index in group for touched in layers_in(self.units[index])}:
-                    gains[touched] = torch.ones(len(group), shapes[touched].heads, device=teacher.device)
-                for place, index in enumerate(group):
-                    for touched, head in self.units[index]:
-                        gains[touched][place, head] = 0
-                below = [repeated(outputs[layer - 1], len(group))] * layer if layer else []
+            in_layer = [index for index in indices if layers_in(self.units[index])[0] == layer]
+            for start in range(0, len(in_layer), batch_size):
+                batch = in_layer[start : start + batch_size]
+                gains = self._gains(batch)
+                below = [repeat_output(outputs[layer - 1], len(batch))] * layer if layer else []
 
                 def hidden(model: PreTrainedModel, ids_ST: Tensor, gains: Any = gains) -> Tensor:
                     return teacher.final_hidden(ids_ST, forward_context=scaled(gains))
 
-                with resumed(blocks, layer, below):
-                    found = by_row(answers(teacher, probe.repeated(len(group)), hidden))
-                for place, index in enumerate(group):
-                    yield index, {kind: x_S[place] for kind, x_S in found.items()}
+                with skip_below(blocks, layer, below):
+                    scores = by_row(answers(teacher, probe.repeated(len(batch)), hidden))
+                for row, index in enumerate(batch):
+                    yield index, {kind: score_S[row] for kind, score_S in scores.items()}
+
+    def _gains(self, batch: Sequence[int]) -> dict[int, Tensor]:
+        """Factors of the heads' outputs in every changed layer, (S, H): row s has zeros for the s-th unit's heads."""
+        gains = {}
+        for layer in {layer for index in batch for layer in layers_in(self.units[index])}:
+            heads = self.teacher.plan.shapes[layer].heads
+            gains[layer] = torch.ones(len(batch), heads, device=self.teacher.device)
+        for row, index in enumerate(batch):
+            for layer, head in self.units[index]:
+                gains[layer][row, head] = 0
+        return gains
 
 
 def scaled(gains: Mapping[int, Tensor]) -> ForwardContext:
@@ -196,6 +210,6 @@ def scaled(gains: Mapping[int, Tensor]) -> ForwardContext:
     return ForwardContext(around=around)
 
 
-def by_row(found: Answers) -> dict[str, Tensor]:
-    """Share of the answers right, and log-probability of an answer token, of every row, (N,)."""
-    return {"accuracy": found.hits_N / found.counted_N, "logprob": found.logprob_N / found.tokens_N}
+def by_row(scored: Answers) -> dict[str, Tensor]:
+    """Accuracy, and log-probability per answer token, of every row, (N,)."""
+    return {"accuracy": scored.hits_N / scored.counted_N, "logprob": scored.logprob_N / scored.tokens_N}

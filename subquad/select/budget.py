@@ -1,14 +1,13 @@
-"""Budgets: how much of a plan may stay attention.
+"""Budgets: how much attention a plan may keep.
 
-A number of units (`15`), a share of them (`50%` or `0.5`), the bytes that one sequence's cache may take at a context
-length (`64MiB@32k`), or how much faster than the teacher it must decode there (`1.5x@32k`). The units are the
-selector's: layers, heads or groups of layers. With a word (`opt`, `best`) the selector finds out how many to keep.
+A budget is a number of units (`15`), a share of them (`50%` or `0.5`), the bytes of one sequence's cache at a context
+length (`64MiB@32k`), or the decoding speed there relative to the teacher (`1.5x@32k`). The units are the selector's:
+layers, heads or groups of layers. With a word (`opt`, `best`) the selector determines how many to keep.
 """
 
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from operator import methodcaller
 from typing import TypeAlias
 
 from subquad.errors import UserError
@@ -26,8 +25,11 @@ _EXAMPLES = (
 
 @dataclass(frozen=True)
 class Budget:
-    """Exactly one of: a `count` of units, a `share` of them, cache `size` in bytes at `context` tokens, a `speedup` of
-    decoding one sequence after `context` tokens (in the teacher's tokens per second), or a `word`."""
+    """Exactly one kind of budget.
+
+    `count`: units. `share`: share of the units. `size`: cache bytes at `context` tokens. `speedup`: decoding speed of
+    one sequence after `context` tokens, relative to the teacher's. `word`: `opt` or `best`.
+    """
 
     text: str
     count: int | None = None
@@ -39,7 +41,7 @@ class Budget:
 
     @classmethod
     def parse(cls, text: str) -> "Budget":
-        """Reads a budget. Raises UserError for what is not one."""
+        """Reads a budget. Raises UserError if `text` is not one."""
         plain = text.strip().replace(" ", "")
         if plain.lower() in WORDS:
             return cls(plain, word=plain.lower())
@@ -70,10 +72,10 @@ class Budget:
             raise UserError(f"the budget '{text}' asks for less speed than the teacher has: {_EXAMPLES}")
         return cls(text, speedup=speedup, context=context)
 
-    def of(self, units: int, unit: str = "layer") -> int:
-        """How many of `units` units a budget that is a count or a share of them keeps.
+    def count_of(self, units: int, unit: str = "layer") -> int:
+        """The number of `units` units that a budget in units keeps, given as a count or a share.
 
-        Raises UserError for more than there are, and for a word.
+        Raises UserError for more units than there are, and for a word.
         """
         if self.word is not None:
             raise UserError(f"the budget '{self.word}' is for the greedy selector only: {_EXAMPLES}")
@@ -84,13 +86,18 @@ class Budget:
             raise UserError(f"the budget of {self.count} attention {unit}s is more than the teacher's {units}")
         return self.count
 
-    def priced(self, shapes: Sequence[AttentionShape], dtype: str, seconds: Cost | None = None) -> tuple[Cost, float]:
-        """What a plan costs by a budget of bytes or of speed, and the most that it may cost.
+    def cost_and_limit(
+        self, shapes: Sequence[AttentionShape], dtype: str, seconds: Cost | None = None
+    ) -> tuple[Cost, float]:
+        """The cost of a plan under a budget in bytes or speed, and its limit.
 
-        Bytes of one sequence's cache in `dtype`, or `seconds` of a decoding step (select/speed.py), at its context.
+        Costs are bytes of one sequence's cache in `dtype`, or `seconds` of a decoding step (select/speed.py), at the
+        budget's context length.
         """
         if self.size is not None:
-            return methodcaller("cache_bytes", self.context, dtype=dtype), self.size
+            context = self.context
+            assert context is not None
+            return lambda plan: plan.cache_bytes(context, dtype=dtype), self.size
         assert self.speedup is not None and seconds is not None
         return seconds, seconds(Plan.all_attention([*shapes])) / self.speedup
 
@@ -102,27 +109,27 @@ class Budget:
         unit: str = "layer",
         seconds: Cost | None = None,
     ) -> int:
-        """How many of `units` units may keep attention, `plan_of(k)` being the plan that keeps k.
+        """The greatest number of `units` units that may keep attention; `plan_of(k)` is the plan that keeps k.
 
-        `seconds`: what a decoding step takes, for a budget of speed.
-        Raises UserError where even a plan without attention is over the budget, or it asks for more than there are.
+        `seconds`: duration of a plan's decoding step, for a budget of speed. Raises UserError if even a plan without
+        attention exceeds the budget, or if the budget is more units than there are.
         """
         if self.context is None:
-            return self.of(units, unit)
-        nothing = plan_of(0)
-        cost, limit = self.priced(nothing.shapes, dtype, seconds)
+            return self.count_of(units, unit)
+        linear = plan_of(0)
+        cost, limit = self.cost_and_limit(linear.shapes, dtype, seconds)
         count = largest_within(units, plan_of, cost, limit)
         if count is None:
-            raise self.impossible(cost(nothing), limit, unit)
+            raise self.impossible(cost(linear), limit, unit)
         return count
 
-    def impossible(self, least: float, limit: float, unit: str = "layer") -> UserError:
-        """The error for a budget within which no plan is; `least`: what the plan without attention costs."""
+    def impossible(self, min_cost: float, limit: float, unit: str = "layer") -> UserError:
+        """The error for a budget that no plan meets; `min_cost`: cost of the plan without attention."""
         if self.speedup is None:
-            has, advice = f"the cache takes {least / 2**20:.1f} MiB", "give more, or a mixer with a smaller state"
+            has, advice = f"the cache takes {min_cost / 2**20:.1f} MiB", "give more, or a mixer with a smaller state"
         else:
-            reached = self.speedup * limit / least
-            has, advice = f"decoding is {reached:.2f} times as fast as the teacher's", "ask for less, or a faster mixer"
+            speedup = self.speedup * limit / min_cost
+            has, advice = f"decoding is {speedup:.2f} times as fast as the teacher's", "ask for less, or a faster mixer"
         return UserError(
             f"the budget {self.text} is impossible: without any attention {unit} {has} at {self.context} tokens; "
             f"{advice}"
@@ -130,5 +137,5 @@ class Budget:
 
 
 def largest_within(count: int, plan_of: Callable[[int], Plan], cost: Cost, limit: float) -> int | None:
-    """The largest k of 0 to `count` for which `plan_of(k)` costs no more than `limit`; None where there is none."""
+    """The largest k of 0 to `count` for which `plan_of(k)` costs no more than `limit`; None if there is none."""
     return next((k for k in range(count, -1, -1) if cost(plan_of(k)) <= limit), None)

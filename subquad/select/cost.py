@@ -1,9 +1,9 @@
-"""What units cost, and the best of them within a limit: bytes of the cache, or seconds of a decoding step.
+"""The cost of units, and the best units within a limit: bytes of the cache, or seconds of a decoding step.
 
-Costs of units do not add up. Query heads that share a key/value head have its keys and values stored once, however many
-of them attend; layers with a sliding window hold less; and what a mixer's states take depends on which heads it has. So
-units that use the same key/value heads are one item of a knapsack, which keeps none, its best, its two best, ... at
-their real cost. What is left to interact (states shared by heads) is small, and is settled on the real cost of the
+Costs of units do not add up. Query heads that share a key/value head store its keys and values once, however many of
+them attend; layers with a sliding window hold less; and the size of a mixer's states depends on its heads. So the units
+that use the same key/value heads form one item of a knapsack, whose options keep none, its best, its two best, ... at
+their real cost. The remaining interaction (states shared by heads) is small; it is settled on the real cost of the
 whole plan, which is a sum over its layers.
 """
 
@@ -18,11 +18,11 @@ from subquad.select.budget import Cost
 from subquad.select.knapsack import Option, solve
 from subquad.select.units import Unit, heads_of
 
-PlanOf: TypeAlias = Callable[[Unit], Plan]
-Total: TypeAlias = Callable[[Unit], float]
+PlanOf: TypeAlias = Callable[[Unit], Plan]  # the plan with attention in some heads
+Total: TypeAlias = Callable[[Unit], float]  # the cost of that plan
 
-_NEXT_TO_NOTHING = 1e-6  # of the least value above zero
-_ROUNDING = 1e-12  # of a sum of seconds
+_TINY_WORTH = 1e-6  # relative to the least worth above zero
+_ROUNDING = 1e-12  # relative error of a sum of seconds
 
 
 def best_units(
@@ -33,12 +33,12 @@ def best_units(
     cost: Cost,
     limit: float,
 ) -> list[int] | None:
-    """Indices of the units, of the greatest value together, with which the plan costs no more than `limit`.
+    """Indices of the units with the greatest total value whose plan costs no more than `limit`.
 
-    `plan_of` gives the plan that keeps some heads; `cost` must be a sum over a plan's layers. Units whose value is not
-    above zero only fill what the others leave. None where even a plan without attention costs more.
+    `cost` must be a sum over a plan's layers. Units whose value is not above zero only fill remaining space. None if
+    even a plan without attention costs more.
     """
-    return _best(units, _worth(values), groups_of(units, shapes), by_layers(plan_of, cost), limit)
+    return _best(units, _positive(values), groups_of(units, shapes), by_layers(plan_of, cost), limit)
 
 
 def front(
@@ -51,28 +51,35 @@ def front(
 ) -> list[dict[str, Any]]:
     """The Pareto front of value over cost: the best units at `points` (at least 2) limits from no attention to all.
 
-    Each point has the `cost` of its plan, its `value` (the share of all value above zero that it keeps) and its
-    `units`, by index; both rise from point to point.
+    Each point has the `cost` of its plan, its `value` (its share of all value above zero) and its `units`, by index.
+    Cost and value rise from point to point.
     """
+    # The best units at evenly spaced limits.
     worth = [max(value, 0.0) for value in values]
-    whole = sum(worth) or 1.0
+    total_worth = sum(worth) or 1.0
     groups, total = groups_of(units, shapes), by_layers(plan_of, cost)
-    least, most = total([]), total(heads_of(units, range(len(units))))
-    limits = np.linspace(least, most, points)
-    found = [kept for limit in limits.tolist() if (kept := _best(units, worth, groups, total, limit)) is not None]
-    every: list[dict[str, Any]] = [
-        {"cost": total(heads_of(units, kept)), "value": sum(worth[unit] for unit in kept) / whole, "units": kept}
-        for kept in found
+    limits = np.linspace(total([]), total(heads_of(units, range(len(units)))), points)
+    selections = [_best(units, worth, groups, total, limit) for limit in limits.tolist()]
+    candidates: list[dict[str, Any]] = [
+        {
+            "cost": total(heads_of(units, selection)),
+            "value": sum(worth[unit] for unit in selection) / total_worth,
+            "units": selection,
+        }
+        for selection in selections
+        if selection is not None
     ]
+
+    # Only the points with more value than all cheaper ones.
     rising: list[dict[str, Any]] = []
-    for point in sorted(every, key=lambda point: (point["cost"], -point["value"])):
+    for point in sorted(candidates, key=lambda point: (point["cost"], -point["value"])):
         if not rising or point["value"] > rising[-1]["value"]:
             rising.append(point)
     return rising
 
 
 def groups_of(units: Sequence[Unit], shapes: Sequence[AttentionShape]) -> list[list[int]]:
-    """The units that share keys and values, by index: heads of one key/value head; a layer and more, alone."""
+    """Groups of units that share keys and values, by index: heads of one key/value head; larger units alone."""
     groups: dict[tuple[int, int], list[int]] = {}
     for index, unit in enumerate(units):
         layer, head = unit[0]  # a unit is one head, or has all heads of its layers
@@ -84,30 +91,30 @@ def groups_of(units: Sequence[Unit], shapes: Sequence[AttentionShape]) -> list[l
 def items_of(
     groups: Sequence[Sequence[int]], units: Sequence[Unit], values: Sequence[float], total: Total
 ) -> list[list[Option]]:
-    """An item of the knapsack for each group: its option k keeps the first k units, at what they add to `total`."""
-    nothing = total([])
+    """A knapsack item for each group: its option k keeps the first k units, at the cost that they add."""
+    base_cost = total([])
     return [
         [
-            (sum(values[unit] for unit in group[:kept]), total(heads_of(units, group[:kept])) - nothing)
-            for kept in range(len(group) + 1)
+            (sum(values[unit] for unit in group[:count]), total(heads_of(units, group[:count])) - base_cost)
+            for count in range(len(group) + 1)
         ]
         for group in groups
     ]
 
 
 def by_layers(plan_of: PlanOf, cost: Cost) -> Total:
-    """The cost of the plan that keeps some heads, as a sum over layers: what they add to each is asked for once."""
-    nothing = cost(plan_of([]))
+    """The cost of the plan that keeps some heads, as a sum over layers; the cost of a layer's heads is cached."""
+    base_cost = cost(plan_of([]))
 
     @cache
-    def added(heads: tuple[tuple[int, int], ...]) -> float:
-        return cost(plan_of([*heads])) - nothing
+    def added_cost(heads: tuple[tuple[int, int], ...]) -> float:
+        return cost(plan_of([*heads])) - base_cost
 
     def total(heads: Unit) -> float:
         layers: dict[int, Unit] = {}
         for layer, head in sorted(heads):
             layers.setdefault(layer, []).append((layer, head))
-        return nothing + sum(added(tuple(of_layer)) for of_layer in layers.values())
+        return base_cost + sum(added_cost(tuple(layer_heads)) for layer_heads in layers.values())
 
     return total
 
@@ -115,48 +122,51 @@ def by_layers(plan_of: PlanOf, cost: Cost) -> Total:
 def _best(
     units: Sequence[Unit], worth: Sequence[float], groups: Sequence[Sequence[int]], total: Total, limit: float
 ) -> list[int] | None:
+    """The units of `best_units`, from the number of units that each group keeps (`counts`)."""
     limit += _ROUNDING * abs(limit)
-    best_first = [sorted(group, key=worth.__getitem__, reverse=True) for group in groups]
+    best_first = [sorted(group, key=lambda unit: worth[unit], reverse=True) for group in groups]
+
+    def units_of(counts: list[int]) -> list[int]:
+        return [unit for group, count in zip(best_first, counts, strict=True) for unit in group[:count]]
+
+    def value(counts: list[int]) -> float:
+        return sum(worth[unit] for unit in units_of(counts))
+
+    def cost(counts: list[int]) -> float:
+        return total(heads_of(units, units_of(counts)))
+
+    # The knapsack's solution, which adds up the items' costs.
     counts = solve(items_of(best_first, units, worth, total), limit - total([]))
     if counts is None:
         return None
 
-    def kept(counts: list[int]) -> list[int]:
-        return [unit for group, count in zip(best_first, counts, strict=True) for unit in group[:count]]
-
-    def value(counts: list[int]) -> float:
-        return sum(worth[unit] for unit in kept(counts))
-
-    def cost(counts: list[int]) -> float:
-        return total(heads_of(units, kept(counts)))
-
-    # Items may cost more together than one by one: what is worth the least of its cost goes.
-    while (now := cost(counts)) > limit:
-        cheaper = [other for other in _one_changed(counts, best_first) if cost(other) < now]
+    # Items may cost more together than one by one: drop what loses the least value per cost.
+    while (current_cost := cost(counts)) > limit:
+        cheaper = [neighbour for neighbour in _neighbours(counts, best_first) if cost(neighbour) < current_cost]
         if not cheaper:
             return None
-        lost = [(value(counts) - value(other)) / (now - cost(other)) for other in cheaper]
-        counts = cheaper[lost.index(min(lost))]
+        losses = [(value(counts) - value(neighbour)) / (current_cost - cost(neighbour)) for neighbour in cheaper]
+        counts = cheaper[losses.index(min(losses))]
 
-    # They may also cost less, and what the knapsack's rounding left is there, too.
-    while better := [other for other in _one_changed(counts, best_first) if value(other) > value(counts)]:
-        fitting = [other for other in better if cost(other) <= limit]
+    # They may also cost less, and the knapsack rounds up: fill the remaining space.
+    while better := [neighbour for neighbour in _neighbours(counts, best_first) if value(neighbour) > value(counts)]:
+        fitting = [neighbour for neighbour in better if cost(neighbour) <= limit]
         if not fitting:
             break
-        counts = max(fitting, key=lambda other: (value(other), -cost(other)))
-    return sorted(kept(counts))
+        counts = max(fitting, key=lambda neighbour: (value(neighbour), -cost(neighbour)))
+    return sorted(units_of(counts))
 
 
-def _one_changed(counts: list[int], groups: Sequence[Sequence[int]]) -> Iterator[list[int]]:
-    """The counts with that of one group replaced by any other."""
+def _neighbours(counts: list[int], groups: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+    """All counts that differ in one group."""
     for index, group in enumerate(groups):
         for count in range(len(group) + 1):
             if count != counts[index]:
                 yield [*counts[:index], count, *counts[index + 1 :]]
 
 
-def _worth(values: Sequence[float]) -> list[float]:
-    """The values, those not above zero replaced by next to nothing in the same order."""
-    little = _NEXT_TO_NOTHING * min((value for value in values if value > 0), default=1.0)
+def _positive(values: Sequence[float]) -> list[float]:
+    """The values, with those not above zero replaced by tiny positive ones in the same order."""
+    tiny = _TINY_WORTH * min((value for value in values if value > 0), default=1.0)
     depth = -min(values, default=0.0) or 1.0
-    return [value if value > 0 else little * (2 + value / depth) for value in values]
+    return [value if value > 0 else tiny * (2 + value / depth) for value in values]

@@ -35,6 +35,8 @@ class Fixed(Selector):
         units, order = inputs.units, self.layers
         if len({*order}) < len(order) or not {*order} <= {*range(len(units))}:
             raise UserError(f"selector.options.layers should be different units of 0 to {len(units) - 1}, not {order}")
-        if inputs.least > len(order):
-            raise UserError(f"the budget keeps {inputs.least} units, and selector.options.layers names {len(order)}")
+        if inputs.min_count > len(order):
+            raise UserError(
+                f"the budget keeps {inputs.min_count} units, and selector.options.layers names {len(order)}"
+            )
         return Ranking(units, lambda count: sorted(order[:count]), inputs.unit, report={"order": order})

@@ -1,14 +1,13 @@
-"""Distill-then-Replace: from the teacher, make the unit linear that a task misses least, again and again.
+"""Distill-then-Replace: starting from the teacher, replace the unit that hurts a task least, again and again.
 
-After alignment each candidate, the units replaced so far and one more, is scored on the task's validation documents,
-and the best is taken, until it falls below the floor (1 - tolerance) x the teacher's score. M_opt is the last plan of
-this path that holds the floor, M_best the one that scores highest, the later of equals.
+After alignment, each candidate (the units replaced so far and one more) is scored on the task's validation documents.
+The best one is taken, until it falls below the floor, (1 - tolerance) x the teacher's score. M_opt is the last plan of
+this path at or above the floor; M_best is the plan with the highest score, the later one of equals.
 
-A score that picks the best of many candidates is too good for it: the plans that are reported are scored once more on
-test documents that no choice was made by.
+The best of many candidates has an optimistic score, so the reported plans are scored once more on test documents that
+took part in no choice.
 
-Source: Distill-then-Replace (arXiv 2601.11667, algorithm 1); equals are parted by unit, the later first, since nothing
-else is said.
+Source: Distill-then-Replace (arXiv 2601.11667, algorithm 1). Ties, which it does not specify, go to the later unit.
 """
 
 from collections.abc import Sequence
@@ -24,35 +23,35 @@ from subquad.select.inputs import SelectorInputs
 from subquad.select.ranking import Ranking
 from subquad.select.registry import Selector, selector
 from subquad.select.supernet import Supernet, without
-from subquad.select.task import Score, TaskScore, task_score
+from subquad.select.task import Part, Score, TaskScore, task_score
 from subquad.select.units import Unit, heads_of
-from subquad.select.work import SelectionCost, Work
+from subquad.select.work import SelectionCost, SelectionWork
 from subquad.utils.token_cost import TokenCost
 
 
 @selector("greedy", aligned=True)
 class Greedy(Selector):
-    """Replaces what a task misses least, one unit after the other.
+    """Units ranked by how late greedy replacement reaches them, by the score on one task.
 
-    With the budgets `opt` (as much as the tolerance allows) and `best` it stops at the floor; other budgets are points
-    of the path.
+    With the budgets `opt` (as many replaced as the tolerance allows) and `best`, the path stops at the floor. Other
+    budgets are points on the path.
     """
 
     task: str | Score = "dictionary"
-    """A retrieval task, a task of lm-eval's, a JSONL file, or a Python function."""
+    """A retrieval task, an lm-eval task, a JSONL file, or a Python function."""
     tolerance: float = 0.05
     """Share of the teacher's score that may be lost."""
     limit: Length = 500
-    """Documents, or rows of a retrieval task, of each part, at most."""
+    """Documents, or rows of a retrieval task, in each part, at most."""
     metric: str | None = None
-    """Metric of a task of lm-eval's; none: the first known one (select/task.py)."""
+    """Metric of an lm-eval task; None: its first known one (select/task.py)."""
     context: Length = 512
-    """Tokens of a row of a retrieval task."""
+    """Tokens in each row of a retrieval task."""
     seed: int = 0
 
     def cost(self, inputs: SelectorInputs) -> SelectionCost:
-        task, units, most = self._task(inputs), len(inputs.units), self._most(inputs)
-        steps = units if most is None else most
+        task, units, max_steps = self._task(inputs), len(inputs.units), self._max_steps(inputs)
+        steps = units if max_steps is None else max_steps
         candidates = sum(units - step for step in range(steps))
         return SelectionCost(
             f"greedy on {task.name}: at most {candidates} candidates for {steps} of {units} units, fewer where the "
@@ -63,17 +62,17 @@ class Greedy(Selector):
     def choose(self, inputs: SelectorInputs) -> Ranking:
         units = inputs.units
         path = greedy_path(
-            inputs.new_board(),
+            inputs.supernet(),
             units,
             self._task(inputs),
-            inputs.source.tokenizer,
+            inputs.teacher.tokenizer,
             inputs.work,
             tolerance=self.tolerance,
-            most=self._most(inputs),
+            max_steps=self._max_steps(inputs),
             document_tokens=self._document_tokens,
         )
-        order = [*path.kept(len(units), len(path.steps)), *(step.unit for step in reversed(path.steps))]
-        named = {name: path.kept(len(units), steps) for name, steps in (("best", path.best), ("opt", path.opt))}
+        order = [*path.remaining(len(units), len(path.steps)), *(step.unit for step in reversed(path.steps))]
+        named = {"best": path.remaining(len(units), path.best), "opt": path.remaining(len(units), path.opt)}
         report = {"order": order, "path": path.as_dict()}
         return Ranking(units, lambda count: sorted(order[:count]), inputs.unit, named=named, report=report)
 
@@ -87,19 +86,19 @@ class Greedy(Selector):
             text_BT=inputs.text_BT,
         )
 
-    def _most(self, inputs: SelectorInputs) -> int | None:
-        """Units to replace; None: as many as the floor allows."""
-        return None if inputs.budget.word else len(inputs.units) - inputs.least
+    def _max_steps(self, inputs: SelectorInputs) -> int | None:
+        """The number of units to replace; None: as many as the floor allows."""
+        return None if inputs.budget.word else len(inputs.units) - inputs.min_count
 
     @property
     def _document_tokens(self) -> int:
-        """Tokens of the validation documents together; 0 where they are not known."""
+        """Tokens of all validation documents; 0 if unknown."""
         return self.limit * self.context if self.task in PROBE_TASKS else 0
 
 
 @dataclass
 class GreedyStep:
-    """One unit replaced: which, and what is scored since."""
+    """A replaced unit, and the score after replacing it."""
 
     unit: int
     score: float
@@ -107,7 +106,7 @@ class GreedyStep:
 
 @dataclass
 class GreedyPath:
-    """The path from the teacher, and the two plans on it: numbers of steps."""
+    """The path from the teacher, and M_best and M_opt on it, as numbers of steps."""
 
     task: str
     floor: float
@@ -115,59 +114,62 @@ class GreedyPath:
     steps: list[GreedyStep]
     best: int
     opt: int
-    test: dict[str, float]  # of the teacher (base), M_best and M_opt
+    test: dict[str, float]  # test scores of the teacher (base), M_best and M_opt
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    def kept(self, units: int, steps: int) -> list[int]:
-        """The units that still attend after so many steps."""
-        gone = {step.unit for step in self.steps[:steps]}
-        return [unit for unit in range(units) if unit not in gone]
+    def remaining(self, units: int, steps: int) -> list[int]:
+        """The units that still attend after this many steps."""
+        replaced = {step.unit for step in self.steps[:steps]}
+        return [unit for unit in range(units) if unit not in replaced]
 
 
 def greedy_path(
-    board: Supernet,
+    supernet: Supernet,
     units: Sequence[Unit],
     task: TaskScore,
     tokenizer: PreTrainedTokenizerBase,
-    work: Work,
+    work: SelectionWork,
     *,
     tolerance: float = 0.05,
-    most: int | None = None,
+    max_steps: int | None = None,
     document_tokens: int = 0,
 ) -> GreedyPath:
-    """The path, to the floor or until `most` units are replaced (then whatever the floor says).
+    """The path to the floor, or until `max_steps` units are replaced, whatever the floor.
 
-    `document_tokens`: of the validation documents together, for the cost, where they are known.
+    `document_tokens`: tokens of all validation documents, for the cost; 0 if unknown.
     """
 
-    def plan_of(gone: Sequence[int]) -> Plan:
-        return board.keeping(without(board.everything, heads_of(units, gone)))
+    def plan_without(indices: Sequence[int]) -> Plan:
+        return supernet.plan_with(without(supernet.all_heads, heads_of(units, indices)))
 
-    def scored(name: str, plans: Sequence[Plan], part: str = "validation") -> list[float]:
-        def piece(index: int) -> list[float]:
-            with board.following(plans[index]) as student:
-                return [getattr(task, part)(student, tokenizer)]
+    def scores_of(name: str, plans: Sequence[Plan], part: Part = "validation") -> list[float]:
+        def measure(index: int) -> list[float]:
+            with supernet.activate(plans[index]) as student:
+                return [task.score(student, tokenizer, part)]
 
-        each = TokenCost(forward_tokens=document_tokens)
-        return work.pieces(f"greedy {task.name}, {name}", len(plans), piece, each=each)[:, 0].tolist()
+        item_cost = TokenCost(forward_tokens=document_tokens)
+        return work.map(f"greedy {task.name}, {name}", len(plans), measure, item_cost=item_cost)[:, 0].tolist()
 
-    last = len(units) if most is None else most
-    base = scored("teacher", [plan_of([])])[0]
+    # Replace units one by one.
+    base = scores_of("teacher", [plan_without([])])[0]
     floor = (1 - tolerance) * base
-    gone: list[int] = []
+    replaced: list[int] = []
     steps: list[GreedyStep] = []
-    while len(gone) < last:
-        left = [unit for unit in range(len(units)) if unit not in gone]
-        scores = scored(f"step {len(gone)}", [plan_of([*gone, unit]) for unit in left])
-        score, unit = max(zip(scores, left, strict=True))
-        if most is None and score < floor:
+    while len(replaced) < (len(units) if max_steps is None else max_steps):
+        attending = [unit for unit in range(len(units)) if unit not in replaced]
+        scores = scores_of(f"step {len(replaced)}", [plan_without([*replaced, unit]) for unit in attending])
+        score, unit = max(zip(scores, attending, strict=True))
+        if max_steps is None and score < floor:
             break
-        gone.append(unit)
+        replaced.append(unit)
         steps.append(GreedyStep(unit, score))
-    held = [0, *(number for number, step in enumerate(steps, 1) if step.score >= floor)]
-    best = max(range(len(steps) + 1), key=lambda number: (steps[number - 1].score if number else base, number))
-    tested = scored("test", [plan_of(gone[:count]) for count in (0, best, max(held))], "test")
-    named = dict(zip(("base", "best", "opt"), tested, strict=True))
-    return GreedyPath(task.name, floor, base, steps, best, max(held), named)
+
+    # Choose the two plans, and score them on test documents.
+    path_scores = [base, *(step.score for step in steps)]
+    best = max(range(len(path_scores)), key=lambda number: (path_scores[number], number))
+    opt = max([0, *(number for number, step in enumerate(steps, 1) if step.score >= floor)])
+    test_scores = scores_of("test", [plan_without(replaced[:count]) for count in (0, best, opt)], "test")
+    test = dict(zip(("base", "best", "opt"), test_scores, strict=True))
+    return GreedyPath(task.name, floor, base, steps, best, opt, test)

@@ -1,12 +1,12 @@
-"""HALO's scores: what a unit's attention is worth to recall, over what it is worth to everything else.
+"""HALO's scores: what a unit's attention is worth to recall, relative to everything else.
 
-The teacher with one unit linear, aligned and not trained further, is asked to recall (R) and to do what needs little of
-it (C); s = (max R - R) / (max C - C + eps), over the units, in percentage points. Source: HALO (arXiv 2601.22156),
-whose R is the mean of SQuAD, FDA and SWDE and whose C is that of HellaSwag, ARC-easy and ARC-challenge; its code bounds
-s at 50. Here R are retrieval probes, and C is by default the share of the next tokens of held-out text that are
-predicted right, which needs no data from elsewhere; it can be tasks of lm-eval's.
+The teacher with one unit linear, aligned and not trained further, is measured on recall (R) and on what needs little
+recall (C); s = (max R - R) / (max C - C + eps), over the units, in percentage points. Source: HALO (arXiv 2601.22156),
+whose R is the mean of SQuAD, FDA and SWDE and whose C is the mean of HellaSwag, ARC-easy and ARC-challenge; its code
+limits s to 50. Here R are retrieval probes. C is by default the share of next tokens of held-out text that are
+predicted right, which needs no other data; it can be lm-eval tasks.
 
-Legend: N rows of text, T tokens, U units.
+Legend: R rows of the probes, N rows of text, T tokens, P plans, U units.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,7 +29,7 @@ from subquad.select.registry import Selector, selector
 from subquad.select.supernet import Supernet, passes
 from subquad.select.task import TaskScore, task_score
 from subquad.select.units import by_layer
-from subquad.select.work import SelectionCost, Work
+from subquad.select.work import SelectionCost, SelectionWork
 from subquad.utils.token_cost import TokenCost
 
 BOUND = 50.0
@@ -43,9 +43,9 @@ class Halo(Selector):
     recall: list[str] = ["copy", "dictionary", "passkey"]
     """Retrieval tasks."""
     common: list[str] = []
-    """Tasks of lm-eval's for everything else; none: the next tokens of held-out text."""
+    """lm-eval tasks for everything else; none: the next tokens of held-out text."""
     context: Length = 512
-    """Tokens of a row of a retrieval task."""
+    """Tokens in each row of a retrieval task."""
     rows: Length = 32
     """Rows of each retrieval task."""
     limit: Length = 500
@@ -53,15 +53,15 @@ class Halo(Selector):
     seed: int = 0
 
     def cost(self, inputs: SelectorInputs) -> SelectionCost:
-        plans = candidates(inputs.new_board(), inputs.units, "remove")
+        plans = candidates(inputs.supernet(), inputs.units, "remove")
         text_tokens = 0 if self._common_tasks() else inputs.text_BT.numel()
         tokens = passes(plans) * (self.rows * self.context * len(self.recall) + text_tokens)
         return SelectionCost(f"halo, {len(inputs.units)} units", TokenCost(forward_tokens=tokens))
 
     def choose(self, inputs: SelectorInputs) -> Ranking:
-        board, teacher, work, text_NT = inputs.new_board(), inputs.source, inputs.work, inputs.text_BT
+        supernet, teacher, work, text_NT = inputs.supernet(), inputs.teacher, inputs.work, inputs.text_BT
         units, tasks = inputs.units, self._common_tasks()
-        plans = candidates(board, units, "remove")
+        plans = candidates(supernet, units, "remove")
 
         # Leave out the retrieval tasks that the teacher itself fails.
         probes = {
@@ -79,13 +79,13 @@ class Halo(Selector):
                 "or a shorter context (selector.options.recall, .context)"
             )
 
-        # Measure every candidate; the first is the teacher.
-        board.prepare(plans)
-        recall_U = probe_recall(board, plans, probes, work)[:, 1:].mean(0)
+        # Measure every candidate; the first plan is the teacher's.
+        supernet.prepare(plans)
+        recall_U = probe_recall(supernet, plans, probes, work)[:, 1:].mean(0)
         if tasks:
-            common_RP = task_scores(board, plans, tasks, teacher.tokenizer, work)
+            common_RP = task_scores(supernet, plans, tasks, teacher.tokenizer, work)
         else:
-            common_RP = next_tokens_right(board, plans, text_NT, work)
+            common_RP = next_tokens_right(supernet, plans, text_NT, work)
         common_U = common_RP[:, 1:].mean(0)
 
         scores = halo_scores(recall_U, common_U).tolist()
@@ -97,51 +97,55 @@ class Halo(Selector):
         return [task_score(task, limit=self.limit, seed=self.seed) for task in self.common]
 
 
-def probe_recall(board: Supernet, plans: Sequence[Plan], probes: Mapping[str, Probe], work: Work) -> Tensor:
-    """The share of answers that every plan gets right, in percent, mean over tasks: (rows, plans)."""
+def probe_recall(supernet: Supernet, plans: Sequence[Plan], probes: Mapping[str, Probe], work: SelectionWork) -> Tensor:
+    """Accuracy of every plan in percent, mean over tasks: (R, P)."""
 
-    def piece(row: int) -> Tensor:
-        def right(probe: Probe) -> list[float]:
-            return board.shared(plans, lambda student: answers(student, probe).score()["accuracy"])
+    def measure(row: int) -> Tensor:
+        def accuracies(probe: Probe) -> list[float]:
+            return supernet.measure_all(plans, lambda student: answers(student, probe).score()["accuracy"])
 
-        found = torch.tensor([right(probe.rows(slice(row, row + 1))) for probe in probes.values()])
-        return 100 * found.double().mean(0)
+        by_task = torch.tensor([accuracies(probe.rows(slice(row, row + 1))) for probe in probes.values()])
+        return 100 * by_task.double().mean(0)
 
     rows = min(len(probe.input_ids) for probe in probes.values())
     tokens = sum(probe.input_ids.shape[1] for probe in probes.values())
-    return work.pieces("halo, recall", rows, piece, each=TokenCost(forward_tokens=passes(plans) * tokens))
+    return work.map("halo, recall", rows, measure, item_cost=TokenCost(forward_tokens=passes(plans) * tokens))
 
 
-def next_tokens_right(board: Supernet, plans: Sequence[Plan], text_NT: Tensor, work: Work) -> Tensor:
-    """The share of next tokens that every plan predicts right, in percent: (N, plans)."""
+def next_tokens_right(supernet: Supernet, plans: Sequence[Plan], text_NT: Tensor, work: SelectionWork) -> Tensor:
+    """The share of next tokens that every plan predicts right, in percent: (N, P)."""
 
-    def piece(row: int) -> list[float]:
-        ids_1T = text_NT[row : row + 1].to(board.student.device)
+    def measure(row: int) -> list[float]:
+        ids_1T = text_NT[row : row + 1].to(supernet.student.device)
 
-        def right(student: BaseStudent) -> float:
+        def accuracy(student: BaseStudent) -> float:
             logits_1TV = head_logits(student, final_hidden(student, ids_1T)[:, :-1])
             return 100 * float((logits_1TV.argmax(-1) == ids_1T[:, 1:]).double().mean())
 
-        return board.shared(plans, right)
+        return supernet.measure_all(plans, accuracy)
 
-    each = TokenCost(forward_tokens=passes(plans) * text_NT.shape[1])
-    return work.pieces("halo, next tokens", len(text_NT), piece, each=each)
+    item_cost = TokenCost(forward_tokens=passes(plans) * text_NT.shape[1])
+    return work.map("halo, next tokens", len(text_NT), measure, item_cost=item_cost)
 
 
 def task_scores(
-    board: Supernet, plans: Sequence[Plan], tasks: Sequence[TaskScore], tokenizer: PreTrainedTokenizerBase, work: Work
+    supernet: Supernet,
+    plans: Sequence[Plan],
+    tasks: Sequence[TaskScore],
+    tokenizer: PreTrainedTokenizerBase,
+    work: SelectionWork,
 ) -> Tensor:
-    """What every plan scores on tasks, in percent, in the mean: (1, plans)."""
+    """The score of every plan in percent, mean over tasks: (1, P)."""
 
-    def piece(index: int) -> list[float]:
-        with board.following(plans[index]) as student:
-            return [100 * sum(task.validation(student, tokenizer) for task in tasks) / len(tasks)]
+    def measure(index: int) -> list[float]:
+        with supernet.activate(plans[index]) as student:
+            return [100 * sum(task.score(student, tokenizer, "validation") for task in tasks) / len(tasks)]
 
     key = f"halo, {', '.join(task.name for task in tasks)}"
-    return work.pieces(key, len(plans), piece, each=TokenCost()).T
+    return work.map(key, len(plans), measure, item_cost=TokenCost()).T
 
 
 def halo_scores(recall_U: Tensor, common_U: Tensor) -> Tensor:
-    """s of every unit, (U,), from what is left of recall and of common sense with it linear, in percent."""
+    """s of every unit, (U,), from recall and common-sense scores with that unit linear, in percent."""
     lost_U = recall_U.max() - recall_U
     return (lost_U / (common_U.max() - common_U + EPS)).clamp_max(BOUND)

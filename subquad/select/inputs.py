@@ -11,43 +11,44 @@ from subquad.model.base import BaseStudent
 from subquad.pretrained.load import Teacher
 from subquad.select.budget import Budget
 from subquad.select.supernet import Supernet
-from subquad.select.units import Unit, Wish, kind_of, units_of
-from subquad.select.work import Work
+from subquad.select.units import Unit, UnitSpec, kind_of, units_of
+from subquad.select.work import SelectionWork
 
-Train: TypeAlias = Callable[[BaseStudent, int, str], None]  # (student, tokens, name): as the recipe would, on logits
+# (student, tokens, name): trains a candidate on logits, as the recipe's stage does
+Train: TypeAlias = Callable[[BaseStudent, int, str], None]
 
 
 @dataclass
 class SelectorInputs:
-    """What a selector may look at. `text_BT`: rows that neither training nor the final measurement sees."""
+    """Everything a selector may use. `text_BT`: rows used neither in training nor in the final evaluation."""
 
-    student: BaseStudent  # all-linear; aligned where the selector needs it
-    source: Teacher
+    student: BaseStudent  # all-linear; aligned if the selector needs it
+    teacher: Teacher
     text_BT: Tensor
     budget: Budget
-    unit: Wish = "layer"
-    corpus: Corpus | None = None  # the text to train on
+    unit: UnitSpec = "layer"
+    corpus: Corpus | None = None  # the training text
     train: Train | None = None
     seed: int = 0
-    work: Work = field(default_factory=Work)
-    alternatives: Mapping[str, BaseStudent] = field(default_factory=dict)  # all-linear too, with other mixers, by name
+    work: SelectionWork = field(default_factory=SelectionWork)
+    alternatives: Mapping[str, BaseStudent] = field(default_factory=dict)  # all-linear, by the name of their mixer
 
     @property
     def units(self) -> list[Unit]:
         return units_of(self.student.plan.shapes, self.unit)
 
-    def new_board(self) -> Supernet:
-        """The plans over the student's mixers, and the alternatives'."""
-        return Supernet(self.student, self.source.model, self.alternatives)
+    def supernet(self) -> Supernet:
+        """All plans over the mixers of the student and of the alternatives."""
+        return Supernet(self.student, self.teacher.model, self.alternatives)
 
     @property
     def count(self) -> int:
-        """How many units will be kept; where the budget leaves that open, half of them."""
+        """The number of units to keep; half of them if the budget is not a number of units."""
         units = len(self.units)
         counted = self.budget.context is None and self.budget.word is None
-        return self.budget.of(units, kind_of(self.unit)) if counted else units // 2
+        return self.budget.count_of(units, kind_of(self.unit)) if counted else units // 2
 
     @property
-    def least(self) -> int:
-        """How many units will be kept at least, as far as the budget says."""
+    def min_count(self) -> int:
+        """The least number of units to keep, as far as the budget states it."""
         return 0 if self.budget.context is not None else self.count

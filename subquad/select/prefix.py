@@ -1,7 +1,7 @@
-"""Passes that begin in the middle: candidates that differ from a pass in one layer share everything before it.
+"""Forward passes that begin in the middle: candidates that differ in one layer share all layers below it.
 
-`recorded` keeps what every block of a pass returns; within `resumed`, the blocks below a layer compute nothing and
-return what they did then.
+`record_outputs` records the output of every block in a pass. Within `skip_below`, the blocks below a layer compute
+nothing and return their recorded outputs.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -12,28 +12,28 @@ from torch import Tensor, nn
 
 
 @contextmanager
-def standing_in(module: nn.Module, other: Callable[..., Any]) -> Iterator[None]:
-    """Within, calls of a module go to a function; these contexts nest."""
-    before = module.__dict__.get("forward")
-    module.forward = other
+def replace_forward(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
+    """Within, calls of a module go to a function. These contexts nest."""
+    outer = module.__dict__.get("forward")
+    module.forward = function
     try:
         yield
     finally:
-        if before is None:
+        if outer is None:
             del module.forward
         else:
-            module.forward = before
+            module.forward = outer
 
 
 @contextmanager
-def recorded(blocks: Sequence[nn.Module]) -> Iterator[list[Any]]:
-    """Within, keeps what each block returns."""
+def record_outputs(blocks: Sequence[nn.Module]) -> Iterator[list[Any]]:
+    """Within, appends each block's output to the list."""
     outputs: list[Any] = []
 
-    def keep(module: nn.Module, args: Any, output: Any) -> None:
+    def record(module: nn.Module, args: Any, output: Any) -> None:
         outputs.append(output)
 
-    handles = [block.register_forward_hook(keep) for block in blocks]
+    handles = [block.register_forward_hook(record) for block in blocks]
     try:
         yield outputs
     finally:
@@ -42,16 +42,16 @@ def recorded(blocks: Sequence[nn.Module]) -> Iterator[list[Any]]:
 
 
 @contextmanager
-def resumed(blocks: Sequence[nn.Module], layer: int, outputs: Sequence[Any]) -> Iterator[None]:
-    """Within, the blocks before `layer` return what is in `outputs`."""
-    with ExitStack() as within:
+def skip_below(blocks: Sequence[nn.Module], layer: int, outputs: Sequence[Any]) -> Iterator[None]:
+    """Within, the blocks below `layer` return the recorded `outputs`."""
+    with ExitStack() as stack:
         for block, output in zip(blocks[:layer], outputs[:layer], strict=True):
-            within.enter_context(standing_in(block, lambda *args, _output=output, **kwargs: _output))
+            stack.enter_context(replace_forward(block, lambda *args, _output=output, **kwargs: _output))
         yield
 
 
-def repeated(output: Any, times: int) -> Any:
-    """What a block returned, `times` over along the batch: each row's copies are `batch` apart."""
+def repeat_output(output: Any, times: int) -> Any:
+    """A block's output, repeated `times` along the batch: copies of a row are `batch` rows apart."""
     if isinstance(output, Tensor):
         return output.repeat(times, *[1] * (output.dim() - 1))
-    return tuple(repeated(part, times) for part in output) if isinstance(output, tuple) else output
+    return tuple(repeat_output(part, times) for part in output) if isinstance(output, tuple) else output

@@ -1,9 +1,8 @@
-"""The answer of a selector: which units keep attention, for any number or cost of them."""
+"""The ranking of units by a selector, and the plan that it gives under a budget."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from operator import methodcaller
 from typing import Any
 
 from torch import Tensor
@@ -13,24 +12,24 @@ from subquad.plan import ATTENTION, AttentionShape, Join, Plan, dtype_name
 from subquad.select.budget import Budget, Cost
 from subquad.select.cost import best_units, front
 from subquad.select.knapsack import solve
-from subquad.select.units import Unit, Wish, by_layer, heads_of, kind_of, layers_in, units_of
+from subquad.select.units import Unit, UnitSpec, by_layer, heads_of, kind_of, layers_in, units_of
 from subquad.select.work import bootstrap
 
-FRONT_CONTEXT = 32768  # of the Pareto front, where the budget names no context
+FRONT_CONTEXT = 32768  # context length of the Pareto front, if the budget has none
 
 
 @dataclass
 class Ranking:
-    """Which units to keep for a given number of them, and what is known about why (for scores.json).
+    """The units to keep for a given number of them, and the measurements behind it.
 
-    `worth`: of every unit, in a measure that adds up, so that a budget in bytes or time can weigh it against the cost.
-    `alternatives`: the same of other mixers in their place, by name. `named`: the units of the plans that the selector
-    has a name for.
+    `worth`: additive worth of every unit, to be weighed against its cost under a budget in bytes or time; None: the
+    selector knows only an order. `alternatives`: the same for other mixers in place of attention, by name. `named`: the
+    units of plans that the selector has a name for. `report`: measurements for scores.json.
     """
 
     units: list[Unit]
-    kept: Callable[[int], list[int]]  # indices of units
-    unit: Wish = "layer"
+    top: Callable[[int], list[int]]  # indices of the units to keep, for a number of them
+    unit: UnitSpec = "layer"
     worth: Sequence[float] | None = None
     alternatives: dict[str, Sequence[float]] = field(default_factory=dict)
     named: dict[str, list[int]] = field(default_factory=dict)
@@ -41,126 +40,133 @@ class Ranking:
         cls,
         units: list[Unit],
         scores: Sequence[Any],
-        unit: Wish,
+        unit: UnitSpec,
         report: dict[str, Any],
         worth: Sequence[float] | None = None,
     ) -> "Ranking":
-        """Keeps the units with the highest scores: numbers, or tuples of them, of which later ones part equals."""
+        """Keeps the units with the highest scores: numbers, or tuples whose later entries break ties."""
         order = sorted(range(len(scores)), key=lambda index: scores[index], reverse=True)
         return cls(units, lambda count: sorted(order[:count]), unit, worth, report=report | {"order": order})
 
     @classmethod
-    def by_rows(cls, units: list[Unit], gains_NU: Tensor, unit: Wish, more: dict[str, Any]) -> "Ranking":
-        """Keeps the units with the highest mean gain over rows of text; reports bootstrap intervals, and `more`."""
+    def by_rows(cls, units: list[Unit], gains_NU: Tensor, unit: UnitSpec, report: dict[str, Any]) -> "Ranking":
+        """Keeps the units with the highest mean gain over rows of text; adds bootstrap intervals to the report."""
         scores = gains_NU.mean(0).tolist()
-        low, high = (bound.tolist() for bound in bootstrap(gains_NU))
-        report = {"scores": scores, "low": low, "high": high}
-        shaped = {key: by_layer(values, units) for key, values in report.items()}
-        return cls.in_order(units, scores, unit, shaped | {"rows": len(gains_NU)} | more, scores)
+        low, high = (bound_U.tolist() for bound_U in bootstrap(gains_NU))
+        columns = {"scores": scores, "low": low, "high": high}
+        shaped = {key: by_layer(values, units) for key, values in columns.items()}
+        return cls.in_order(units, scores, unit, shaped | {"rows": len(gains_NU)} | report, scores)
 
     @classmethod
     def of_scores(cls, scores: Mapping[str, Any], shapes: Sequence[AttentionShape]) -> "Ranking":
-        """What scores.json says, so that another budget asks for no measuring."""
-        unit: Wish = scores["units"] if scores["unit"] == "group" else scores["unit"]
+        """The ranking in a scores.json, which serves another budget without measuring again."""
+        unit: UnitSpec = scores["units"] if scores["unit"] == "group" else scores["unit"]
         order, path = scores["order"], scores.get("path")
         units = units_of(shapes, unit)
         named = {}
         if path is not None:
-            gone = [step["unit"] for step in path["steps"]]
-            named = {name: sorted({*range(len(units))} - {*gone[: path[name]]}) for name in ("best", "opt")}
+            replaced = [step["unit"] for step in path["steps"]]
+            named = {name: sorted({*range(len(units))} - {*replaced[: path[name]]}) for name in ("best", "opt")}
         return cls(units, lambda count: sorted(order[:count]), unit, scores["worth"], scores["alternatives"], named)
 
-    def heads(self, kept: Sequence[int]) -> Unit:
+    def heads(self, indices: Sequence[int]) -> Unit:
         """The heads of these units."""
-        return heads_of(self.units, kept)
+        return heads_of(self.units, indices)
 
 
 def choose_plan(
     student: BaseStudent,
     budget: Budget,
-    choice: Ranking,
+    ranking: Ranking,
     join: Join = "split",
     decode_cost: Callable[[int], Cost] | None = None,
-    others: Mapping[str, BaseStudent] | None = None,
+    alternatives: Mapping[str, BaseStudent] | None = None,
 ) -> tuple[Plan, list[int]]:
     """The plan that keeps as much attention as the budget allows, and the indices of the units it keeps.
 
-    Bytes and time are a knapsack over what the units are worth and what they cost; where a selector has only an order,
-    its first units are kept, as many as fit. `decode_cost(context)`: measures what a decoding step of a plan takes.
-    `others`: the students of the choice's alternatives. Raises UserError for a budget that no plan meets, or that the
-    selector has no answer to.
+    A budget in bytes or time is a knapsack over the units' worth and cost. Where a selector has only an order, the
+    first units are kept, as many as fit. `decode_cost(context)`: measures the duration of a plan's decoding step.
+    `alternatives`: the students of the ranking's alternatives. Raises UserError for a budget that no plan meets, or
+    that does not suit the selector.
     """
-    if choice.alternatives:
-        return _with_alternatives(student, budget, choice, others or {})
-    kept = _kept(student, budget, choice, join, decode_cost)
-    return student.plan.keeping(choice.heads(kept), join), kept
+    if ranking.alternatives:
+        return _with_alternatives(student, budget, ranking, alternatives or {})
+    indices = _units_to_keep(student, budget, ranking, join, decode_cost)
+    return student.plan.keeping(ranking.heads(indices), join), indices
 
 
 def _with_alternatives(
-    student: BaseStudent, budget: Budget, choice: Ranking, others: Mapping[str, BaseStudent]
+    student: BaseStudent, budget: Budget, ranking: Ranking, alternatives: Mapping[str, BaseStudent]
 ) -> tuple[Plan, list[int]]:
-    """Of every unit, whole layers, attention or the mixer that is worth the most within the budget."""
-    units, worth = choice.units, {ATTENTION: choice.worth or [], **choice.alternatives}
+    """For every unit of whole layers, attention or the mixer that is worth the most within the budget."""
+    units, worth = ranking.units, {ATTENTION: ranking.worth or [], **ranking.alternatives}
     names = [*worth]
 
-    def plan_with(chosen: Mapping[int, str]) -> Plan:
-        plan = student.plan.keeping(choice.heads([unit for unit, name in chosen.items() if name == ATTENTION]))
-        for name, other in others.items():
-            layers = [layer for unit, mine in chosen.items() if mine == name for layer in layers_in(units[unit])]
-            plan = plan.with_layers(name, other.plan.mixers[name], layers) if layers else plan
+    def plan_with(mixer_of: Mapping[int, str]) -> Plan:
+        plan = student.plan.keeping(ranking.heads([unit for unit, name in mixer_of.items() if name == ATTENTION]))
+        for name, alternative in alternatives.items():
+            layers = [layer for unit, mixer in mixer_of.items() if mixer == name for layer in layers_in(units[unit])]
+            plan = plan.with_layers(name, alternative.plan.mixers[name], layers) if layers else plan
         return plan
 
+    # A number of units: attention in the first ones, in the others the best alternative if it gains anything.
     if budget.context is None:
-        kept = choice.kept(budget.of(len(units), kind_of(choice.unit)))
-        best = {unit: max(others, key=lambda name: worth[name][unit]) for unit in range(len(units))}
-        chosen = {unit: name for unit, name in best.items() if worth[name][unit] > 0} | dict.fromkeys(kept, ATTENTION)
-        return plan_with(chosen), kept
-    cost, limit = budget.priced(student.plan.shapes, dtype_name(student))
-    least = cost(plan_with({}))
+        indices = ranking.top(budget.count_of(len(units), kind_of(ranking.unit)))
+        best = {unit: max(alternatives, key=lambda name: worth[name][unit]) for unit in range(len(units))}
+        gaining = {unit: name for unit, name in best.items() if worth[name][unit] > 0}
+        return plan_with(gaining | dict.fromkeys(indices, ATTENTION)), indices
+
+    # Bytes: a knapsack with one item per unit and one option per mixer.
+    cost, limit = budget.cost_and_limit(student.plan.shapes, dtype_name(student))
+    min_cost = cost(plan_with({}))
     items = [
-        [(0.0, 0.0), *((worth[name][unit], cost(plan_with({unit: name})) - least) for name in names)]
+        [(0.0, 0.0), *((worth[name][unit], cost(plan_with({unit: name})) - min_cost) for name in names)]
         for unit in range(len(units))
     ]
-    options = solve(items, limit - least)
+    options = solve(items, limit - min_cost)
     if options is None:
-        raise budget.impossible(least, limit, kind_of(choice.unit))
-    chosen = {unit: names[option - 1] for unit, option in enumerate(options) if option}
-    return plan_with(chosen), [unit for unit, name in chosen.items() if name == ATTENTION]
+        raise budget.impossible(min_cost, limit, kind_of(ranking.unit))
+    mixer_of = {unit: names[option - 1] for unit, option in enumerate(options) if option}
+    return plan_with(mixer_of), [unit for unit, name in mixer_of.items() if name == ATTENTION]
 
 
-def _kept(
+def _units_to_keep(
     student: BaseStudent,
     budget: Budget,
-    choice: Ranking,
+    ranking: Ranking,
     join: Join,
     decode_cost: Callable[[int], Cost] | None,
 ) -> list[int]:
-    plan_of, kind = partial(student.plan.keeping, join=join), kind_of(choice.unit)
-    if budget.word in choice.named:
-        return choice.named[budget.word]
+    plan_of, kind = partial(student.plan.keeping, join=join), kind_of(ranking.unit)
+    if budget.word in ranking.named:
+        return ranking.named[budget.word]
     if budget.context is None:
-        return choice.kept(budget.of(len(choice.units), kind))
+        return ranking.top(budget.count_of(len(ranking.units), kind))
     dtype = dtype_name(student)
     seconds = decode_cost(budget.context) if budget.speedup is not None and decode_cost is not None else None
-    if choice.worth is None:
+    if ranking.worth is None:
 
-        def first(count: int) -> Plan:
-            return plan_of(choice.heads(choice.kept(count)))
+        def plan_of_count(count: int) -> Plan:
+            return plan_of(ranking.heads(ranking.top(count)))
 
-        return choice.kept(budget.largest(len(choice.units), first, dtype, kind, seconds))
-    cost, limit = budget.priced(student.plan.shapes, dtype, seconds)
-    kept = best_units(choice.units, choice.worth, student.plan.shapes, plan_of, cost, limit)
-    if kept is None:
+        return ranking.top(budget.largest(len(ranking.units), plan_of_count, dtype, kind, seconds))
+    cost, limit = budget.cost_and_limit(student.plan.shapes, dtype, seconds)
+    indices = best_units(ranking.units, ranking.worth, student.plan.shapes, plan_of, cost, limit)
+    if indices is None:
         raise budget.impossible(cost(plan_of([])), limit, kind)
-    return kept
+    return indices
 
 
-def pareto(student: BaseStudent, budget: Budget, choice: Ranking, join: Join = "split") -> dict[str, Any]:
-    """For scores.json: what share of the measured worth plans can keep, over the bytes of their cache."""
-    if choice.worth is None:
+def pareto(student: BaseStudent, budget: Budget, ranking: Ranking, join: Join = "split") -> dict[str, Any]:
+    """The Pareto front for scores.json: the share of the measured worth that plans keep, over their cache bytes."""
+    if ranking.worth is None:
         return {}
     context = budget.context or FRONT_CONTEXT
     dtype = dtype_name(student)
-    cost = methodcaller("cache_bytes", context, dtype=dtype)
-    points = front(choice.units, choice.worth, student.plan.shapes, partial(student.plan.keeping, join=join), cost)
+
+    def cost(plan: Plan) -> float:
+        return plan.cache_bytes(context, dtype=dtype)
+
+    plan_of = partial(student.plan.keeping, join=join)
+    points = front(ranking.units, ranking.worth, student.plan.shapes, plan_of, cost)
     return {"front": points, "front_context": context, "front_dtype": dtype}

@@ -16,18 +16,18 @@ from subquad.recipes.stage import Section
 from subquad.select.budget import Budget
 from subquad.select.inputs import SelectorInputs
 from subquad.select.ranking import Ranking
-from subquad.select.units import Wish
+from subquad.select.units import UnitSpec
 from subquad.select.work import SelectionCost
 
 
 class Selector(Section, ABC):
-    """Base of all selectors; a subclass declares the options as fields.
+    """Base of all selectors; a subclass declares its options as fields.
 
-    `unit`: the default where the recipe names none. `aligned`, `text`: whether it needs an aligned student, and text.
+    `unit`: default unit, for recipes without one. `aligned`, `text`: whether it needs an aligned student, and text.
     """
 
     name: ClassVar[str]
-    unit: ClassVar[Wish]
+    unit: ClassVar[UnitSpec]
     aligned: ClassVar[bool]
     text: ClassVar[bool]
 
@@ -40,8 +40,8 @@ class Selector(Section, ABC):
         """Measures the units and ranks them. `Ranking.report` goes into scores.json."""
 
     def run(self, inputs: SelectorInputs) -> Ranking:
-        """Announces the cost, then chooses."""
-        inputs.work.announce(self.cost(inputs))
+        """Prints the cost, then chooses."""
+        inputs.work.print_cost(self.cost(inputs))
         return self.choose(inputs)
 
 
@@ -49,8 +49,8 @@ SELECTORS: dict[str, type[Selector]] = {}
 S = TypeVar("S", bound=type[Selector])
 
 
-def selector(name: str, *, unit: Wish = "layer", aligned: bool = False, text: bool = True) -> Callable[[S], S]:
-    """Registers a `Selector` under a name (see there for the arguments)."""
+def selector(name: str, *, unit: UnitSpec = "layer", aligned: bool = False, text: bool = True) -> Callable[[S], S]:
+    """Class decorator that sets these attributes of a `Selector` and registers it."""
 
     def register(cls: S) -> S:
         cls.name, cls.unit, cls.aligned, cls.text = name, unit, aligned, text
@@ -75,8 +75,8 @@ def make_selector(name: str, options: Mapping[str, Any]) -> Selector:
     try:
         return SELECTORS[name](**options)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(f"selector '{name}', option '{first['loc'][0]}': {first['msg'].lower()}") from None
+        problem = error.errors()[0]
+        raise UserError(f"selector '{name}', option '{problem['loc'][0]}': {problem['msg'].lower()}") from None
 
 
 def check_selector(settings: SelectorConfig) -> None:

@@ -1,8 +1,8 @@
-"""Retrieval scores: how much worse does the teacher look things up without a unit? And what does each head do there?
+"""Retrieval scores: how much worse does the teacher retrieve without a unit, and what does each head do?
 
-The measuring is silence.py's. Heads are told apart by their attention (Gather-and-Aggregate, arXiv 2504.18574): an
-aggregate head looks from the question at the fact that holds the answer, a gather head looks from the answer there at
-what it belongs to.
+The measurements are in ablation.py. Heads are classified by their attention (Gather-and-Aggregate, arXiv 2504.18574):
+an aggregate head attends from the question to the fact with the answer; a gather head attends from that answer to its
+fact.
 
 Legend: N rows, T tokens, H heads of all layers.
 """
@@ -24,50 +24,51 @@ from subquad.model.output_head import final_hidden
 from subquad.model.student import Student
 from subquad.plan import Plan
 from subquad.recipes.stage import Length
-from subquad.select.ablation import Measure, Silence, measure_of, silence_bill
+from subquad.select.ablation import Ablation, Measure, ablation_cost, measure_of
 from subquad.select.inputs import SelectorInputs
 from subquad.select.ranking import Ranking
 from subquad.select.registry import Selector, selector
 from subquad.select.units import Unit, by_layer, units_of
-from subquad.select.work import SelectionCost, Work
+from subquad.select.work import SelectionCost, SelectionWork
 
-ROLE_FLOOR = 0.1  # of a head's attention that must follow a pattern for it to have that role
+ROLE_FLOOR = 0.1  # share of its attention that must follow a pattern for a head to have that role
 ROLE_ROWS = 8
-ROLE_ANSWERS = 8  # of a row that has many
-BEFORE = 4  # tokens before the answer that make up the fact with it
+ROLE_ANSWERS = 8  # answers of a row, at most
+BEFORE = 4  # tokens before an answer that belong to its fact
 
 
 @selector("retrieval-heads", unit="head")
 class RetrievalHeads(Selector):
-    """Heads, or layers, without which the teacher cannot look things up."""
+    """Units without which the teacher retrieves worst."""
 
     tasks: list[str] = ["dictionary"]
     """Retrieval tasks."""
     context: Length = 512
-    """Tokens of a row."""
+    """Tokens in each row."""
     rows: Length = 64
     """Rows of each task, at most."""
     measure: Measure = "auto"
+    """What drops: accuracy, or logprob; auto: logprob where the teacher fails too many questions."""
     top: int | None = None
-    """Units that must be told from the others before it stops; none: as many as the budget keeps."""
+    """Number of units to distinguish from the rest before it stops; None: as many as the budget keeps."""
     confidence: float = 0.95
+    """Confidence of the intervals that distinguish them."""
     seed: int = 0
 
     def cost(self, inputs: SelectorInputs) -> SelectionCost:
-        shapes, units = inputs.student.plan.shapes, inputs.units
-        teacher = inputs.source
-        probes = make_probes(self.tasks, teacher.tokenizer, self.context, self.rows, self.seed, inputs.text_BT)
-        top = default_top(units) if self._top(inputs) is None else self._top(inputs)
+        shapes, units, tokenizer = inputs.student.plan.shapes, inputs.units, inputs.teacher.tokenizer
+        probes = make_probes(self.tasks, tokenizer, self.context, self.rows, self.seed, inputs.text_BT)
+        kind = "heads" if units == units_of(shapes, "head") else "units"
         return SelectionCost(
-            f"silencing {len(units)} {'heads' if units == units_of(shapes, 'head') else 'units'} on {len(probes)} x "
-            f"{self.rows} rows of {self.context} tokens, fewer when the first {top} are settled early",
-            silence_bill(units, len(shapes), probes),
+            f"silencing {len(units)} {kind} on {len(probes)} x {self.rows} rows of {self.context} tokens, fewer when "
+            f"the first {self._top(inputs)} are settled early",
+            ablation_cost(units, len(shapes), probes),
         )
 
     def choose(self, inputs: SelectorInputs) -> Ranking:
         scores = retrieval_scores(
-            inputs.source.model,
-            inputs.source.tokenizer,
+            inputs.teacher.model,
+            inputs.teacher.tokenizer,
             inputs.text_BT,
             units=inputs.units,
             tasks=self.tasks,
@@ -82,20 +83,22 @@ class RetrievalHeads(Selector):
         pairs = [*zip(scores.scores, scores.logprob_drop, strict=True)]
         return Ranking.in_order(inputs.units, pairs, inputs.unit, scores.as_dict(), scores.scores)
 
-    def _top(self, inputs: SelectorInputs) -> int | None:
-        return inputs.count if self.top is None and inputs.budget.context is None else self.top
+    def _top(self, inputs: SelectorInputs) -> int:
+        if self.top is not None:
+            return self.top
+        return inputs.count if inputs.budget.context is None else default_top(inputs.units)
 
 
 @selector("recall")
 class Recall(RetrievalHeads):
-    """The same of whole layers, on three tasks."""
+    """The same for layers, on three tasks."""
 
     tasks: list[str] = ["dictionary", "variables", "associative"]
 
 
 @dataclass
 class RetrievalScores:
-    """One entry a unit. Scores are means over rows and tasks; higher: retrieval needs the unit."""
+    """One entry per unit. Scores are means over rows and tasks; higher: retrieval needs the unit."""
 
     units: list[Unit]
     measure: str  # accuracy, or logprob: nats per answer token
@@ -104,21 +107,21 @@ class RetrievalScores:
     high: list[float]
     accuracy_drop: list[float]
     logprob_drop: list[float]
-    rows: list[int]  # of each task that a unit was measured on
-    tasks: dict[str, dict[str, float]]  # what the teacher answers
-    unusable: dict[str, str]  # tasks left out, and why
+    rows: list[int]  # rows of each task that a unit was measured on
+    tasks: dict[str, dict[str, float]]  # the teacher's own scores
+    unusable: dict[str, str]  # reasons of the tasks left out
     context: int
-    settled: bool  # whether the first `top` are those of every resample, as far as `confidence` goes
+    settled: bool  # whether the first `top` are the same in every resample, at `confidence`
     top: int
     roles: list[str] | None = None  # of heads: aggregate, gather or neither
     aggregate: list[float] | None = None  # share of attention from the question to the fact
-    gather: list[float] | None = None  # share of attention from the end of the fact to the rest of it
+    gather: list[float] | None = None  # share of attention from the end of the fact to its beginning
 
     def as_dict(self) -> dict[str, Any]:
-        """For scores.json: what heads have, in a list for each layer."""
-        found = {key: value for key, value in asdict(self).items() if value is not None and key != "units"}
-        each = {key for key, value in found.items() if isinstance(value, list)}
-        return found | {key: by_layer(found[key], self.units) for key in each}
+        """The entry in scores.json; values per head are lists by layer."""
+        entry = {key: value for key, value in asdict(self).items() if value is not None and key != "units"}
+        per_unit = {key for key, value in entry.items() if isinstance(value, list)}
+        return entry | {key: by_layer(entry[key], self.units) for key in per_unit}
 
 
 def default_top(units: Sequence[Unit]) -> int:
@@ -152,15 +155,14 @@ def retrieval_scores(
     top: int | None = None,
     confidence: float = 0.95,
     seed: int = 0,
-    work: Work | None = None,
+    work: SelectionWork | None = None,
 ) -> RetrievalScores:
-    """Scores every unit of `model` by silencing its heads on the retrieval probes `tasks` of `context` tokens.
+    """Scores every unit of `model` by ablating its heads on the retrieval probes `tasks` of `context` tokens.
 
-    `text_BT`: a haystack for the probes. `units`: none: every head. `rows`: of each task, at most. `top`: how many
-    units must be told from the others before it stops; none: `default_top`. `work` shares the work between processes.
-    Raises UserError where the model can be asked nothing: no task is left.
+    `text_BT`: haystack of the probes. `units`: None: every head. `rows`: rows of each task, at most. `top`: number of
+    units to distinguish from the rest before it stops; None: `default_top`. Raises UserError if no task is usable.
     """
-    work = work or Work()
+    work = work or SelectionWork()
     shapes = shapes_of(model)
     heads = units_of(shapes, "head")
     units = heads if units is None else list(units)
@@ -168,78 +170,81 @@ def retrieval_scores(
     probes = make_probes(tasks, tokenizer, context, rows, seed, text_BT)
     teacher = Student.from_teacher(model, Plan.all_attention(shapes))
     with evaluating(model):
-        whole = {task: answers(model, probe) for task, probe in probes.items()}
-        kind, unusable = measure_of(model, probes, whole, measure)
+        # Leave out the tasks that the model itself fails.
+        baseline = {task: answers(model, probe) for task, probe in probes.items()}
+        kind, unusable = measure_of(model, probes, baseline, measure)
         for task, reason in unusable.items():
             work.say(f"the retrieval task '{task}' is left out: {reason}")
             del probes[task]
-        silence = Silence(teacher, units, probes, whole, kind, top, work, confidence, seed)
-        while silence.step():
+
+        # Ablate the units, until the first ones are settled.
+        ablation = Ablation(teacher, units, probes, baseline, kind, top, work, confidence, seed)
+        while ablation.step():
             pass
-        low, high = silence.interval()
-        found = RetrievalScores(
+        low_U, high_U = ablation.interval()
+        scores = RetrievalScores(
             units=units,
             measure=kind,
-            scores=silence.mean(kind).tolist(),
-            low=low.tolist(),
-            high=high.tolist(),
-            accuracy_drop=silence.mean("accuracy").tolist(),
-            logprob_drop=silence.mean("logprob").tolist(),
-            rows=silence.rows.tolist(),
-            tasks={task: whole[task].score() for task in tasks},
+            scores=ablation.mean(kind).tolist(),
+            low=low_U.tolist(),
+            high=high_U.tolist(),
+            accuracy_drop=ablation.mean("accuracy").tolist(),
+            logprob_drop=ablation.mean("logprob").tolist(),
+            rows=ablation.rows.tolist(),
+            tasks={task: baseline[task].score() for task in tasks},
             unusable=unusable,
             context=context,
-            settled=not silence.open_units(),
+            settled=not ablation.open_units(),
             top=top,
         )
+
+        # Classify the heads.
         if units == heads:
-            aggregate, gather = _patterns(model, [shape.window for shape in shapes], probes)
-            found.aggregate, found.gather = aggregate.tolist(), gather.tolist()
-            found.roles = [_role(a, g) for a, g in zip(found.aggregate, found.gather, strict=True)]
-    return found
-
-
-# Roles ---------------------------------------------------------------------------------------------------------------
+            aggregate_H, gather_H = _patterns(model, [shape.window for shape in shapes], probes)
+            scores.aggregate, scores.gather = aggregate_H.tolist(), gather_H.tolist()
+            scores.roles = [_role(a, g) for a, g in zip(scores.aggregate, scores.gather, strict=True)]
+    return scores
 
 
 def _patterns(model: PreTrainedModel, windows: Sequence[int | None], probes: dict[str, Probe]) -> tuple[Tensor, Tensor]:
-    """Shares of each head's attention, (heads of all layers,): from the question to the fact, and within the fact."""
+    """Shares of each head's attention, (H,): from the question to the fact, and within the fact."""
     aggregate, gather = [], []
     for probe in probes.values():
         for row in range(min(ROLE_ROWS, len(probe.input_ids))):
             with watched_attention(model) as calls:
                 final_hidden(model, probe.input_ids[row : row + 1].to(model.device))
-            layers = [
-                attention_probabilities(c, w)[0].float().cpu() for c, w in zip(calls.values(), windows, strict=True)
+            weights = [
+                attention_probabilities(call, window)[0].float().cpu()
+                for call, window in zip(calls.values(), windows, strict=True)
             ]
-            weights_HTT = torch.cat(layers)
-            for answer, there, length in _sources(probe, row):
-                start = max(0, there - BEFORE)
-                aggregate.append(weights_HTT[:, answer - 1, start : there + length].sum(-1))
-                gather.append(weights_HTT[:, there : there + length, start:there].sum(-1).mean(-1))
-    if not aggregate:  # nothing stands in the text as it is asked for
-        nothing = torch.zeros(len(weights_HTT))
-        return nothing, nothing
+            weights_HTT = torch.cat(weights)
+            for answer, source, length in _sources(probe, row):
+                start = max(0, source - BEFORE)
+                aggregate.append(weights_HTT[:, answer - 1, start : source + length].sum(-1))
+                gather.append(weights_HTT[:, source : source + length, start:source].sum(-1).mean(-1))
+    if not aggregate:  # no answer occurs literally in its text
+        zeros_H = torch.zeros(len(weights_HTT))
+        return zeros_H, zeros_H
     return torch.stack(aggregate).mean(0), torch.stack(gather).mean(0)
 
 
 def _sources(probe: Probe, row: int) -> list[tuple[int, int, int]]:
-    """Where the answers of a row come from: (position of the answer, its position among the facts, its tokens).
+    """The sources of a row's answers: (position of the answer, its position among the facts, its tokens).
 
-    Where an answer stands in several places, the one with most tokens of the question before it is meant.
+    Of several occurrences, the one preceded by most tokens of the question counts.
     """
     ids: list[int] = probe.input_ids[row].tolist()
     places = probe.answer_mask[row].nonzero()[:, 0].tolist()
     start = int(probe.question_start[row])
     spans = [(place, 1) for place in places[:ROLE_ANSWERS]] if probe.per_token else [(places[0], len(places))]
-    found = []
+    sources = []
     for answer, length in spans:
-        wanted, question = ids[answer : answer + length], {*ids[max(start, answer - 4 * BEFORE) : answer]}
-        there = [place for place in range(1, start - length + 1) if ids[place : place + length] == wanted]
-        if there:
-            best = max(there, key=lambda place: len(question & {*ids[max(0, place - BEFORE) : place]}))
-            found.append((answer, best, length))
-    return found
+        answer_ids, question = ids[answer : answer + length], {*ids[max(start, answer - 4 * BEFORE) : answer]}
+        matches = [place for place in range(1, start - length + 1) if ids[place : place + length] == answer_ids]
+        if matches:
+            best = max(matches, key=lambda place: len(question & {*ids[max(0, place - BEFORE) : place]}))
+            sources.append((answer, best, length))
+    return sources
 
 
 def _role(aggregate: float, gather: float) -> str:

@@ -1,13 +1,13 @@
-"""How fast a plan decodes, estimated from two students: one that is all attention, one that has none.
+"""The decoding speed of a plan, estimated from two students: one with attention everywhere, one without attention.
 
-What a plan changes in a decoding step is the mixing of the layers: the keys and values that attention reads, or the
-states of another mixer. So that alone is timed, layer by layer, in both students in turns, and everything else
-(projections, MLPs, the output head) is the rest, the same for any plan. The estimate for a plan is the rest and the
-mixing of each layer; where only some heads attend, attention's by the share of the key/value heads in use, and the
-mixer's as a whole.
+A plan only changes the mixing of the layers in a decoding step: the keys and values that attention reads, or the states
+of another mixer. So the mixing is timed, layer by layer, in both students in turns. Everything else (projections, MLPs,
+the output head) is the rest, equal for all plans. The estimate is the rest and the mixing of each layer; if only some
+heads attend, attention counts by the share of key/value heads in use, and the mixer as a whole.
 
-It is an estimate: a layer with both parts also splits and joins its heads, small parts do not take a fraction of the
-time, and on a GPU the parts wait for each other here. Measure the student itself before quoting a speed.
+It is an estimate: a layer with both parts also splits and joins its heads, small parts take more than their share of
+the time, and timing the parts on a GPU makes them wait for each other. Measure the student itself before quoting a
+speed.
 """
 
 import statistics
@@ -26,7 +26,7 @@ from subquad.utils.timing import clock
 
 @dataclass(frozen=True)
 class DecodeCost:
-    """Seconds of a decoding step of one sequence: the mixing of each layer by attention and by the mixer, the rest."""
+    """Seconds of a decoding step of one sequence: mixing of each layer, by attention and by the mixer, and the rest."""
 
     attention: list[float]
     mixer: list[float]
@@ -38,36 +38,37 @@ class DecodeCost:
 
     def _mixing(self, plan: Plan, layer: int) -> float:
         groups = plan.groups(layer)
-        kept = groups.pop(ATTENTION, None)
-        share = 0.0 if kept is None else len(kept.kv_heads) / plan.shapes[layer].kv_heads
+        attention = groups.pop(ATTENTION, None)
+        share = 0.0 if attention is None else len(attention.kv_heads) / plan.shapes[layer].kv_heads
         return share * self.attention[layer] + (self.mixer[layer] if groups else 0.0)
 
 
 def decode_cost(attention: Student, linear: Student, context: int, steps: int = 8) -> DecodeCost:
-    """Times decoding after `context` tokens in a student that is all attention and in one that has none."""
-    (attention_L, rest), (linear_L, other_rest) = _in_turns([attention, linear], context, steps)
-    return DecodeCost(attention_L, linear_L, (rest + other_rest) / 2)
+    """Times decoding after `context` tokens in a student with attention everywhere and in one without attention."""
+    (attention_L, attention_rest), (linear_L, linear_rest) = _in_turns([attention, linear], context, steps)
+    return DecodeCost(attention_L, linear_L, (attention_rest + linear_rest) / 2)
 
 
 def layer_seconds(student: Student, context: int, steps: int = 8) -> tuple[list[float], float]:
-    """Seconds of the mixing of each layer in a decoding step after `context` tokens, and of the rest of the step."""
+    """Seconds of each layer's mixing in a decoding step after `context` tokens, and of the rest of the step."""
     return _in_turns([student], context, steps)[0]
 
 
 @torch.no_grad()
 def _in_turns(students: Sequence[Student], context: int, steps: int) -> list[tuple[list[float], float]]:
-    """Medians of `steps` steps of each; the students take turns, so that they share the machine's better and worse."""
+    """Medians over `steps` steps of each student; they take turns, so that the machine's state affects all equally."""
     caches = [cache_after(student, context) for student in students]
     samples: list[list[list[float]]] = [[] for _ in students]
     for _ in range(1 + steps):
-        for student, cache, found in zip(students, caches, samples, strict=True):
-            found.append(_step(student, cache))
-    medians = [[statistics.median(part) for part in zip(*found[1:], strict=True)] for found in samples]  # 0: warming up
+        for student, cache, of_student in zip(students, caches, samples, strict=True):
+            of_student.append(_step(student, cache))
+    # The first step of each is a warm-up.
+    medians = [[statistics.median(part) for part in zip(*of_student[1:], strict=True)] for of_student in samples]
     return [(mixing, rest) for *mixing, rest in medians]
 
 
 def _step(student: Student, cache: StudentCache) -> list[float]:
-    """Seconds of the mixing of each layer in one step, and of the rest of it."""
+    """Seconds of each layer's mixing in one step, and of the rest of it."""
     mixing = [0.0] * student.plan.num_layers
 
     def start(layer: int, *_: Any) -> None:

@@ -1,10 +1,10 @@
-"""A user's task as a selector sees it: a score on documents for choosing, and one on others for the report.
+"""The score of a model on a user's task: on validation documents, which choose a plan, or on test documents.
 
-The best of many plans looks better on the documents that it was chosen by than it is, so the two never meet:
+The best of many plans has an optimistic score on the documents that chose it, so the two parts are disjoint:
 
-- a retrieval task (`dictionary`): rows of different seeds
-- a task of lm-eval's (`boolq`) or a JSONL file of questions: two halves of its documents, drawn at random
-- a Python function `score(model, tokenizer, part) -> float`, higher for better; `part` is `validation` or `test`
+- a retrieval task (`dictionary`): rows with different seeds
+- an lm-eval task (`boolq`) or a JSONL file of questions: two random halves of its documents
+- a Python function `score(model, tokenizer, part) -> float`, higher is better; `part` is `validation` or `test`
 """
 
 import random
@@ -23,7 +23,7 @@ from subquad.evaluate.retrieval import answers
 Part: TypeAlias = Literal["validation", "test"]
 Score: TypeAlias = Callable[[PreTrainedModel, PreTrainedTokenizerBase, Part], float]
 
-METRICS = ("acc_norm", "acc", "exact_match", "f1", "contains")  # in this order, of what a task has
+METRICS = ("acc_norm", "acc", "exact_match", "f1", "contains")  # the first one that a task has is its default
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,6 @@ class TaskScore:
 
     name: str
     score: Score
-
-    def validation(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> float:
-        return self.score(model, tokenizer, "validation")
-
-    def test(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> float:
-        return self.score(model, tokenizer, "test")
 
 
 def task_score(
@@ -49,11 +43,11 @@ def task_score(
     seed: int = 0,
     text_BT: torch.Tensor | None = None,
 ) -> TaskScore:
-    """How models are scored on a task (see above).
+    """The score on a task of any of the kinds above.
 
-    `limit`: documents or rows of each part, at most. `metric`: of a task of lm-eval's; none: the first that it has of
-    acc_norm, acc, exact_match, f1 and contains. `context` and `text_BT`: tokens of a retrieval task's rows, and their
-    haystack. Raises UserError for an unknown task or metric.
+    `limit`: documents or rows of each part, at most. `metric`: metric of an lm-eval task; None: its first one of
+    acc_norm, acc, exact_match, f1 and contains. `context` and `text_BT`: tokens in each row of a retrieval task, and
+    the haystack. Raises UserError for an unknown task or metric.
     """
     if callable(task):
         return TaskScore(getattr(task, "__name__", "score"), task)
@@ -71,23 +65,25 @@ def _retrieval(task: str, rows: int, context: int, seed: int, text_BT: torch.Ten
 
 
 def _harness(task: str, limit: int, metric: str | None, seed: int) -> Score:
-    loaded = load_tasks([task])  # what can be wrong with it shows now
+    loaded = load_tasks([task])  # now, so that an invalid task is refused before any work
 
     def score(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, part: Part) -> float:
         def half(count: int) -> list[int]:
             shuffled = random.Random(seed).sample(range(count), count)
-            mine = shuffled[: count // 2] if part == "validation" else shuffled[count // 2 :]
-            return sorted(mine[:limit])
+            indices = shuffled[: count // 2] if part == "validation" else shuffled[count // 2 :]
+            return sorted(indices[:limit])
 
-        found = harness(model, tokenizer, loaded, documents=half)
-        values = [_metric(task, scores, metric) for scores in found.values()]
+        results = harness(model, tokenizer, loaded, documents=half)
+        values = [_metric(task, scores, metric) for scores in results.values()]
         return sum(values) / len(values)
 
     return score
 
 
-def _metric(task: str, scores: dict[str, Any], wish: str | None) -> float:
-    for name in METRICS if wish is None else (wish,):
+def _metric(task: str, scores: dict[str, Any], metric: str | None) -> float:
+    for name in METRICS if metric is None else (metric,):
         if name in scores:
             return float(scores[name]["value"])
-    raise UserError(f"the task '{task}' has no metric '{wish or METRICS[0]}': set metric to one of {', '.join(scores)}")
+    raise UserError(
+        f"the task '{task}' has no metric '{metric or METRICS[0]}': set metric to one of {', '.join(scores)}"
+    )

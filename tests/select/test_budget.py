@@ -278,8 +278,8 @@ def test_a_budget_of_speed_counts_key_value_heads():
     """Half of the mixing's time is saved by four heads of two key/value heads, not by four of four."""
     cost, units = DecodeCost([4.0, 4.0], [0.0, 0.0], 0.0), units_of(GROUPED, "head")
     values = [1.0, 0.2, 0.9, 0.2, 0.5, 0.5, 0.1, 0.1]
-    price, limit = Budget.parse("2x@32k").priced(GROUPED, "float32", cost)
+    price, limit = Budget.parse("2x@32k").cost_and_limit(GROUPED, "float32", cost)
     assert limit == 4
     assert best_units(units, values, GROUPED, partial(keeping, GROUPED), price, limit) == [0, 1, 2, 3]
-    price, limit = Budget.parse("1x@32k").priced(GROUPED, "float32", cost)
+    price, limit = Budget.parse("1x@32k").cost_and_limit(GROUPED, "float32", cost)
     assert best_units(units, values, GROUPED, partial(keeping, GROUPED), price, limit) == [*range(8)]

@@ -12,8 +12,8 @@ from subquad.model.interface import find_attention, shapes_of
 from subquad.model.join import output_projection
 from subquad.model.student import Student
 from subquad.plan import Plan
-from subquad.select import Budget, Ranking, Work, choose_plan, retrieval_scores, units_of
-from subquad.select.ablation import Silence, scaled, silence_bill
+from subquad.select import Budget, Ranking, SelectionWork, choose_plan, retrieval_scores, units_of
+from subquad.select.ablation import Ablation, ablation_cost, scaled
 from subquad.select.retrieval_heads import _role, _sources
 from tests.helpers import FAMILIES, byte_tokenizer, tiny
 
@@ -26,11 +26,17 @@ def probe_of(rows=6, length=24, seed=0, vocabulary=90):
     return Probe(torch.cat([ids, ids], 1), mask, torch.full((rows,), length // 2), per_token=True)
 
 
-def silence_of(teacher, probe, top=1, unit="head", work=None):
+def ablation_of(teacher, probe, top=1, unit="head", work=None):
     shapes = shapes_of(teacher)
     whole = {"copy": answers(teacher, probe)}
-    return Silence(
-        all_attention(teacher), units_of(shapes, unit), {"copy": probe}, whole, "logprob", top, work or Work(print)
+    return Ablation(
+        all_attention(teacher),
+        units_of(shapes, unit),
+        {"copy": probe},
+        whole,
+        "logprob",
+        top,
+        work or SelectionWork(print),
     )
 
 
@@ -44,7 +50,7 @@ def test_a_silenced_head_is_one_whose_columns_are_zero(family):
     teacher = tiny(family)
     probe = probe_of()
     whole = answers(teacher, probe)
-    ablation = silence_of(teacher, probe)
+    ablation = ablation_of(teacher, probe)
     ablation.step()
     found = ablation.mean("logprob")
     for layer, site in enumerate(find_attention(teacher)):
@@ -67,18 +73,18 @@ def test_a_silenced_head_is_one_whose_columns_are_zero(family):
 def test_rounds_leave_out_what_is_settled():
     teacher = tiny("llama")
     probe = probe_of(rows=24)
-    ablation = silence_of(teacher, probe, top=2)
+    ablation = ablation_of(teacher, probe, top=2)
     heads = len(ablation.units)
     drops = torch.randn(24, heads, dtype=torch.float64) * 0.01
     drops[:, 3] += 5.0
     drops[:, 7] += 4.0
     ablation.drops["logprob"][:8] = drops[:8]
-    ablation.done = 8
+    ablation.rows_measured = 8
     assert ablation.open_units() == [] and not ablation.step()
     ablation.drops["logprob"][:8, 9] = torch.tensor([9.0, -1.0] * 4)  # as good as the second, or not
     undecided = ablation.open_units()
     assert 9 in undecided and len(undecided) < heads
-    assert ablation.step() and ablation.done == 16
+    assert ablation.step() and ablation.rows_measured == 16
     assert {int(count) for index, count in enumerate(ablation.rows) if index not in undecided} == {8}
     assert {int(ablation.rows[index]) for index in undecided} == {16}
     low, high = ablation.interval()
@@ -113,7 +119,7 @@ def test_dead_heads_score_nothing_and_live_ones_something():
                 else:
                     weight[:, head * 8 : head * 8 + 8] *= 20
     probe = probe_of(rows=16)
-    ablation = silence_of(teacher, probe, top=2)
+    ablation = ablation_of(teacher, probe, top=2)
     while ablation.step():
         pass
     mean = ablation.mean("logprob").abs()
@@ -172,7 +178,7 @@ def test_gains_scale_what_heads_put_out():
 def test_larger_units_are_silenced_as_a_whole(unit):
     """A layer or a group of them: the same as a pass in which all of their heads are silent."""
     teacher, probe = tiny("llama"), probe_of()
-    ablation = silence_of(teacher, probe, unit=unit)
+    ablation = ablation_of(teacher, probe, unit=unit)
     ablation.step()
     student, whole = all_attention(teacher), answers(teacher, probe)
     for index, heads in enumerate(ablation.units):
@@ -184,9 +190,9 @@ def test_larger_units_are_silenced_as_a_whole(unit):
 
 def test_the_bill_is_what_a_full_round_takes():
     teacher, probe = tiny("llama"), probe_of(rows=6)
-    work = Work(print)
-    ablation = silence_of(teacher, probe, work=work)
-    bill = silence_bill(ablation.units, 3, {"copy": probe})
+    work = SelectionWork(print)
+    ablation = ablation_of(teacher, probe, work=work)
+    bill = ablation_cost(ablation.units, 3, {"copy": probe})
     assert bill.forward_tokens == pytest.approx((1 + 6 * (1 + 2 / 3 + 1 / 3)) * probe.input_ids.numel())
     ablation.step()
-    assert work.spent.forward_tokens == pytest.approx(bill.forward_tokens)
+    assert work.actual_cost.forward_tokens == pytest.approx(bill.forward_tokens)

@@ -15,10 +15,10 @@ from subquad.select import (
     SELECTORS,
     Budget,
     SelectionCost,
+    SelectionWork,
     SelectorInputs,
     Supernet,
     TokenCost,
-    Work,
     check_alternatives,
     check_selector,
     choose_plan,
@@ -53,7 +53,7 @@ def linear_student(family="llama", mixer="hedgehog", options=None):
     return teacher, student.requires_grad_(False)
 
 
-def board_of(family="llama", **how):
+def supernet_of(family="llama", **how):
     teacher, student = linear_student(family, **how)
     return Supernet(student, teacher)
 
@@ -74,7 +74,9 @@ def ruined_layer(layer=1):
 
 
 def asked(student, teacher, by, budget="1", **options):
-    question = SelectorInputs(student, SimpleNamespace(model=teacher), text(), Budget.parse(budget), work=Work(**quiet))
+    question = SelectorInputs(
+        student, SimpleNamespace(model=teacher), text(), Budget.parse(budget), work=SelectionWork(**quiet)
+    )
     return make_selector(by, options).run(question)
 
 
@@ -96,22 +98,22 @@ def test_units():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_board_follows_a_plan_as_its_student_does(family):
     """Heads of a layer, whole layers and nothing at all; and the cache is the plan's."""
-    board = board_of(family)
+    supernet = supernet_of(family)
     tokens = text(rows=1)
-    plans = [board.keeping(heads) for heads in ([], [(0, 1), (2, 5)], [(1, head) for head in range(6)])]
+    plans = [supernet.plan_with(heads) for heads in ([], [(0, 1), (2, 5)], [(1, head) for head in range(6)])]
     for plan in [*plans, *reversed(plans)]:
-        wanted = Student.from_teacher(board.teacher, plan, mixers_from=board.student)
-        with board.following(plan) as student:
+        wanted = Student.from_teacher(supernet.teacher, plan, mixers_from=supernet.student)
+        with supernet.activate(plan) as student:
             assert torch.equal(student.final_hidden(tokens), wanted.final_hidden(tokens))
             cache = student.new_cache()
             student(tokens, past_key_values=cache, use_cache=True)
             assert cache.nbytes() == plan.cache_bytes(tokens.shape[1])
-    assert board.student.plan == board.linear
+    assert supernet.student.plan == supernet.linear_plan
 
 
 def test_first_difference():
-    board = board_of()
-    one, other = board.keeping([(1, 0)]), board.keeping([(1, 0), (2, 3)])
+    supernet = supernet_of()
+    one, other = supernet.plan_with([(1, 0)]), supernet.plan_with([(1, 0), (2, 3)])
     assert first_difference(one, other) == 2 and first_difference(one, one) == 3
     assert without([(0, 0), (0, 1), (1, 0)], [(0, 1), (1, 0)]) == [(0, 0)]
 
@@ -124,15 +126,15 @@ def test_first_difference():
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "gemma2"])
 def test_kl_is_that_of_whole_students(family, unit, base):
     """Reusing the blocks below changes nothing: the same as building each candidate and measuring it."""
-    board = board_of(family)
-    tokens, units = text(), units_of(board.linear.shapes, unit)
-    plans = candidates(board, units, base)
-    found_NP = kl_without_training(board, plans, tokens, 1, Work(**quiet))
+    supernet = supernet_of(family)
+    tokens, units = text(), units_of(supernet.linear_plan.shapes, unit)
+    plans = candidates(supernet, units, base)
+    found_NP = kl_without_training(supernet, plans, tokens, 1, SelectionWork(**quiet))
     some = [0, 1, len(plans) - 1]
     students = {
-        str(index): Student.from_teacher(board.teacher, plans[index], mixers_from=board.student) for index in some
+        str(index): Student.from_teacher(supernet.teacher, plans[index], mixers_from=supernet.student) for index in some
     }
-    wanted = likelihood(students, board.teacher, tokens, [40])
+    wanted = likelihood(students, supernet.teacher, tokens, [40])
     for index in some:
         assert found_NP[:, index].tolist() == pytest.approx(wanted[str(index)]["kl_samples"][40], rel=1e-3, abs=1e-6)
     gains_NU = gains_of(found_NP, base)
@@ -160,7 +162,7 @@ def test_candidates_are_trained_before_they_are_measured():
     def train(candidate, tokens, name):
         trained.append((candidate.plan.pattern(), tokens))
 
-    work = Work(**quiet)
+    work = SelectionWork(**quiet)
     question = SelectorInputs(
         student, SimpleNamespace(model=teacher), text(), Budget.parse("1"), "head", train=train, work=work
     )
@@ -169,7 +171,7 @@ def test_candidates_are_trained_before_they_are_measured():
     assert [tokens for _, tokens in trained] == [400] * 19 + [1600] * 5  # with all-linear, in each round
     last = [turn for row in choice.report["last_round"] for turn in row]
     assert last.count(1) == 4 and trained[19][0] == "HHH"
-    assert work.announced.training_tokens == work.spent.training_tokens == 19 * 400 + 5 * 1600
+    assert work.expected_cost.training_tokens == work.actual_cost.training_tokens == 19 * 400 + 5 * 1600
     question.train = None
     with pytest.raises(UserError, match="has no stage on logits"):
         make_selector("kl", {"retrain_tokens": 10}).run(question)
@@ -185,7 +187,7 @@ def test_units_get_the_mixer_that_is_worth_its_bytes():
         SimpleNamespace(model=teacher),
         text(),
         Budget.parse("0"),
-        work=Work(**quiet),
+        work=SelectionWork(**quiet),
         alternatives={"sliding_window": window},
     )
     choice = make_selector("kl", {}).run(question)
@@ -194,12 +196,12 @@ def test_units_get_the_mixer_that_is_worth_its_bytes():
     wanted = Student.from_teacher(
         teacher, student.plan.with_layers("sliding_window", plan.mixers["sliding_window"], [1]), [student, window]
     )
-    with question.new_board().following(wanted.plan) as following:
+    with question.supernet().activate(wanted.plan) as following:
         assert torch.equal(following.final_hidden(text()), wanted.final_hidden(text()))
 
     def chosen(budget):
         others = {"sliding_window": window}
-        return choose_plan(student, Budget.parse(budget), choice, others=others)[0]
+        return choose_plan(student, Budget.parse(budget), choice, alternatives=others)[0]
 
     assert [layer for layer in range(3) if "sliding_window" in chosen("0").layers[layer]] == [1]
     assert [*chosen("1").layers[1]] == ["attention"]
@@ -217,24 +219,26 @@ def test_units_get_the_mixer_that_is_worth_its_bytes():
 
 def test_alignment_losses_of_heads_and_layers():
     """A layer is worth all of its distance, a head what is nearer with it."""
-    board = board_of()
+    supernet = supernet_of()
     tokens = text(rows=1)
-    by_layer = alignment_losses(board, units_of(board.linear.shapes, "layer"), tokens, Work(**quiet))
-    both = alignment_losses(board, units_of(board.linear.shapes, 3), tokens, Work(**quiet))
+    by_layer = alignment_losses(
+        supernet, units_of(supernet.linear_plan.shapes, "layer"), tokens, SelectionWork(**quiet)
+    )
+    both = alignment_losses(supernet, units_of(supernet.linear_plan.shapes, 3), tokens, SelectionWork(**quiet))
     torch.testing.assert_close(by_layer.sum(1, keepdim=True), both)
-    heads = units_of(board.linear.shapes, "head")
-    found = alignment_losses(board, heads, tokens, Work(**quiet))
-    ids, sites = tokens, find_attention(board.teacher)
-    student = Student.from_teacher(board.teacher, board.keeping([(1, 4)]), mixers_from=board.student)
+    heads = units_of(supernet.linear_plan.shapes, "head")
+    found = alignment_losses(supernet, heads, tokens, SelectionWork(**quiet))
+    ids, sites = tokens, find_attention(supernet.teacher)
+    student = Student.from_teacher(supernet.teacher, supernet.plan_with([(1, 4)]), mixers_from=supernet.student)
     seen = {}
 
     @torch.no_grad()
     def keep(module, args, kwargs, output):
-        mine = [s.attention_modules()[1](*args, **kwargs)[0] for s in (board.student, student)]
+        mine = [s.attention_modules()[1](*args, **kwargs)[0] for s in (supernet.student, student)]
         seen["distances"] = [(one - output[0]).square().mean(-1).sqrt().mean() for one in mine]
 
-    hook = board.teacher.get_submodule(sites[1].path).register_forward_hook(keep, with_kwargs=True)
-    board.teacher(ids, use_cache=False)
+    hook = supernet.teacher.get_submodule(sites[1].path).register_forward_hook(keep, with_kwargs=True)
+    supernet.teacher(ids, use_cache=False)
     hook.remove()
     all_linear, with_head = seen["distances"]
     assert found[0, heads.index([(1, 4)])] == pytest.approx(float(all_linear - with_head), rel=1e-4)
@@ -256,40 +260,42 @@ def test_gates_lead_from_the_student_to_the_teacher(family):
 
 def test_integrated_gradients_are_complete():
     """The scores of all heads sum to the KL of the all-linear student; groups are worth the sum of their heads."""
-    board = board_of()
+    supernet = supernet_of()
     tokens = text()
-    heads = units_of(board.linear.shapes, "head")
-    found = gating.gradient_scores(board, heads, tokens, Work(**quiet), points=24)
-    whole = kl_without_training(board, [board.linear], tokens, 1, Work(**quiet))[:, 0]
+    heads = units_of(supernet.linear_plan.shapes, "head")
+    found = gating.gradient_scores(supernet, heads, tokens, SelectionWork(**quiet), points=24)
+    whole = kl_without_training(supernet, [supernet.linear_plan], tokens, 1, SelectionWork(**quiet))[:, 0]
     torch.testing.assert_close(found.sum(1), whole, rtol=0.02, atol=0)
-    layers = gating.gradient_scores(board, units_of(board.linear.shapes, "layer"), tokens, Work(**quiet), points=24)
+    layers = gating.gradient_scores(
+        supernet, units_of(supernet.linear_plan.shapes, "layer"), tokens, SelectionWork(**quiet), points=24
+    )
     torch.testing.assert_close(layers, found.unflatten(1, (3, 6)).sum(2), rtol=1e-4, atol=1e-7)
 
 
 def test_fisher_is_the_curvature_of_the_kl():
     """Half the second derivative at the teacher: the KL of a gate that is shut a little, over its square."""
-    board = board_of()
+    supernet = supernet_of()
     tokens = text(rows=1, length=64)
-    units = units_of(board.linear.shapes, "layer")
-    found = gating.fisher_scores(board, units, tokens, Work(**quiet), draws=400)[0]
+    units = units_of(supernet.linear_plan.shapes, "layer")
+    found = gating.fisher_scores(supernet, units, tokens, SelectionWork(**quiet), draws=400)[0]
     little = 0.03
     for layer in range(3):
         gates = {index: torch.full((6,), 1.0 - little * (index == layer)) for index in range(3)}
         with torch.no_grad():
-            curvature = float(gating._kl(board, tokens, gates)) / little**2
+            curvature = float(gating._kl(supernet, tokens, gates)) / little**2
         assert found[layer] == pytest.approx(curvature, rel=0.3)
 
 
 def test_trained_gates_open_where_attention_is_needed():
     teacher, student = ruined_layer()
-    board, units = Supernet(student, teacher), units_of(student.plan.shapes, "layer")
+    supernet, units = Supernet(student, teacher), units_of(student.plan.shapes, "layer")
 
     def rows(step):
         return torch.randint(3, 97, (2, 32), generator=torch.Generator().manual_seed(step))
 
-    odds = gating.trained_gates(board, units, rows, Work(**quiet), steps=40, share=1 / 3, seed=0)[0]
+    odds = gating.trained_gates(supernet, units, rows, SelectionWork(**quiet), steps=40, share=1 / 3, seed=0)[0]
     assert int(odds.argmax()) == 1
-    drawn = gating._drawn(torch.tensor([8.0, -8.0]), torch.Generator().manual_seed(0))
+    drawn = gating._sample(torch.tensor([8.0, -8.0]), torch.Generator().manual_seed(0))
     assert drawn.tolist() == [1.0, 0.0]
 
 
@@ -307,16 +313,16 @@ def worth_of(worths):
 
 
 def test_greedy_goes_to_the_floor():
-    board = board_of()
-    units = units_of(board.linear.shapes, "layer")
-    path = greedy_path(board, units, worth_of([0.1, -0.2, 1.0]), None, Work(**quiet), tolerance=0.05)
+    supernet = supernet_of()
+    units = units_of(supernet.linear_plan.shapes, "layer")
+    path = greedy_path(supernet, units, worth_of([0.1, -0.2, 1.0]), None, SelectionWork(**quiet), tolerance=0.05)
     assert path.base == pytest.approx(0.9) and path.floor == pytest.approx(0.855)
     assert [step.unit for step in path.steps] == [1, 0]
     assert [step.score for step in path.steps] == pytest.approx([1.1, 1.0])
     assert path.best == 1 and path.opt == 2
-    assert path.kept(3, path.best) == [0, 2] and path.kept(3, path.opt) == [2]
+    assert path.remaining(3, path.best) == [0, 2] and path.remaining(3, path.opt) == [2]
     assert path.test == pytest.approx({"base": 0.89, "best": 1.09, "opt": 0.99})
-    strict = greedy_path(board, units, worth_of([0.1, 0.2, 1.0]), None, Work(**quiet), tolerance=0.0)
+    strict = greedy_path(supernet, units, worth_of([0.1, 0.2, 1.0]), None, SelectionWork(**quiet), tolerance=0.0)
     assert strict.steps == [] and strict.best == strict.opt == 0
 
 
@@ -328,7 +334,7 @@ def test_greedy_with_a_number_of_units_goes_on_below_the_floor():
         SimpleNamespace(model=teacher, tokenizer=None),
         text(),
         Budget.parse("1"),
-        work=Work(**quiet),
+        work=SelectionWork(**quiet),
     )
     choice = make_selector("greedy", {"task": task}).run(question)
     assert choose_plan(student, Budget.parse("1"), choice)[1] == [2]
@@ -359,27 +365,31 @@ def test_pieces_are_kept(tmp_path):
             raise KeyboardInterrupt
         return [index, 0.1 * index]
 
-    work = Work(file=tmp_path / "selection.jsonl", **quiet)
+    work = SelectionWork(file=tmp_path / "selection.jsonl", **quiet)
     with pytest.raises(KeyboardInterrupt):
-        work.pieces("a", 4, piece, each=TokenCost(forward_tokens=10))
+        work.map("a", 4, piece, item_cost=TokenCost(forward_tokens=10))
     with work.file.open("a") as file:
         file.write('{"key": "a", "piece": 2, "val')  # torn
-    again = Work(file=work.file, **quiet)
+    again = SelectionWork(file=work.file, **quiet)
     with pytest.raises(KeyboardInterrupt):
         done[:] = ["x"] * 2
-        again.pieces("a", 4, piece, each=TokenCost(forward_tokens=10))
+        again.map("a", 4, piece, item_cost=TokenCost(forward_tokens=10))
     assert done[2:] == [2]
-    found = Work(file=work.file, **quiet).pieces("a", 4, lambda i: [i, 0.1 * i], each=TokenCost(forward_tokens=10))
+    found = SelectionWork(file=work.file, **quiet).map(
+        "a", 4, lambda i: [i, 0.1 * i], item_cost=TokenCost(forward_tokens=10)
+    )
     assert found.tolist() == [[index, 0.1 * index] for index in range(4)]
-    whole = Work(file=work.file, **quiet).pieces("a", 4, lambda i: pytest.fail("it is done"), each=TokenCost())
+    whole = SelectionWork(file=work.file, **quiet).map(
+        "a", 4, lambda i: pytest.fail("it is done"), item_cost=TokenCost()
+    )
     assert torch.equal(whole, found)
 
 
 def test_the_cost_is_announced():
     said = []
-    work = Work(said.append, speed=lambda: 100.0)
-    work.announce(SelectionCost("kl", TokenCost(forward_tokens=1000, training_tokens=500)))
-    work.announce(SelectionCost("uniform"))
+    work = SelectionWork(said.append, speed=lambda: 100.0)
+    work.print_cost(SelectionCost("kl", TokenCost(forward_tokens=1000, training_tokens=500)))
+    work.print_cost(SelectionCost("uniform"))
     assert said == [
         "kl: 1,000 tokens forward and 500 tokens of training, about 30\xa0s",
         "uniform: nothing to measure",
