@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from subquad.utils.environment import machine, source_commit, versions
+from subquad.utils.environment import environment
 
 ROOT = Path(__file__).parents[1]
 TELLING = ("MALLOC_", "OMP_", "MKL_")  # environment variables that change speeds
@@ -22,11 +22,8 @@ def facts(command: str, settings: Mapping[str, Any], device: torch.device) -> di
     """Date, command, commit, machine, versions and settings, for the JSON."""
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": command,
-        "commit": source_commit(),
+        **environment(device, command),
         "modified_since": modified_files(),
-        "machine": machine(device),
-        "versions": versions(),
         "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith(TELLING)},
         "settings": dict(settings),
     }

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from subquad import registration
 from subquad.errors import UserError
-from subquad.version import __version__
+from subquad.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from subquad.jobs.convert import convert
@@ -33,7 +33,6 @@ __all__ = [
     "Student",
     "StudentConfig",
     "UserError",
-    "__version__",
     "check_student",
     "convert",
     "load_recipe",

@@ -1,7 +1,7 @@
-"""The one exception that is meant for people.
+"""The exception for mistakes of the user.
 
-Everything a user can get wrong ends in a `UserError`: one sentence that says what is wrong, where, and what to do.
-The command line prints it without a traceback and exits with code 2; any other exception is our fault (code 1).
+A `UserError` is one sentence that states what is wrong, where, and what to do. The command line prints it without a
+traceback and exits with code 2. Any other exception is an internal error (code 1).
 """
 
 import difflib
@@ -9,11 +9,11 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """What is wrong, where, and what to do, in one sentence."""
+    """A mistake of the user. The message states in one sentence what is wrong, where, and what to do."""
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """The tail of an error message for an unknown name: the closest valid name if there is one, then all of them."""
+    """End an error message about an unknown name with the closest valid name, if any, and all valid names."""
     valid = sorted(valid)
     close = difflib.get_close_matches(name, valid, n=1)
     hint = f"did you mean '{close[0]}'? " if close else ""

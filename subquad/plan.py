@@ -1,6 +1,6 @@
 """A plan: which mixer each head of each layer uses.
 
-A layer-level hybrid is the plan in which a layer's heads agree. Plans are small YAML files to be read and edited:
+A layer-level hybrid is a plan whose layers each use one mixer. Plans are small YAML files, made to be read and edited:
 
     format: 1
     shape: {layers: 4, heads: 9, kv_heads: 3, head_dim: 64, hidden_size: 576}
@@ -13,16 +13,17 @@ A layer-level hybrid is the plan in which a layer's heads agree. Plans are small
       2: {attention: [0, 3], hedgehog: [1, 2, 4, 5, 6, 7, 8]}
       3: attention
 
-`join` says how the two parts of a layer such as 2 become one output. `split`: each head has one mixer, and the output
-projection joins them. `parallel`: the other mixer has all the heads, those of attention too (`hedgehog: [0, ..., 8]`),
-and attention comes as a second branch through an adapter (join.py).
+`join` sets how the two parts of a mixed layer such as 2 are combined:
 
-A plan knows what its cache costs: `plan.cache_bytes(context, batch, dtype)`.
+- `split`: each head has one mixer, and the output projection joins the heads.
+- `parallel`: the other mixer has all heads, including those of attention (`hedgehog: [0, ..., 8]`). Attention is a
+  second branch, joined by an adapter (model/join.py).
+
+`plan.cache_bytes(context, batch, dtype)` computes the size of a plan's cache.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -32,6 +33,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from subquad.errors import UserError
 from subquad.mixers import HeadGroup, mixer_class, mixer_options
+from subquad.utils.files import write_aside
 
 Join: TypeAlias = Literal["split", "parallel"]
 JoinStart: TypeAlias = Literal["identity", "random"]
@@ -42,12 +44,12 @@ ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def dtype_name(model: Any) -> str:
-    """The floating point type of a model as `cache_bytes` knows it."""
+    """Name of a model's floating point type, as `cache_bytes` takes it."""
     return str(model.dtype).removeprefix("torch.")
 
 
 def _block(key: str, value: Any) -> str:
-    """One entry of a plan's file; a mapping of mappings (and that of the layers) gets a line for each entry."""
+    """Write one entry of a plan file. A mapping of mappings (and that of the layers) has one line per entry."""
     if isinstance(value, dict) and (key == "layers" or all(isinstance(inner, dict) for inner in value.values())):
         return f"{key}:\n" + "".join(f"  {_line({name: inner})}" for name, inner in value.items())
     return _line({key: value})
@@ -60,7 +62,7 @@ def _line(entry: dict[Any, Any]) -> str:
 
 
 class AttentionShape(BaseModel):
-    """The attention of one layer: counts of heads, and widths in elements; `window` is the teacher's own, in tokens."""
+    """Attention of one layer: numbers of heads, widths in elements, and the teacher's own sliding window in tokens."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -71,7 +73,7 @@ class AttentionShape(BaseModel):
     window: int | None = Field(None, ge=1)
 
     def group(self, heads: Iterable[int]) -> HeadGroup:
-        """These heads of the layer, as a mixer sees them."""
+        """Make the head group of these heads of the layer."""
         return HeadGroup(
             tuple(sorted(heads)),
             queries_per_kv=self.heads // self.kv_heads,
@@ -83,13 +85,16 @@ class AttentionShape(BaseModel):
 
 
 def every_head(shapes: Sequence[AttentionShape]) -> list[tuple[int, int]]:
-    """All heads of a model, as (layer, head)."""
+    """List all heads of a model as (layer, head)."""
     return [(layer, head) for layer, shape in enumerate(shapes) for head in range(shape.heads)]
 
 
 class Plan(BaseModel):
-    """Mixers by layer and head. `layers[l]` maps a mixer's name to its head indices; every head has just one mixer, but
-    under the parallel join, where those that attend have another one as well."""
+    """Mixers by layer and head.
+
+    `layers[l]` maps the name of a mixer to its head indices. Every head has exactly one mixer. With the parallel join,
+    attention heads have the other mixer as well.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
@@ -99,25 +104,23 @@ class Plan(BaseModel):
     join: Join = "split"
 
     def model_post_init(self, context: Any) -> None:
-        """Checks the whole plan. Raises UserError naming the layer or mixer that is wrong."""
+        """Check the plan. Raises UserError naming the invalid layer or mixer."""
         for name, options in self.mixers.items():
             mixer_options(name, options)
         if len(self.shapes) != len(self.layers):
             raise UserError(f"the plan lists {len(self.layers)} layers but describes {len(self.shapes)}")
         for index, (shape, layer) in enumerate(zip(self.shapes, self.layers, strict=True)):
-            beside = sorted(layer.get(ATTENTION, [])) if self.joined(index) else []
-            listed = sorted(head for heads in layer.values() for head in heads)
-            if listed != sorted([*range(shape.heads), *beside]):
-                others = " beside attention" if beside else ""
+            extra_heads = sorted(layer.get(ATTENTION, [])) if self.joined(index) else []
+            plan_heads = sorted(head for heads in layer.values() for head in heads)
+            if plan_heads != sorted([*range(shape.heads), *extra_heads]):
+                addition = " beside attention" if extra_heads else ""
                 raise UserError(
-                    f"layer {index} of the plan must give each of its {shape.heads} heads exactly one mixer{others}, "
-                    f"but lists heads {listed}"
+                    f"layer {index} of the plan must give each of its {shape.heads} heads exactly one mixer{addition}, "
+                    f"but lists heads {plan_heads}"
                 )
             for name in layer:
                 if name not in self.mixers:
                     raise UserError(f"layer {index} of the plan uses mixer '{name}', which is not under 'mixers'")
-
-    # ------------------------------------------------------------------ making plans
 
     @classmethod
     def by_layer(
@@ -127,12 +130,12 @@ class Plan(BaseModel):
         mixer: str,
         options: dict[str, Any] | None = None,
     ) -> Plan:
-        """The layer-level hybrid that keeps attention in `attention_layers` and uses `mixer` in all others."""
-        keep = set(attention_layers)
-        outside = keep - set(range(len(shapes)))
-        if outside:
-            raise UserError(f"layer {min(outside)} is not one of the teacher's {len(shapes)} layers")
-        heads = [(layer, head) for layer in keep for head in range(shapes[layer].heads)]
+        """Make the layer-level hybrid with attention in `attention_layers` and `mixer` in all other layers."""
+        attention = set(attention_layers)
+        unknown_layers = attention - set(range(len(shapes)))
+        if unknown_layers:
+            raise UserError(f"layer {min(unknown_layers)} is not one of the teacher's {len(shapes)} layers")
+        heads = [(layer, head) for layer in attention for head in range(shapes[layer].heads)]
         return cls.by_head(shapes, heads, mixer, options)
 
     @classmethod
@@ -144,43 +147,44 @@ class Plan(BaseModel):
         options: dict[str, Any] | None = None,
         join: Join = "split",
     ) -> Plan:
-        """The head-level hybrid that keeps attention in these heads (layer, head) and uses `mixer` for all others."""
-        keep = set(attention_heads)
-        outside = keep - {*every_head(shapes)}
-        if outside:
-            layer, head = min(outside)
+        """Make the head-level hybrid with attention in these heads (layer, head) and `mixer` for all other heads."""
+        attention = set(attention_heads)
+        unknown_heads = attention - {*every_head(shapes)}
+        if unknown_heads:
+            layer, head = min(unknown_heads)
             raise UserError(f"head {head} of layer {layer} is not one of the teacher's heads")
         layers = []
         for index, shape in enumerate(shapes):
-            kept = [head for head in range(shape.heads) if (index, head) in keep]
-            others = [head for head in range(shape.heads) if head not in kept]
-            if join == "parallel" and kept and others:
-                others = list(range(shape.heads))
-            layers.append({name: heads for name, heads in ((ATTENTION, kept), (mixer, others)) if heads})
-        filled = mixer_options(mixer, options or {}).model_dump(exclude_none=True)
-        return cls(shapes=shapes, mixers={ATTENTION: {}, mixer: filled}, layers=layers, join=join)
+            softmax_heads = [head for head in range(shape.heads) if (index, head) in attention]
+            mixer_heads = [head for head in range(shape.heads) if head not in softmax_heads]
+            if join == "parallel" and softmax_heads and mixer_heads:
+                mixer_heads = list(range(shape.heads))
+            layers.append({name: heads for name, heads in ((ATTENTION, softmax_heads), (mixer, mixer_heads)) if heads})
+        complete_options = mixer_options(mixer, options or {}).model_dump(exclude_none=True)
+        return cls(shapes=shapes, mixers={ATTENTION: {}, mixer: complete_options}, layers=layers, join=join)
 
     def keeping(self, heads: Iterable[tuple[int, int]], join: Join = "split") -> Plan:
-        """The hybrid that keeps attention in these heads, and has the one mixer of this plan for all others."""
+        """Make the hybrid with attention in these heads (layer, head) and this plan's mixer for all other heads."""
         mixer = next(name for name in self.mixers if name != ATTENTION)
         return Plan.by_head(self.shapes, heads, mixer, self.mixers[mixer], join)
 
     def with_layers(self, mixer: str, options: dict[str, Any], layers: Iterable[int]) -> Plan:
-        """This plan, but with another mixer for all heads of these layers."""
-        filled = mixer_options(mixer, options).model_dump(exclude_none=True)
-        if self.mixers.get(mixer, filled) != filled:
+        """Make a plan that differs in these layers, where `mixer` has all heads.
+
+        Raises UserError if this plan has the mixer with different options.
+        """
+        complete_options = mixer_options(mixer, options).model_dump(exclude_none=True)
+        if self.mixers.get(mixer, complete_options) != complete_options:
             raise UserError(f"a plan has one set of options for each mixer, and '{mixer}' would have two")
-        changed = {layer: {mixer: [*range(self.shapes[layer].heads)]} for layer in layers}
-        table = [changed.get(layer, mixers) for layer, mixers in enumerate(self.layers)]
-        return Plan(shapes=self.shapes, mixers={**self.mixers, mixer: filled}, layers=table, join=self.join)
+        new_layers = {layer: {mixer: [*range(self.shapes[layer].heads)]} for layer in layers}
+        table = [new_layers.get(layer, mixers) for layer, mixers in enumerate(self.layers)]
+        return Plan(shapes=self.shapes, mixers={**self.mixers, mixer: complete_options}, layers=table, join=self.join)
 
     @classmethod
     def all_attention(cls, shapes: list[AttentionShape]) -> Plan:
-        """The teacher itself, as a plan."""
+        """Make the plan of the teacher itself."""
         layers = [{ATTENTION: list(range(shape.heads))} for shape in shapes]
         return cls(shapes=shapes, mixers={ATTENTION: {}}, layers=layers)
-
-    # ------------------------------------------------------------------ looking at plans
 
     @property
     def num_layers(self) -> int:
@@ -193,35 +197,36 @@ class Plan(BaseModel):
 
     @property
     def attention_heads(self) -> list[tuple[int, int]]:
-        """The heads that keep attention: (layer, head)."""
+        """Heads that keep attention, as (layer, head)."""
         return [(index, head) for index, layer in enumerate(self.layers) for head in layer.get(ATTENTION, [])]
 
     def joined(self, layer: int) -> bool:
-        """Whether attention is a branch beside the other mixers in this layer."""
+        """True if attention is a parallel branch in this layer."""
         return self.join == "parallel" and ATTENTION in self.layers[layer] and len(self.layers[layer]) > 1
 
     def groups(self, layer: int) -> dict[str, HeadGroup]:
-        """The head groups of one layer by mixer."""
+        """Head groups of one layer by mixer."""
         return {name: self.shapes[layer].group(heads) for name, heads in self.layers[layer].items()}
 
     def head_table(self) -> list[list[str]]:
-        """Mixer names, layers by heads; a head that attends beside another mixer counts as attention."""
-        by_head = [
-            {head: name for name in sorted(layer, key=ATTENTION.__eq__) for head in layer[name]}
-            for layer in self.layers
-        ]
-        return [[names[head] for head in range(len(names))] for names in by_head]
+        """Mixer names, layers by heads. A head with attention and another mixer counts as attention."""
+        table = []
+        for layer in self.layers:
+            names = {head: name for name, heads in layer.items() for head in heads}
+            names |= dict.fromkeys(layer.get(ATTENTION, []), ATTENTION)
+            table.append([names[head] for head in range(len(names))])
+        return table
 
     def pattern(self) -> str:
-        """One letter a layer: the mixer's initial in capitals, or * where a layer's heads differ."""
+        """One letter per layer: the mixer's initial in upper case, or * if the heads differ."""
         return "".join(next(iter(layer))[0].upper() if len(layer) == 1 else "*" for layer in self.layers)
 
     def cache_bytes(self, context: int, batch: int = 1, dtype: str = "float32", state_dtype: str | None = None) -> int:
         """Bytes of all keys, values and states after `context` tokens of `batch` sequences, for a model in `dtype`.
 
-        Keys and values are counted for the heads that keep them, once for those that share them; recurrent states are
-        float32 whatever the dtype, as Subquad keeps them. `state_dtype`: what they would take in another one, as some
-        papers count. Raises UserError for a dtype that is not a floating point one.
+        Keys and values are counted for attention heads, and once for heads that share them. Subquad stores recurrent
+        states in float32 for any narrower dtype; `state_dtype` counts them in another type, as some papers do. Raises
+        UserError for a dtype that is not a floating point type.
         """
         for name in (dtype, state_dtype):
             if name not in (None, *ITEMSIZE):
@@ -234,13 +239,11 @@ class Plan(BaseModel):
             for name, group in self.groups(layer).items()
         )
 
-    # ------------------------------------------------------------------ reading and writing
-
     def to_yaml(self) -> str:
-        """The plan as its file's text."""
+        """Text of the plan file."""
         shapes = [shape.model_dump(exclude_none=True) for shape in self.shapes]
-        same = all(shape == shapes[0] for shape in shapes)
-        shape = {"shape": {"layers": len(shapes)} | shapes[0]} if same else {"shapes": dict(enumerate(shapes))}
+        all_same = all(shape == shapes[0] for shape in shapes)
+        shape = {"shape": {"layers": len(shapes)} | shapes[0]} if all_same else {"shapes": dict(enumerate(shapes))}
         names = [next(iter(layer)) if len(layer) == 1 else layer for layer in self.layers]
         join = {} if self.join == "split" else {"join": self.join}
         parts = {"format": FORMAT} | shape | join | {"mixers": self.mixers, "layers": dict(enumerate(names))}
@@ -248,7 +251,7 @@ class Plan(BaseModel):
 
     @classmethod
     def from_yaml(cls, text: str) -> Plan:
-        """Reads a plan's text. Raises UserError for anything that is not a plan."""
+        """Read the text of a plan file. Raises UserError if it is not a plan."""
         try:
             raw = yaml.safe_load(text)
         except yaml.YAMLError as error:
@@ -277,7 +280,7 @@ class Plan(BaseModel):
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
-        """Reads a plan file. Raises UserError when it is missing or not a plan."""
+        """Read a plan file. Raises UserError if it is missing or not a plan."""
         path = Path(path)
         if not path.is_file():
             raise UserError(f"there is no plan file at {path}")
@@ -287,15 +290,14 @@ class Plan(BaseModel):
             raise UserError(f"{path}: {error}") from None
 
     def save(self, path: str | Path) -> None:
-        """Writes the plan file: aside first, then renamed."""
-        aside = Path(f"{path}.tmp")
-        aside.write_text(self.to_yaml(), encoding="utf-8")
-        os.replace(aside, path)
+        """Writes the plan file."""
+        with write_aside(Path(path)) as aside:
+            aside.write_text(self.to_yaml(), encoding="utf-8")
 
 
 def find_plan(path: str | Path) -> Plan:
-    """Reads a plan file, or the one in the folder of a run or a model. Raises UserError where there is none."""
+    """Read a plan file, or the plan in the folder of a run or a model. Raises UserError if there is none."""
     path = Path(path)
     if path.is_dir() and not (path / "plan.yaml").is_file():
-        raise UserError(f"the folder {path} has no plan.yaml: give a plan file, or a run that has chosen its plan")
+        raise UserError(f"the folder {path} has no plan.yaml: give a plan file, or a run whose plan is chosen")
     return Plan.load(path / "plan.yaml" if path.is_dir() else path)

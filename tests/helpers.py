@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from subquad.data.probes import WORDS, Probe, make_probe
-from subquad.distill.loop import run_stage
+from subquad.distill.loop import StageInputs, run_stage
 from subquad.model.base import plan_of
 from subquad.model.image_student import ImageStudent
 from subquad.model.interface import shapes_of
@@ -118,10 +118,8 @@ def train(out, settings=ALIGN, *, teacher=None, student=None, corpus=None, seed=
     teacher = teacher if teacher is not None else tiny("llama")
     student = student if student is not None else make_student(teacher)
     stage = Stage(**settings)
-    result = run_stage(
-        stage, index=index, student=student, teacher_model=teacher, corpus=corpus or RandomText(), seed=seed,
-        out=Path(out), accelerator=accelerator or Accelerator(cpu=True), **more,
-    )  # fmt: skip
+    inputs = StageInputs(teacher, corpus or RandomText(), accelerator or Accelerator(cpu=True), index, seed)
+    result = run_stage(stage, inputs, student=student, out=Path(out), **more)
     return student, result
 
 

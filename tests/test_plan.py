@@ -1,4 +1,4 @@
-"""Plans: read = written, wrong plans are refused, and bytes are counted by hand."""
+"""Plans: reading restores what was written, invalid plans are rejected, and bytes match a count by hand."""
 
 import pytest
 import torch
@@ -28,8 +28,8 @@ def test_written_and_read(tmp_path):
     plan.save(tmp_path / "plan.yaml")
     assert Plan.load(tmp_path / "plan.yaml") == plan
     assert list(tmp_path.iterdir()) == [tmp_path / "plan.yaml"]
-    different = Plan.all_attention([SHAPE, SHAPE.model_copy(update={"window": 16})])
-    assert Plan.from_yaml(different.to_yaml()) == different
+    unequal = Plan.all_attention([SHAPE, SHAPE.model_copy(update={"window": 16})])
+    assert Plan.from_yaml(unequal.to_yaml()) == unequal
 
 
 def test_a_plan_is_readable():
@@ -50,7 +50,7 @@ def test_looking_at_it():
 
 
 def test_cache_bytes_by_hand():
-    """KV of one group is stored once where its heads share it; recurrent states are float32."""
+    """Keys and values of a group are stored once if its heads share them. Recurrent states are float32."""
     attention = 2 * 2 * 100 * 8 * 2  # keys and values, 2 KV heads, 100 tokens, 8 wide, bfloat16
     window = 2 * 2 * (9 + 2) * 8 * 2
     hedgehog = window + 2 * (16 * 9) * 4  # and 2 states of 16 features by 8 + 1 values
@@ -65,7 +65,7 @@ def test_cache_bytes_by_hand():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_cache_bytes_are_those_held(family, dtype):
-    """To the byte: after prefill, and again after decoding, when an eighth more may be room for what comes."""
+    """Bytes are exact after prefill. After decoding, at most an eighth more may be reserved for later tokens."""
     teacher = tiny(family, dtype=dtype)
     shapes = shapes_of(teacher)
     plan = mixed().model_copy(update={"shapes": shapes})
@@ -110,31 +110,35 @@ def test_wrong_plans_are_refused():
         Plan.by_layer([SHAPE], [9], "gla")
 
 
-def llama_1b(kept, join="parallel", state_dim=8, layers=()):
-    """Llama-3.2-1B's shape: 16 layers of 32 heads in 8 groups."""
+def llama_1b(heads, join="parallel", state_dim=8, layers=()):
+    """Make a plan with Llama-3.2-1B's shape: 16 layers of 32 heads in 8 groups."""
     shapes = [AttentionShape(heads=32, kv_heads=8, head_dim=64, hidden_size=2048)] * 16
-    heads = [*kept, *((layer, head) for layer in layers for head in range(32))]
-    return Plan.by_head(shapes, heads, "retention", {"state_dim": state_dim}, join)
+    attention_heads = [*heads, *((layer, head) for layer in layers for head in range(32))]
+    return Plan.by_head(shapes, attention_heads, "retention", {"state_dim": state_dim}, join)
 
 
 @pytest.mark.parametrize(("context", "megabytes"), [(128, 0.852), (2048, 5.767), (4096, 11.010)])
 def test_the_memory_of_retrieval_aware_distillation(context, megabytes):
     """arXiv 2602.11374, table 2: 0.8, 5.7 and 11.0 MB for ten heads, N = 8, everything in two bytes."""
-    ten = [(layer, head) for layer in range(5) for head in (0, 4)]  # of different groups, as the paper counts them
-    size = llama_1b(ten).cache_bytes(context, dtype="float16", state_dtype="float16")
+    ten_heads = [
+        (layer, head) for layer in range(5) for head in (0, 4)
+    ]  # in different groups, as the paper counts them
+    size = llama_1b(ten_heads).cache_bytes(context, dtype="float16", state_dtype="float16")
     assert size == 2560 * context + 524_288 == pytest.approx(megabytes * 1e6, rel=1e-3)
-    # As Subquad keeps them: states in float32, and the keys and values of heads in one group once.
-    assert llama_1b(ten).cache_bytes(context, dtype="float16") == 2560 * context + 2 * 524_288
+    # As Subquad stores them: states in float32, and the keys and values of a group once.
+    assert llama_1b(ten_heads).cache_bytes(context, dtype="float16") == 2560 * context + 2 * 524_288
     paper = [(9, 25), (4, 4), (10, 26), (0, 20), (8, 20), (8, 19), (8, 16), (7, 22), (10, 20), (5, 5)]
     assert llama_1b(paper).cache_bytes(context, dtype="float16", state_dtype="float16") == 2304 * context + 524_288
 
 
 def test_what_the_paper_compares_its_memory_with():
-    """Its "5 to 6 times less" is of hybrids that keep 8 of 16 layers; of those that keep 4, it is 3.3 at length."""
-    ten = [(layer, head) for layer in range(5) for head in (0, 4)]
-    own = {c: llama_1b(ten).cache_bytes(c, dtype="float16", state_dtype="float16") for c in (128, 2048, 4096)}
-    for kept, ratios in ((4, (4.9, 3.5, 3.3)), (8, (4.9, 6.2, 6.3))):
-        plan = llama_1b([], "split", 64, layers=range(kept))
-        for (context, size), ratio in zip(own.items(), ratios, strict=True):
-            found = plan.cache_bytes(context, dtype="float16", state_dtype="float16") / size
-            assert found == pytest.approx(ratio, abs=0.06), (kept, context, found)
+    """The paper's "5 to 6 times less" compares with hybrids of 8 in 16 layers. For 4 layers it is 3.3 at 4k tokens."""
+    ten_heads = [(layer, head) for layer in range(5) for head in (0, 4)]
+    own_sizes = {
+        c: llama_1b(ten_heads).cache_bytes(c, dtype="float16", state_dtype="float16") for c in (128, 2048, 4096)
+    }
+    for layers, ratios in ((4, (4.9, 3.5, 3.3)), (8, (4.9, 6.2, 6.3))):
+        plan = llama_1b([], "split", 64, layers=range(layers))
+        for (context, size), ratio in zip(own_sizes.items(), ratios, strict=True):
+            size_ratio = plan.cache_bytes(context, dtype="float16", state_dtype="float16") / size
+            assert size_ratio == pytest.approx(ratio, abs=0.06), (layers, context, size_ratio)

@@ -19,7 +19,7 @@ from subquad.data.batch import TokenSource
 from subquad.data.curriculum import Lessons
 from subquad.data.probes import Probe, make_probe
 from subquad.data.text import load_corpus
-from subquad.distill.loop import run_stage
+from subquad.distill.loop import StageInputs, run_stage
 from subquad.evaluate.retrieval import answers, usable
 from subquad.jobs.run import make_accelerator
 from subquad.model.base import BaseStudent
@@ -53,16 +53,8 @@ class Base:
         with tempfile.TemporaryDirectory() as folder:
             accelerator = make_accelerator(Path(folder))
             for index, stage in enumerate(stages):
-                result = run_stage(
-                    stage,
-                    index=index,
-                    student=student,
-                    teacher_model=self.teacher.model,
-                    corpus=self.lessons,
-                    seed=seed,
-                    out=Path(folder),
-                    accelerator=accelerator,
-                )
+                inputs = StageInputs(self.teacher.model, self.lessons, accelerator, index, seed)
+                result = run_stage(stage, inputs, student=student, out=Path(folder))
                 results.append({k: v for k, v in result.as_dict().items() if k != "final_parts"})
         return results
 

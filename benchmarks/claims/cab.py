@@ -36,6 +36,7 @@ from benchmarks.claims.runs import Result, Settings, Store
 from benchmarks.claims.tuning import TunedText
 from benchmarks.common import wide_console
 from subquad.distill.estimate import estimate_stage
+from subquad.distill.loop import StageInputs
 from subquad.evaluate import likelihood
 from subquad.jobs.base_model import take_weights
 from subquad.jobs.run import make_accelerator
@@ -166,17 +167,8 @@ class Cab(TunedText):
         for length, kind in itertools.product(self.setup.lengths, ("bridge", "matrix")):
             stage = self.stage(kind, 2 * tokens, 1e-3, sequence_length=length, batch=tokens // length)
             with TemporaryDirectory() as folder:
-                probe = estimate_stage(
-                    stage,
-                    index=0,
-                    student=self.fresh(settings),
-                    teacher_model=self.teacher.model,
-                    corpus=self.corpus,
-                    logits_from=None,
-                    seed=0,
-                    accelerator=make_accelerator(Path(folder)),
-                    tokens=tokens,
-                )
+                inputs = StageInputs(self.teacher.model, self.corpus, make_accelerator(Path(folder)))
+                probe = estimate_stage(stage, inputs, student=self.fresh(settings), tokens=tokens)
             row = {"length": length, "stage": kind, "seconds": probe.pass_seconds + probe.update_seconds}
             rows.append(row | {"tokens": tokens, "activation_bytes": probe.activation_bytes})
         return rows

@@ -143,7 +143,7 @@ class CabVision(Tuned):
         setup, seed = self.setup, settings["seed"]
         train = self.images.parts["train"]
         kept = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
-        some = train.at(kept[: round(settings["share"] * len(train))].tolist())
+        some = train.select(kept[: round(settings["share"] * len(train))].tolist())
         self.lessons = replace(self.images, parts={**self.images.parts, "train": some})
         student = self.fresh(settings)
         results = self.train(student, self.stages_of(settings), seed)

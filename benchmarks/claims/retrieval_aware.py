@@ -34,12 +34,11 @@ from benchmarks.claims.retrieval_report import draw, print_report
 from benchmarks.claims.runs import Result, Settings, Store
 from benchmarks.common import wide_console
 from subquad.evaluate import likelihood
-from subquad.model.mixed_attention import ForwardContext
 from subquad.model.student import Student, cache_after
 from subquad.plan import Join, Plan
 from subquad.recipes.stage import Stage
 from subquad.select import SelectionWork, retrieval_scores, uniform_layers
-from subquad.select.ablation import Kind
+from subquad.select.ablation import Kind, scaled
 from subquad.select.budget import largest_within
 from subquad.utils.timing import clock
 
@@ -173,7 +172,7 @@ class RetrievalAware(Bench):
                 gain_H = torch.ones(shape.heads, device=ids_NT.device)
                 gain_H[[head for index, head in heads if index == layer]] = 0
                 gains[layer] = gain_H.expand(len(ids_NT), -1)
-            return model.final_hidden(ids_NT, forward_context=ForwardContext(gains=gains))
+            return model.final_hidden(ids_NT, forward_context=scaled(gains))
 
         return self.test.of(self.everything, hidden=hidden)
 

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from benchmarks.ops.contenders import MODES
 from benchmarks.ops.measures import GROWTH_STEPS, MATMUL
+from subquad.report.console import make_table
 from subquad.report.plots import MIXER_COLOURS, SPARE_COLOURS, STYLE, save_png
 from subquad.utils import format as fmt
 
@@ -118,10 +119,8 @@ def compile_table(report: Mapping[str, Any], labels: Mapping[str, str]) -> Table
 
 
 def _table(title: str, *headings: str) -> Table:
-    table = Table(title=f"\n{title}", title_justify="left", box=None, header_style="bold", pad_edge=False)
+    table = make_table(f"\n{title}", headings)
     table.min_width = len(title)  # a title is wrapped at the table's width
-    for i, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if i else "left")
     return table
 
 

@@ -41,7 +41,7 @@ from subquad.bench.roofline import Roof, measure_roof
 from subquad.errors import UserError
 from subquad.evaluate import held_cache_bytes
 from subquad.model.cache import CACHE
-from subquad.utils.environment import machine, source_commit, versions
+from subquad.utils.environment import environment
 from subquad.utils.logging import quiet
 from subquad.utils.memory import available_bytes, held_bytes, peak_memory_bytes, release_free_memory, reset_peak_memory
 from subquad.utils.timing import clock
@@ -298,11 +298,8 @@ def bench(
                 rows += rows_of(kind, subject, cells, contexts, batch, roof, missing, rows)
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": command,
-        "commit": source_commit(),
+        **environment(place, command),
         "seed": seed,
-        "machine": machine(place),
-        "versions": versions(),
         "settings": {"contexts": [*contexts], "batches": [*batches], "seconds": seconds, "dtype": dtype},
         "seconds": time.perf_counter() - started,
         "roof": asdict(roof),

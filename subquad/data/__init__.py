@@ -1,6 +1,11 @@
-"""Text, and probes of retrieval.
+"""Training and evaluation data: text, images, retrieval probes and questions.
 
-`text` packs documents into token files, once, and gives batches; `sources` reads what a user has, `corpora` what
-Subquad uses by default; `retrieval` makes probes, with `clozes` of a text, and `questions` reads a user's own. Import
-from the modules: this file stays empty so that one does not pull in the others.
+- `text`: packed tokens and their batches; `packing` writes the token files
+- `text_sources`: files, folders and data sets of the user; `corpora`: the default text
+- `images`: images as a model reads them; `image_sources`: files, folders and data sets of images
+- `batch`: what all training data have in common
+- `probes`: retrieval probes, with `clozes` of a text; `questions`: questions of the user
+- `curriculum`: tokenizer and training rows of the small teacher
+
+Import from the modules. This file has no imports, so that one module does not load the others.
 """

@@ -1,7 +1,7 @@
-"""Questions about a text: a sentence is begun, and what it goes on with stands nowhere else in the text.
+"""Cloze questions about a text: the beginning of a sentence, whose continuation occurs nowhere else in the text.
 
-As in the recall tasks of Based (arXiv 2402.18668) there is no question to understand, only a sentence to continue.
-The answers are found by pattern, in English: dates, years, amounts, and names of up to three words.
+As in the recall tasks of Based (arXiv 2402.18668), there is no question to understand, only a sentence to continue.
+Answers are English dates, years, amounts and names of up to three words, matched by regular expressions.
 """
 
 import re
@@ -16,8 +16,9 @@ _ANSWERS = (
     r"\$?\d+(?:,\d{3})*(?:\.\d+)?(?: (?:thousand|million|billion|trillion|percent))?",
     r"[A-Z][a-z]+(?: [A-Z][a-z]+){0,2}(?! [A-Z])",
 )
-# No stop in the lead: it is of one sentence with the answer. No capital in its last word: a name is asked whole. After
-# the answer, nothing that makes it part of a longer word or number. The first answer of a sentence is taken.
+# The lead has no full stop, so it is in the same sentence as the answer. Its last word has no capital, so that names
+# are complete. The answer must not be followed by the rest of a longer word or number. Only the first answer of a
+# sentence counts.
 _CLOZE = re.compile(
     rf"(?<!\S)((?:[^\s.!?]+ ){{{SHORTEST_LEAD - 1},{LONGEST_LEAD - 1}}}?[^\sA-Z.!?][^\s.!?]*) "
     rf"({'|'.join(_ANSWERS)})(?![\w'’-]|[.,]\d)"
@@ -26,7 +27,7 @@ _CLOZE = re.compile(
 
 @dataclass(frozen=True)
 class Cloze:
-    """Words of one sentence, and the date, amount or name that comes right after them, one space between."""
+    """Words of one sentence, and the date, amount or name that follows them after one space."""
 
     lead: str
     answer: str
@@ -36,10 +37,10 @@ class Cloze:
 
 
 def clozes(text: str) -> list[Cloze]:
-    """What can be asked about `text`, in its order: each lead and each answer stands exactly once in it."""
-    found = [Cloze(*match.groups()) for match in _CLOZE.finditer(text)]
+    """Find the clozes of `text`, in order. Each lead and each answer occurs exactly once in it."""
+    candidates = [Cloze(*match.groups()) for match in _CLOZE.finditer(text)]
     return [
         cloze
-        for cloze in found
+        for cloze in candidates
         if len(cloze.answer) <= LONGEST_ANSWER and text.count(cloze.lead) == text.count(cloze.answer) == 1
     ]

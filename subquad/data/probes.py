@@ -1,26 +1,26 @@
-"""Retrieval: can a model fetch a token from far back in its context?
+"""Retrieval probes: prompts that need a token from far back in the context.
 
-Likelihood hides the loss of recall: a student may match its teacher on running text and still be unable to look
-anything up. Probes for any tokenizer, each row exactly `context` tokens long with the answer at its very end:
+Likelihood hides a loss of recall: a student may match its teacher on running text and still fail to look anything up.
+The probes work with any tokenizer. Each row is exactly `context` tokens long, with the answer at its end:
 
-- `copy`: a random token sequence, twice. Nothing but looking back predicts the second copy.
-- `dictionary`: key-value pairs, then one key; the prompt of Retrieval-Aware Distillation (arXiv 2602.11374): English
-  words as keys, distinct integers 0-99 as values, and as many pairs as fit. Past 100 pairs text fills the room between
-  the dictionary and the question, so that the distance grows with the context.
-- `passkey`: five digits hidden in a haystack of text, then asked for. From row to row the depth goes over all of it.
-- `associative`: multi-query associative recall (Zoology, arXiv 2312.04927): pairs of random tokens, key and value, fill
-  half of the row, and the keys are asked again in random order in the other half, each with its value after it.
-- `variables`: variable tracking (after RULER, arXiv 2404.06654, which asks for the variables of a value): assignments
-  in lines of their own, `VAR X = 12345` and `VAR Y = X`, lie in order in a haystack, several chains through each other;
-  then "What is the value of VAR Y? The value of VAR Y is" asks for the end of one. Two chains of one hop, and more, up
-  to five of four hops, while they take no more than half of the row.
-- `questions`: a stretch of real text (the haystack), and the beginning of one of its sentences, to be continued with a
-  date, amount or name that stands nowhere else in it (subquad/data/clozes.py).
+- `copy`: a random token sequence, twice. Only looking back predicts the second copy.
+- `dictionary`: key-value pairs, then one key, with the prompt of Retrieval-Aware Distillation (arXiv 2602.11374). Keys
+  are English words, values distinct integers 0-99, and the row holds as many pairs as fit. With 100 pairs, text fills
+  the space between dictionary and question, so that the distance grows with the context.
+- `passkey`: five digits hidden in a haystack of text, then asked for. The depths of the rows cover the haystack.
+- `associative`: multi-query associative recall (Zoology, arXiv 2312.04927). Pairs of random tokens, key and value, fill
+  half of the row. The other half repeats the keys in random order, each followed by its value.
+- `variables`: variable tracking (after RULER, arXiv 2404.06654, which asks for the variables of a value). Assignments
+  such as `VAR X = 12345` and `VAR Y = X` are lines in a haystack, and several chains are interleaved. The question
+  "What is the value of VAR Y? The value of VAR Y is" asks for the end of one chain. There are two chains of one hop to
+  five chains of four hops, as many as take at most half of the row.
+- `questions`: a passage of real text (the haystack), and the beginning of one of its sentences. The answer is a date,
+  amount or name that occurs nowhere else in the passage (subquad/data/clozes.py).
 
 Notable:
-- Row i depends on (name, context, seed, i) alone: asking for more rows leaves the first ones as they were.
-- Document separators are taken out of the haystack: they tell a model to forget what it read.
-- Nothing here knows of models; `subquad.evaluate.retrieval` scores the probes.
+- Row i depends on (name, context, seed, i) only, so a probe with more rows has the same first rows.
+- Document separators are removed from the haystack, because they tell a model to ignore the text before.
+- This module does not use models; `subquad.evaluate.retrieval` scores the probes.
 
 Shapes: N rows, T tokens (the context).
 """
@@ -41,11 +41,11 @@ from subquad.errors import UserError, nearest
 
 MAX_PAIRS = 100  # values are distinct integers of 0-99
 CHAINS_AND_HOPS = ((5, 4), (4, 4), (4, 3), (3, 3), (3, 2), (2, 2), (2, 1))  # each variable has a letter of its own
-GOLDEN = 0.6180339887498949  # steps of this share of the haystack spread the depths evenly for any number of rows
+GOLDEN = 0.6180339887498949  # golden ratio; multiples of it, modulo 1, spread evenly for any number of rows
 
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
 
-# The prompts of the dictionary and the pass key.
+# Prompts of the dictionary and the pass key.
 DICTIONARY_TITLE = "Memorize the following dictionary:\n"
 DICTIONARY_LINE = "{key}:{value}\n"
 DICTIONARY_QUESTION = "The value of the key '{key}' is"
@@ -74,11 +74,15 @@ WORDS = """
 class Probe:
     """Rows of one retrieval task at one context length.
 
-    `input_ids` (N, T) int64. `answer_mask` (N, T) bool marks the tokens that are scored: the one at p is predicted by
-    the logits at p - 1. `question_start` (N,) int64: where the question begins, which the answers stand in; the facts
-    lie before it. `per_token`: accuracy is counted token by token (copying) rather than answer by answer. `depth` (N,):
-    where the fact stands that answers the question, 0 at the beginning of the text that hides it and 1 at its end; None
-    where no single fact does.
+    Attributes:
+        input_ids: token ids (N, T), int64.
+        answer_mask: scored tokens (N, T), bool; the logits at p - 1 predict the token at p.
+        question_start: position (N,) of the question with its answers, int64; the facts are before it.
+        per_token: True if accuracy is counted per token (copying), else per answer.
+        depth: position (N,) of the fact that answers the question, from 0 at the start of the surrounding text to 1 at
+            its end; None if the task has no single fact.
+
+    Raises ValueError for shapes or masks that violate this.
     """
 
     input_ids: Tensor
@@ -93,30 +97,30 @@ class Probe:
         if self.question_start.shape != self.input_ids.shape[:1]:
             raise ValueError("a Probe needs one question_start for each row")
         if self.answer_mask[:, 0].any() or not self.answer_mask.any(dim=1).all():
-            raise ValueError("every row of a Probe needs an answer, and its first token cannot be one")
+            raise ValueError("every row of a Probe needs an answer, which cannot be its first token")
         if (self.answer_mask.int().argmax(dim=1) < self.question_start).any():
-            raise ValueError("the answers of a Probe belong to its questions: none can stand before question_start")
+            raise ValueError("the answers of a Probe belong to its questions: none can come before question_start")
 
-    def rows(self, chosen: slice) -> "Probe":
-        """Some of the rows."""
-        return self._with(lambda part: part[chosen])
+    def rows(self, selection: slice) -> "Probe":
+        """Select rows."""
+        return self._map_tensors(lambda part: part[selection])
 
     def repeated(self, times: int) -> "Probe":
-        """All rows, `times` over."""
-        return self._with(lambda part: part.repeat(times, *[1] * (part.ndim - 1)))
+        """Repeat all rows `times` times."""
+        return self._map_tensors(lambda part: part.repeat(times, *[1] * (part.ndim - 1)))
 
-    def _with(self, change: Callable[[Tensor], Tensor]) -> "Probe":
+    def _map_tensors(self, change: Callable[[Tensor], Tensor]) -> "Probe":
         parts: dict[str, Any] = {name: change(part) for name, part in vars(self).items() if isinstance(part, Tensor)}
         return replace(self, **parts)
 
     def exchanged(self) -> "Probe":
-        """The same questions and answers, each after the facts of the row before (the last row's, for the first).
+        """Combine each question and answer with the facts of the previous row (for the first row, of the last).
 
         Raises `UserError` for a probe of one row.
         """
         rows, length = self.input_ids.shape
         if rows < 2:
-            raise UserError("a retrieval probe of one row has no other to exchange facts with: raise the count of rows")
+            raise UserError("a retrieval probe of one row cannot exchange facts with another row: use more rows")
         in_question = torch.arange(length) >= self.question_start[:, None]
         return replace(self, input_ids=self.input_ids.where(in_question, self.input_ids.roll(1, dims=0)), depth=None)
 
@@ -131,9 +135,10 @@ def make_probe(
 ) -> Probe:
     """Make `count` rows of the task `name` (one of `PROBE_TASKS`), each exactly `context` tokens long.
 
-    `haystack_ids`: tokens of real text (any shape, read flat) that fill the room between a fact and its question; a row
-    takes a stretch from a random place, starting over at the end. Without it a plain text is tiled, in which there is
-    nothing for `questions` to ask. If the tokenizer starts its texts with a special token (`<bos>`), so does every row.
+    `haystack_ids` are tokens of real text (any shape, read flat) that fill the space between a fact and its question. A
+    row takes a passage from a random position and wraps around at the end. Without them, a short text is repeated, in
+    which `questions` finds nothing to ask. If the tokenizer starts texts with a special token (`<bos>`), so does every
+    row.
     Raises `UserError` for an unknown task, a context too short for the task, a haystack without text or without a
     sentence to ask about, or a tokenizer that has no tokens for the answers.
     """
@@ -161,36 +166,36 @@ def make_probe(
 
 
 class _Text:
-    """A tokenizer's view of the probes: how they start, what fills them, which tokens are plain ones."""
+    """A tokenizer with the parts of a probe: the start of a row, the haystack and the plain tokens."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, haystack_ids: Tensor | None):
         self.tokenizer = tokenizer
-        self.special = set(tokenizer.all_special_ids)
-        self.special |= {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-        plain = self.encode("a")
-        full = tokenizer("a")["input_ids"]
-        self.start: list[int] = full[: full.index(plain[0])] if plain and plain[0] in full else []
+        self.special_ids = set(tokenizer.all_special_ids)
+        self.special_ids |= {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+        bare_ids = self.encode("a")
+        text_ids = tokenizer("a")["input_ids"]
+        self.start: list[int] = text_ids[: text_ids.index(bare_ids[0])] if bare_ids and bare_ids[0] in text_ids else []
         self.newline = self.encode("\n")
         self.haystack_ids = haystack_ids
 
     @cached_property
     def haystack(self) -> list[int]:
-        """What fills a row, without the separators of documents."""
+        """Tokens that fill a row, without document separators."""
         ids = self.encode(FILLER * 8) if self.haystack_ids is None else self.haystack_ids.flatten().tolist()
-        ids = [index for index in ids if index not in self.special]
+        ids = [index for index in ids if index not in self.special_ids]
         if not ids:
             raise UserError(
-                "the haystack of the retrieval probes holds no text: give more of it, or none to use our own"
+                "the haystack of the retrieval probes has no text: give more text, or none to use the built-in filler"
             )
         return ids
 
     @cached_property
     def plain(self) -> list[int]:
-        """Every token id that is not special, in order."""
-        return sorted(set(self.tokenizer.get_vocab().values()) - self.special)
+        """Sorted ids of all tokens that are not special."""
+        return sorted(set(self.tokenizer.get_vocab().values()) - self.special_ids)
 
     @cached_property
-    def written(self) -> str:
+    def haystack_text(self) -> str:
         """The haystack as text."""
         return self.decode(self.haystack)
 
@@ -200,37 +205,41 @@ class _Text:
     def encode(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def exact(self, text: str) -> list[int]:
-        """Tokens of a text that is read to the letter. Raises `UserError` where the tokenizer lacks one."""
-        return self._known(self.encode(text), text.strip())
+    def encode_exact(self, text: str) -> list[int]:
+        """Encode a text whose letters all matter. Raises `UserError` if the tokenizer lacks a token for it."""
+        return self._require_known(self.encode(text), text.strip())
 
-    def _known(self, ids: list[int], text: str) -> list[int]:
+    def _require_known(self, ids: list[int], text: str) -> list[int]:
         if not ids or self.tokenizer.unk_token_id in ids:
             raise UserError(f"this tokenizer has no tokens for '{text}': leave out the retrieval tasks about numbers")
         return ids
 
     def question(self, question: str, answer: str) -> tuple[list[int], list[bool]]:
-        """Tokens of the question with its answer, and which of them are scored: those after the question, from the
-        first that is not just a space (a separate space before a number tells nothing about recall)."""
-        alone, ids = self.encode(question), self.encode(f"{question} {answer}")
-        first = next((i for i, (a, b) in enumerate(zip(alone, ids, strict=False)) if a != b), len(alone))
-        while first < len(ids) - 1 and not self.decode([ids[first]]).strip():
-            first += 1
-        scored = self._known(ids[first:], answer)
-        return ids, [False] * first + [True] * len(scored)
+        """Encode the question with its answer. Also returns a mask of the scored tokens.
+
+        Scored are the tokens after the question, without a separate space before a number, which needs no recall.
+        """
+        question_ids, ids = self.encode(question), self.encode(f"{question} {answer}")
+        first_scored = next(
+            (i for i, (a, b) in enumerate(zip(question_ids, ids, strict=False)) if a != b), len(question_ids)
+        )
+        while first_scored < len(ids) - 1 and not self.decode([ids[first_scored]]).strip():
+            first_scored += 1
+        answer_ids = self._require_known(ids[first_scored:], answer)
+        return ids, [False] * first_scored + [True] * len(answer_ids)
 
     def fill(self, length: int, rng: random.Random) -> list[int]:
-        """`length` tokens of haystack from a random place, closed by a newline as far as there is room."""
+        """Take `length` tokens of haystack from a random position, ending in a newline if there is room."""
         ids = self.stretch(rng.randrange(len(self.haystack)), length)
         return (ids + self.newline)[len(self.newline) :]
 
     def stretch(self, start: int, length: int) -> list[int]:
-        """`length` tokens of haystack from `start` on, starting over at the end."""
+        """Take `length` tokens of haystack from `start` on, wrapping around at the end."""
         return [self.haystack[(start + i) % len(self.haystack)] for i in range(length)]
 
 
-# The facts of a row, its question with the answers, which tokens of the question are scored, and the depth of the fact
-# that answers it, if there is a single one.
+# The facts of a row, its question with the answers, the mask of scored tokens in the question, and the depth of the
+# fact that answers it (None if there is no single one).
 Row: TypeAlias = tuple[list[int], list[int], list[bool], float | None]
 
 
@@ -238,11 +247,11 @@ def _copy_row(text: _Text, context: int, rng: random.Random, row: int) -> Row:
     length = (context - len(text.start)) // 2
     if length < 2:
         raise UserError(_too_short("copy", context, len(text.start) + 4))
-    # Each token once, if the vocabulary allows: then the token before names its successor, and copying is unambiguous.
+    # Each token occurs once if the vocabulary allows, so that a token determines its successor.
     sequence = rng.sample(text.plain, length) if length <= len(text.plain) else rng.choices(text.plain, k=length)
-    odd = rng.choices(text.plain, k=context - len(text.start) - 2 * length)
-    # The first token of the second copy is anybody's guess.
-    return text.start + odd + sequence, sequence, [False] + [True] * (length - 1), None
+    padding = rng.choices(text.plain, k=context - len(text.start) - 2 * length)
+    # The first token of the second copy cannot be predicted.
+    return text.start + padding + sequence, sequence, [False] + [True] * (length - 1), None
 
 
 def _dictionary_row(text: _Text, context: int, rng: random.Random, row: int) -> Row:
@@ -266,7 +275,7 @@ def _dictionary_row(text: _Text, context: int, rng: random.Random, row: int) -> 
         middle = (low + high + 1) // 2
         low, high = (middle, high) if length(middle) <= context else (low, middle - 1)
     dictionary, question, answer = build(low)
-    depth = int(target * low) / low * len(dictionary) / (context - len(question))  # its lines are about equally long
+    depth = int(target * low) / low * len(dictionary) / (context - len(question))  # lines have about equal lengths
     return dictionary + text.fill(context - len(dictionary) - len(question), rng), question, answer, depth
 
 
@@ -278,23 +287,23 @@ def _passkey_row(text: _Text, context: int, rng: random.Random, row: int) -> Row
     room = context - len(intro) - len(needle) - len(question)
     if room < 0:
         raise UserError(_too_short("passkey", context, context - room))
-    before = int(_spread(rng, row) * (room + 1))
-    facts = intro + text.fill(before, rng) + needle + text.fill(room - before, rng)
-    return facts, question, answer, before / max(room, 1)
+    needle_position = int(_spread(rng, row) * (room + 1))
+    facts = intro + text.fill(needle_position, rng) + needle + text.fill(room - needle_position, rng)
+    return facts, question, answer, needle_position / max(room, 1)
 
 
 def _associative_row(text: _Text, context: int, rng: random.Random, row: int) -> Row:
-    slots, odd = divmod(context - len(text.start), 2)
+    slots, padding = divmod(context - len(text.start), 2)
     if slots < 4:
         raise UserError(_too_short("associative", context, len(text.start) + 8))
-    # A small vocabulary has tokens for fewer pairs than fill half of the row: each is then asked several times.
+    # If a small vocabulary has too few tokens to fill half of the row with pairs, each pair is asked several times.
     count = min(slots - slots // 2, (len(text.plain) - 1) // 2)
-    spare, *tokens = rng.sample(text.plain, 2 * count + 1)
+    padding_id, *tokens = rng.sample(text.plain, 2 * count + 1)
     pairs = list(zip(tokens[:count], tokens[count:], strict=True))
     rounds = [pair for _ in range(0, slots, count) for pair in rng.sample(pairs, count)]
     facts = [token for pair in pairs for token in pair]
     question = [token for pair in rounds[: slots - count] for token in pair]
-    return text.start + [spare] * odd + facts, question, [False, True] * (slots - count), None
+    return text.start + [padding_id] * padding + facts, question, [False, True] * (slots - count), None
 
 
 def _variables_row(text: _Text, context: int, rng: random.Random, row: int) -> Row:
@@ -306,8 +315,9 @@ def _variables_row(text: _Text, context: int, rng: random.Random, row: int) -> R
         lines, ends = [], []
         for chain, value in enumerate(values[:chains]):
             names = letters[chain * (hops + 1) :][: hops + 1]
-            sources = [str(value), *names]  # one more than there are names: nothing is assigned the last of them
-            lines.append([text.exact(f"VAR {name} = {of}\n") for name, of in zip(names, sources, strict=False)])
+            sources = [str(value), *names]  # one more than names, as the last name is not assigned on
+            assignments = zip(names, sources, strict=False)
+            lines.append([text.encode_exact(f"VAR {name} = {source}\n") for name, source in assignments])
             ends.append((names[-1], str(value)))
         name, answer = ends[int(target * chains)]
         return lines, *text.question(f"What is the value of VAR {name}? The value of VAR {name} is", answer)
@@ -321,34 +331,34 @@ def _variables_row(text: _Text, context: int, rng: random.Random, row: int) -> R
         raise UserError(_too_short("variables", context, context - room))
     order = [chain for chain in lines for _ in chain]
     rng.shuffle(order)
-    facts, filled = intro, 0
-    for place, chain in zip(sorted(rng.randint(0, room) for _ in order), order, strict=True):
-        facts = facts + text.fill(place - filled, rng) + chain.pop(0)
-        filled = place
-    return facts + text.fill(room - filled, rng), question, answer, None
+    facts, filled_length = intro, 0
+    for position, chain in zip(sorted(rng.randint(0, room) for _ in order), order, strict=True):
+        facts = facts + text.fill(position - filled_length, rng) + chain.pop(0)
+        filled_length = position
+    return facts + text.fill(room - filled_length, rng), question, answer, None
 
 
 def _questions_row(text: _Text, context: int, rng: random.Random, row: int) -> Row:
-    room, whole = context - len(text.start), len(text.haystack)
-    first = int(_spread(rng, row) * whole)
-    for start in range(first, first + whole, max(1, room // 2)):
+    room, haystack_length = context - len(text.start), len(text.haystack)
+    first_start = int(_spread(rng, row) * haystack_length)
+    for start in range(first_start, first_start + haystack_length, max(1, room // 2)):
         passage = text.stretch(start, room)
-        # What stands but once in all of the text is least likely to be guessed.
-        found = [cloze for cloze in clozes(text.decode(passage)) if text.written.count(cloze.answer) == 1]
-        for cloze in rng.sample(found, len(found)):
+        # Answers that occur once in all of the text are the hardest to guess.
+        candidates = [cloze for cloze in clozes(text.decode(passage)) if text.haystack_text.count(cloze.answer) == 1]
+        for cloze in rng.sample(candidates, len(candidates)):
             question, answer = text.question(f"\nComplete this sentence of the text: {cloze.lead}", cloze.answer)
-            kept = passage[: max(0, room - len(question))]
-            before, found_it, _ = text.decode(kept).partition(str(cloze))
-            if found_it:
-                return text.start + kept, question, answer, len(before) / len(text.decode(kept))
+            facts = passage[: max(0, room - len(question))]
+            text_before, match, _ = text.decode(facts).partition(str(cloze))
+            if match:
+                return text.start + facts, question, answer, len(text_before) / len(text.decode(facts))
     raise UserError(
-        f"the retrieval task 'questions' finds nothing to ask in {whole} tokens of text, {context} at a time: give it "
-        "more real text or a longer context, or leave it out"
+        f"the retrieval task 'questions' finds nothing to ask in {haystack_length} tokens, {context} at a time: "
+        "give it more real text or a longer context, or leave it out"
     )
 
 
 def _spread(rng: random.Random, row: int) -> float:
-    """A share of the whole, 0 to 1, such that any few rows in succession lie all over it."""
+    """Draw a depth in 0 to 1, such that the depths of consecutive rows are spread evenly."""
     return (rng.random() / 8 + row * GOLDEN) % 1
 
 

@@ -1,10 +1,10 @@
-"""Questions of a user's own: a JSONL file of prompts, each with its answer or with choices to pick from.
+"""Questions of the user: a JSONL file of prompts, each with an answer or with choices.
 
     {"prompt": "Question: What is the capital of France?\\nAnswer:", "answer": "Paris"}
     {"prompt": "The sky is", "choices": ["blue", "green"], "answer": 0}
 
-The two kinds are measured in different ways, so a file holds one of them. What stands in a file is text and nothing
-else: no templates, no code.
+The two kinds are measured differently, so a file has only one of them. A file contains plain text only: no templates
+and no code.
 """
 
 from pathlib import Path
@@ -18,11 +18,11 @@ Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 
 
 class Question(BaseModel):
-    """One line of the file; other keys are passed over. The answer follows the prompt, after a space if it has none."""
+    """One line of the file; other keys are ignored. The answer follows the prompt, after a space if it has none."""
 
     prompt: Annotated[str, StringConstraints(pattern=r"\S")]
     answer: StrictInt | Text
-    """Without choices the text that should follow, a single line; with them the right one, or its number from 0."""
+    """Without choices, the text that should follow, on one line; with choices, the right one or its index from 0."""
     choices: list[Text] | None = None
 
     @model_validator(mode="after")
@@ -42,22 +42,22 @@ class Question(BaseModel):
 
     @property
     def spaced_prompt(self) -> str:
-        """The prompt, and what parts it from the answer."""
+        """Prompt with the whitespace that separates it from the answer."""
         return self.prompt if self.prompt[-1].isspace() else f"{self.prompt} "
 
     @property
     def right(self) -> int:
-        """Which of the choices is right."""
+        """Index of the right choice."""
         return self.answer if isinstance(self.answer, int) else (self.choices or []).index(self.answer)
 
 
 def read_questions(path: Path) -> list[Question]:
-    """The questions of a JSONL file, all of one kind; empty lines are passed over.
+    """Read the questions of a JSONL file, all of one kind. Empty lines are ignored.
 
-    Raises UserError for a file that is missing, empty or no text, and for the first line that is no question.
+    Raises UserError for a file that is missing, empty or not text, and for the first line that is not a question.
     """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines would also split at what JSON leaves alone
+        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines splits at more characters than JSON allows
     except OSError as error:
         raise UserError(f"the task file {path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -76,20 +76,20 @@ def read_questions(path: Path) -> list[Question]:
     return questions
 
 
-def _question(line: str, where: str) -> Question:
+def _question(line: str, location: str) -> Question:
     try:
         return Question.model_validate_json(line)
     except ValidationError as error:
-        first = error.errors()[0]
-    key = next((part for part in first["loc"] if isinstance(part, str)), "")
-    match first["type"]:
+        details = error.errors()[0]
+    key = next((part for part in details["loc"] if isinstance(part, str)), "")
+    match details["type"]:
         case "json_invalid" | "model_type":
             reason = 'is no JSON object such as {"prompt": "...", "answer": "..."}'
         case "missing":
             reason = f"lacks the key '{key}'"
         case "value_error":
-            reason = f"is no question: {first['ctx']['error']}"
+            reason = f"is no question: {details['ctx']['error']}"
         case _:
             reason = f"is no question: '{key}' should be {'a list of texts' if key == 'choices' else 'a text'}"
             reason += ", and none of them empty" if key == "choices" else " that is not empty"
-    raise UserError(f"{where} {reason}")
+    raise UserError(f"{location} {reason}")

@@ -1,10 +1,10 @@
-"""Text as tokens: packed once, cached, and drawn from without state.
+"""Text as tokens: packed once, cached, and sampled without state.
 
 Notable:
-- Whole documents are held out, in two parts that never meet: `test` for what is reported, `selection` for choosing
-  layers. The two together are `heldout`; training never sees either.
-- A batch is a function of (seed, step) alone: to resume, ask for the next step.
-- Tokens are memory-mapped, so a corpus larger than memory works. packing.py says how they are laid out.
+- Complete documents are held out in two disjoint parts: `test` for reported results, `selection` for choosing layers.
+  Together they are `heldout`; training never sees them.
+- A batch depends on (seed, step) only, so a resumed run just requests the next step.
+- Tokens are memory-mapped, so a corpus may be larger than memory. packing.py describes their layout.
 
 Shape suffixes: B rows, T positions.
 """
@@ -27,7 +27,7 @@ from subquad.data.text_sources import open_source
 from subquad.errors import UserError
 from subquad.utils.files import build_once, cache_dir
 
-DEFAULT_MAX_TOKENS = 4_000_000  # of the default corpora; a user's own text is taken whole
+DEFAULT_MAX_TOKENS = 4_000_000  # of the default corpora; a user's own text is used completely
 Part = Literal["test", "selection"]
 
 
@@ -38,7 +38,7 @@ class Corpus:
     Attributes:
         train, heldout: 1-D memory-mapped token ids.
         meta: `tokens` in train and heldout, the `separator` id, `sources` (name, license, SHA-256 of the texts used,
-            documents and tokens by part), and `heldout`: which stretch belongs to which source and part.
+            documents and tokens by part), and `heldout` (the segments with their source and part).
     """
 
     train: np.ndarray
@@ -47,15 +47,14 @@ class Corpus:
 
     @classmethod
     def open(cls, folder: Path) -> "Corpus":
-        """The corpus that `load_corpus` wrote to `folder`."""
+        """Open the corpus that `load_corpus` wrote to `folder`."""
         train, heldout = (np.load(folder / name, mmap_mode="r") for name in ("train.npy", "heldout.npy"))
         return cls(train, heldout, json.loads((folder / "meta.json").read_text(encoding="utf-8")))
 
     def batch(self, step: int, *, batch: int, sequence_length: int, seed: int) -> torch.Tensor:
-        """Training rows of one step: ids_BT, int64.
+        """Read the training rows of one step: ids_BT, int64.
 
-        The rows are non-overlapping windows of `train` in an order drawn from (seed, epoch), so each is seen once an
-        epoch.
+        Rows are non-overlapping windows of `train` in an order drawn from (seed, epoch). Each is read once an epoch.
 
         Raises:
             UserError: the training text is shorter than one sequence.
@@ -73,63 +72,63 @@ class Corpus:
         return self._rows(self.train, starts, sequence_length)
 
     def sample(self, tokens: int) -> torch.Tensor:
-        """A training row of so many tokens, or all there are: ids_BT, int64."""
+        """Read one training row of `tokens` tokens, or of all if there are fewer: ids_BT, int64."""
         return self.batch(0, batch=1, sequence_length=min(tokens, len(self.train)), seed=0)
 
     @property
     def amount(self) -> str:
-        """What there is to train on, for people."""
+        """Amount of training data, as text for the console."""
         return f"{len(self.train):,} tokens of text to train on"
 
     @property
     def sources(self) -> list[dict[str, str]]:
-        """Name and hash of what was read."""
+        """Name and hash of each source."""
         return [{key: source[key] for key in ("name", "sha256")} for source in self.meta["sources"]]
 
     def first(self, tokens: int) -> "Corpus":
-        """The same corpus, with these first tokens of `train` only."""
+        """Make a corpus with only the first `tokens` tokens of `train`."""
         return replace(self, train=self.train[:tokens])
 
     def heldout_batch(self, count: int, sequence_length: int, *, part: Part = "test") -> torch.Tensor:
-        """Held-out rows, always the same: ids_BT, int64, from the sources in turn.
+        """Read held-out rows from the sources in turn, always the same: ids_BT, int64.
 
-        Of each source come first the documents that fill a row alone, then short documents joined, each row starting at
-        a document start; only when these run out, further stretches of the long documents. No two rows of a part
-        overlap. There are fewer than `count` rows when the held-out text is short.
+        The rows of a source are, in this order: the starts of documents that fill a row alone, concatenated short
+        documents from a document start on, and further windows of long documents. Rows of a part do not overlap. There
+        are fewer than `count` rows if the held-out text is short.
 
         Raises:
             UserError: the held-out text is shorter than one sequence.
         """
         segments = [segment for segment in self.meta["heldout"] if segment["part"] == part]
         by_source = [self._row_starts(segment["start"], segment["stop"], sequence_length) for segment in segments]
-        in_turn = [starts[turn] for turn in range(count) for starts in by_source if turn < len(starts)]
-        if not in_turn:
+        interleaved_starts = [starts[turn] for turn in range(count) for starts in by_source if turn < len(starts)]
+        if not interleaved_starts:
             longest = max((segment["stop"] - segment["start"] for segment in segments), default=0)
             raise UserError(
-                f"the text held out for {part} has at most {longest} tokens of a kind, fewer than one sequence "
+                f"the text held out for {part} has at most {longest} tokens per source, fewer than one sequence "
                 f"of {sequence_length}: give more text, hold out a larger share (data.heldout_fraction) or ask for "
                 "shorter contexts"
             )
-        return self._rows(self.heldout, in_turn[:count], sequence_length)
+        return self._rows(self.heldout, interleaved_starts[:count], sequence_length)
 
     def _row_starts(self, start: int, stop: int, length: int) -> list[int]:
         is_start = np.asarray(self.heldout[start:stop]) == self.meta["separator"]
         documents = [start + int(offset) for offset in np.flatnonzero(is_start)]
-        whole: list[int] = []
-        joined: list[int] = []
-        further: list[int] = []
-        free = start  # where the joined row that is being filled ends
+        first_windows: list[int] = []
+        joined_windows: list[int] = []
+        further_windows: list[int] = []
+        free_position = start  # end of the last row of joined documents
         for begin, end in zip(documents, [*documents[1:], stop], strict=True):
             if end - begin >= length:
-                if joined and free > begin:  # the row before would run into this document
-                    joined.pop()
-                whole.append(begin)
-                further += range(begin + length, end - length + 1, length)
-                free = end
-            elif begin >= free and begin + length <= stop:
-                joined.append(begin)
-                free = begin + length
-        return whole + joined + further
+                if joined_windows and free_position > begin:  # the last row would overlap this document
+                    joined_windows.pop()
+                first_windows.append(begin)
+                further_windows += range(begin + length, end - length + 1, length)
+                free_position = end
+            elif begin >= free_position and begin + length <= stop:
+                joined_windows.append(begin)
+                free_position = begin + length
+        return first_windows + joined_windows + further_windows
 
     @staticmethod
     def _rows(tokens: np.ndarray, starts: list[int], length: int) -> torch.Tensor:
@@ -144,33 +143,34 @@ def load_corpus(
     heldout_fraction: float = 0.02,
     progress: Progress | None = None,
 ) -> Corpus:
-    """Tokens of `sources`, packed once and cached under `cache_dir()/tokens`.
+    """Load the tokens of `sources`, packed once and cached under `cache_dir()/tokens`.
 
     Args:
         sources: files (.txt, .jsonl, .jsonl.gz, .parquet), folders of them, or data set ids
             `org/name[:config[:split[:column]]]`; None for the default corpora (corpora.py).
-        max_tokens: of training text; None takes all of the user's files, and 4 million of the default corpora.
-        heldout_fraction: share of each source's documents kept out of training, half for `test`, half for `selection`;
-            at least one document each.
-        progress: called with (training tokens so far, max_tokens) as the work goes on.
+        max_tokens: largest number of training tokens; None takes all of the user's files, and 4 million tokens of the
+            default corpora.
+        heldout_fraction: share of each source's documents held out from training, half for `test` and half for
+            `selection`; at least one document each.
+        progress: called repeatedly with (training tokens so far, max_tokens).
 
     Raises:
-        UserError: text that is missing, empty, damaged, not UTF-8 or too little, or a stream without `max_tokens`.
+        UserError: the text is missing, empty, damaged, not UTF-8 or too short, or a stream has no `max_tokens`.
     """
     if not 0 < heldout_fraction <= 0.5:
         raise UserError(f"heldout_fraction is {heldout_fraction}: it must be above 0 and at most 0.5")
     if max_tokens is not None and max_tokens < 1:
         raise UserError(f"max_tokens is {max_tokens}: it must be at least 1")
-    opened = default_sources() if sources is None else [open_source(source) for source in sources]
-    if not opened:
+    text_sources = default_sources() if sources is None else [open_source(source) for source in sources]
+    if not text_sources:
         raise UserError("no text was named: give files, folders or data set ids, or none at all for the default text")
     if sources is None and max_tokens is None:
         max_tokens = DEFAULT_MAX_TOKENS
-    for source in opened:
+    for source in text_sources:
         if source.endless and max_tokens is None:
             raise UserError(f"the data set '{source.name}' is streamed: say how many tokens to take (data.max_tokens)")
-    period = round(2 / heldout_fraction)  # of so many documents two are held out, one for each part
-    key = [FORMAT, tokenizer_hash(tokenizer), max_tokens, period, *([s.name, s.signature] for s in opened)]
+    period = round(2 / heldout_fraction)  # two of this many documents are held out, one for each part
+    key = [FORMAT, tokenizer_hash(tokenizer), max_tokens, period, *([s.name, s.signature] for s in text_sources)]
     folder = cache_dir() / "tokens" / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:20]
-    build_once(folder, partial(pack, opened, tokenizer, max_tokens, period, progress))
+    build_once(folder, partial(pack, text_sources, tokenizer, max_tokens, period, progress))
     return Corpus.open(folder)

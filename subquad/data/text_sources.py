@@ -1,10 +1,10 @@
-"""Documents from what a user has: files, folders, and data sets on the Hub.
+"""Documents of the user's text: files, folders, and data sets on the Hub.
 
 Notable:
-- A `TextSource` yields whole documents lazily, so a file larger than memory and a streamed data set work alike.
-- A long .txt is cut at blank lines into documents of at most a sixteenth of the source, so that whole documents can be
-  held out of a single book as well.
-- Every complaint names the file, and the byte or line in it.
+- A `TextSource` yields documents lazily, so files larger than memory and streamed data sets both work.
+- A long .txt is split at blank lines into documents of at most a sixteenth of the source, so that complete documents
+  can be held out even from a single book.
+- Every error names the file, and the byte or line in it.
 """
 
 import codecs
@@ -22,13 +22,13 @@ from subquad.errors import UserError, nearest
 from subquad.utils.files import first_line
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
-LONGEST_TXT_DOCUMENT = 256 * 1024  # bytes; longer ones are cut
+LONGEST_TXT_DOCUMENT = 256 * 1024  # bytes; longer ones are split
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[^:]*){0,3}")
 
 
 @dataclass(frozen=True)
 class Document:
-    """One text, raw: whoever tokenises it cleans it. `test` marks one that is always held out for the test part."""
+    """One text before `clean`. `test` marks a document that is always held out for the test part."""
 
     text: str
     test: bool = False
@@ -39,12 +39,12 @@ class TextSource:
     """Texts of one kind.
 
     Attributes:
-        name: what the report calls it.
-        license: of the texts, in words.
-        signature: changes when the contents change (paths, sizes and times, or a data set's id): part of the cache's
+        name: name in the report.
+        license: license of the texts, in words.
+        signature: text that changes with the contents (paths, sizes and times, or a data set's id); part of the cache's
             key.
         documents: starts a new pass over the documents, in a fixed order.
-        endless: a stream whose length is not known beforehand.
+        endless: True for a stream of unknown length.
     """
 
     name: str
@@ -55,9 +55,9 @@ class TextSource:
 
 
 def clean(text: str) -> str:
-    """Unix line ends, no blanks at line ends, no byte-order mark or NUL, at most one blank line in a row.
+    """Normalise line ends and remove trailing blanks, byte-order marks, NULs and repeated blank lines.
 
-    Indentation stays: it means something in code.
+    Indentation is kept, since it is significant in code.
     """
     text = text.replace("\ufeff", "").replace("\0", "").replace("\r\n", "\n").replace("\r", "\n")
     text = re.sub(r"[^\S\n]+\n", "\n", text)
@@ -65,17 +65,17 @@ def clean(text: str) -> str:
 
 
 def open_source(spec: str) -> TextSource:
-    """The source a user names: a file, a folder of files, or `org/name[:config[:split[:column]]]` on the Hub.
+    """Open a source: a file, a folder of files, or `org/name[:config[:split[:column]]]` on the Hub.
 
     Raises:
-        UserError: no such file, an unknown extension, an empty file, a folder without text files.
+        UserError: no such file, an unknown extension, an empty file, or a folder without text files.
     """
     path = Path(spec).expanduser()
     if path.is_dir():
         files = [file for file in path.rglob("*") if file.is_file() and _suffix(file)]
         if not files:
             raise UserError(f"the folder {path} holds no text: expected files ending in {', '.join(SUFFIXES)}")
-        # In an order that has nothing to do with the names, so that a prefix is a fair sample.
+        # Ordered by a hash of the name, so that a prefix is a fair sample.
         files.sort(key=lambda file: hashlib.sha256(str(file.relative_to(path)).encode()).digest())
         return _files_source(path, files)
     if path.is_file():
@@ -86,11 +86,11 @@ def open_source(spec: str) -> TextSource:
         return _files_source(path, [path])
     if _HUB_ID.fullmatch(spec) and not _suffix(path):
         return _hub_source(spec)
-    raise UserError(f"no text at '{spec}': there is no such file or folder, and it is no data set id like org/name")
+    raise UserError(f"no text at '{spec}': there is no such file or folder, and it is not a data set id like org/name")
 
 
 def stat_signature(files: Iterable[Path]) -> str:
-    """Names, sizes and modification times of files, as one string."""
+    """Join names, sizes and modification times of files in one string."""
     stats = ((file, file.stat()) for file in files)
     return "\n".join(f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns}" for file, stat in stats)
 
@@ -133,22 +133,22 @@ def _read(file: Path, longest: int) -> Iterator[str]:
 
 
 def _decoded(file: Path, lines: Iterable[bytes]) -> Iterator[str]:
-    """Lines as text; a newline never lies inside a UTF-8 sequence, so each line can be decoded alone."""
+    """Decode lines one by one, which is safe because a UTF-8 sequence never contains a newline byte."""
     offset = 0
     for line in lines:
         try:
             yield line.decode("utf-8")
         except UnicodeDecodeError as error:
-            wide = offset == 0 and line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+            is_utf16 = offset == 0 and line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
             raise UserError(
                 f"the text file {file} is not UTF-8: byte 0x{line[error.start]:02x} at offset {offset + error.start} "
-                f"cannot be read: convert it first, e.g. iconv -f {'utf-16' if wide else 'latin1'} -t utf-8"
+                f"cannot be read: convert it first, e.g. iconv -f {'utf-16' if is_utf16 else 'latin1'} -t utf-8"
             ) from error
         offset += len(line)
 
 
 def _pieces(lines: Iterable[str], longest: int) -> Iterator[str]:
-    """Joins lines into texts of half `longest` to `longest` characters that end at a blank line where there is one."""
+    """Join lines into texts of half `longest` to `longest` characters, which end at a blank line if there is one."""
     parts: list[str] = []
     size = 0
     for line in lines:
@@ -157,7 +157,7 @@ def _pieces(lines: Iterable[str], longest: int) -> Iterator[str]:
             parts, size = [], 0
         parts.append(line)
         size += len(line)
-        if size > longest:  # one line alone is too long: cut it between words
+        if size > longest:  # a single line is too long: split it between words
             yield from _cut(line, longest)
             parts, size = [], 0
         elif size > longest // 2 and not line.strip():
@@ -169,8 +169,8 @@ def _pieces(lines: Iterable[str], longest: int) -> Iterator[str]:
 def _cut(text: str, longest: int) -> Iterator[str]:
     start = 0
     while len(text) - start > longest:
-        blank = text.rfind(" ", start + 1, start + longest)
-        stop = blank if blank > start else start + longest
+        space = text.rfind(" ", start + 1, start + longest)
+        stop = space if space > start else start + longest
         yield text[start:stop]
         start = stop
     yield text[start:]
@@ -187,13 +187,13 @@ def _json_texts(file: Path, lines: Iterable[str]) -> Iterator[str]:
         yield _text_of(record, "text", f"line {number} of {file}")
 
 
-def _text_of(record: Any, column: str, where: str) -> str:
+def _text_of(record: Any, column: str, location: str) -> str:
     if not isinstance(record, dict):
-        raise UserError(f"{where} is not a JSON object with a field '{column}'")
+        raise UserError(f"{location} is not a JSON object with a field '{column}'")
     if column not in record:
-        raise UserError(f"{where} has no field '{column}': {nearest(column, map(str, record))}")
+        raise UserError(f"{location} has no field '{column}': {nearest(column, map(str, record))}")
     if not isinstance(record[column], str):
-        raise UserError(f"field '{column}' in {where} is not a text")
+        raise UserError(f"field '{column}' in {location} is not a text")
     return record[column]
 
 

@@ -14,7 +14,6 @@ width.
 import hashlib
 import json
 import math
-import os
 import time
 from pathlib import Path
 
@@ -33,7 +32,7 @@ from subquad.model.output_head import OutputHead, final_hidden
 from subquad.ops.common import wide
 from subquad.plan import dtype_name
 from subquad.pretrained.load import Teacher
-from subquad.utils.files import claim_folder, is_disk_full, sync
+from subquad.utils.files import claim_folder, is_disk_full, write_aside
 from subquad.utils.interrupt import interrupt_waits
 from subquad.utils.progress import StageProgress
 
@@ -115,7 +114,7 @@ def write_cache(
 
     def write_meta() -> Meta:
         written = meta | {"rows": rows} | _totals(shards, sequence_length) | (about or {}) | {"shards": shards}
-        _replace(folder / "meta.json", json.dumps(written, indent=1).encode())
+        _write(folder / "meta.json", json.dumps(written, indent=1).encode())
         return written
 
     written = write_meta()  # at once: a folder with half a shard in it is then known as ours
@@ -135,7 +134,7 @@ def write_cache(
                     break
             file = folder / f"shard-{len(shards):05d}.safetensors"
             data = save({name: torch.cat([stored[name] for stored, _ in parts]) for name in parts[0][0]})
-            _replace(file, data)
+            _write(file, data)
             lost, kept = np.sum([sums for _, sums in parts], axis=0) / ((done - start) * sequence_length)
             shards.append(
                 {
@@ -242,15 +241,11 @@ def _id_dtype(vocabulary: int) -> torch.dtype:
     return torch.uint16 if vocabulary <= 1 << 16 else torch.int32
 
 
-def _replace(path: Path, data: bytes) -> None:
-    aside = path.with_name(path.name + ".tmp")
+def _write(path: Path, data: bytes) -> None:
     try:
-        aside.write_bytes(data)
-        sync(aside)
-        os.replace(aside, path)
-        sync(path.parent)
+        with write_aside(path, durable=True) as aside:
+            aside.write_bytes(data)
     except OSError as error:
-        aside.unlink(missing_ok=True)
         remedy = "free some space" if is_disk_full(error) else "make the folder writable"
         raise UserError(
             f"could not write {path.name} to '{path.parent}' ({error.strerror}): {remedy} and go on with --resume; "

@@ -15,7 +15,6 @@ Notable:
 """
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,7 +29,7 @@ from torch import Tensor
 
 from subquad.distill.parameters import Parameters
 from subquad.errors import UserError
-from subquad.utils.files import is_disk_full, sync
+from subquad.utils.files import is_disk_full, write_aside
 
 KEEP = 2  # step checkpoints that are kept
 RNG = "torch_rng"
@@ -58,8 +57,6 @@ class Checkpoints:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         self._latest.unlink(missing_ok=True)
 
-    # Steps -------------------------------------------------------------------------------------------------------
-
     def save(self, parameters: Parameters, optimizer: torch.optim.Optimizer, state: State) -> None:
         """Writes the checkpoint of `state["step"]`. Raises UserError if the disk fails; older checkpoints stay."""
         folder = self.folder / f"stage-{self.stage}-step-{state['step']:06d}"
@@ -69,17 +66,13 @@ class Checkpoints:
             for kind, value in optimizer.state[parameter].items()
         }
         with self._writing(f"the checkpoint of step {state['step']}"):
-            aside = folder.with_name(folder.name + ".tmp")
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-            save_file(_plain(parameters), aside / "trainable.safetensors")
-            save_file(_plain(moments) | {RNG: torch.get_rng_state()}, aside / "optimizer.safetensors")
-            (aside / "state.json").write_text(json.dumps(self._signed(state)), encoding="utf-8")
-            for path in [*aside.iterdir(), aside]:
-                sync(path)
-            shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed before latest.json named it
-            os.replace(aside, folder)
-            self._replace(self._latest, json.dumps({"folder": folder.name}))
+            with write_aside(folder, durable=True) as aside:  # in the place of one that latest.json does not name yet
+                aside.mkdir(parents=True)
+                save_file(_plain(parameters), aside / "trainable.safetensors")
+                save_file(_plain(moments) | {RNG: torch.get_rng_state()}, aside / "optimizer.safetensors")
+                (aside / "state.json").write_text(json.dumps(self._signed(state)), encoding="utf-8")
+            with write_aside(self._latest, durable=True) as aside:
+                aside.write_text(json.dumps({"folder": folder.name}), encoding="utf-8")
         for old in self._steps()[:-KEEP]:
             shutil.rmtree(old, ignore_errors=True)
 
@@ -104,18 +97,13 @@ class Checkpoints:
                 optimizer.state[parameters[name]][kind] = value.to(parameters[name].device)
         return state
 
-    # Stages ------------------------------------------------------------------------------------------------------
-
     def finish(self, parameters: Parameters, state: State) -> None:
         """Writes the trained tensors of the finished stage, and removes its step checkpoints."""
         header = json.dumps(self._signed(state) | {RNG: torch.get_rng_state().numpy().tobytes().hex()})
         with self._writing(f"the weights of stage {self.stage}"):
             self.folder.mkdir(parents=True, exist_ok=True)
-            aside = self.finished_path.with_name(self.finished_path.name + ".tmp")
-            save_file(_plain(parameters), aside, metadata={"state": header})
-            sync(aside)
-            os.replace(aside, self.finished_path)
-            sync(self.folder)
+            with write_aside(self.finished_path, durable=True) as aside:
+                save_file(_plain(parameters), aside, metadata={"state": header})
         self._latest.unlink(missing_ok=True)
         for old in self._steps():
             shutil.rmtree(old, ignore_errors=True)
@@ -131,8 +119,6 @@ class Checkpoints:
             _restore(parameters, load_file(self.finished_path))
             torch.set_rng_state(torch.frombuffer(bytearray.fromhex(state[RNG]), dtype=torch.uint8))
         return state
-
-    # Shared ------------------------------------------------------------------------------------------------------
 
     @property
     def _latest(self) -> Path:
@@ -152,20 +138,11 @@ class Checkpoints:
                 f"{' and another '.join(other)}; resume with the same settings, or start over in another folder."
             )
 
-    def _replace(self, path: Path, text: str) -> None:
-        aside = path.with_name(path.name + ".tmp")
-        aside.write_text(text, encoding="utf-8")
-        sync(aside)
-        os.replace(aside, path)
-        sync(path.parent)
-
     @contextmanager
     def _writing(self, what: str) -> Iterator[None]:
         try:
             yield
         except (OSError, SafetensorError) as error:
-            for aside in self.folder.glob("*.tmp"):
-                shutil.rmtree(aside, ignore_errors=True) if aside.is_dir() else aside.unlink(missing_ok=True)
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
             remedy = "free some space" if is_disk_full(error) else "make the folder writable"
             raise UserError(

@@ -10,15 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import PreTrainedModel
 
-from subquad.data.batch import TokenSource
-from subquad.distill.loop import micro_rows, prepared
-from subquad.distill.passes import LogitsStore
+from subquad.distill.loop import StageInputs, micro_rows, prepared
 from subquad.model.base import BaseStudent
 from subquad.recipes.stage import Stage
 from subquad.utils.timing import clock
@@ -44,34 +40,24 @@ class StageEstimate:
         return steps * (stage.accumulate * self.pass_seconds + self.update_seconds)
 
 
-def estimate_stage(
-    stage: Stage,
-    *,
-    index: int,
-    student: BaseStudent,
-    teacher_model: PreTrainedModel,
-    corpus: TokenSource,
-    seed: int,
-    accelerator: Accelerator,
-    tokens: int,
-    logits_from: PreTrainedModel | LogitsStore | None = None,
-) -> StageEstimate:
-    """Tries stage number `index` on micro-batches of about `tokens` tokens, shorter rows first; changes `student`.
+def estimate_stage(stage: Stage, inputs: StageInputs, *, student: BaseStudent, tokens: int) -> StageEstimate:
+    """Tries a stage on micro-batches of about `tokens` tokens, shorter rows first; changes `student`.
 
     Seconds and activations are extrapolated in proportion to tokens. Raises UserError for what training would refuse.
     """
-    rows, longest = micro_rows(stage, accelerator.num_processes), stage.sequence_length
-    corpus.batch(0, batch=1, sequence_length=longest, seed=seed)  # there is a row that long
+    processes, longest = inputs.accelerator.num_processes, stage.sequence_length
+    rows = micro_rows(stage, processes)
+    inputs.data.batch(0, batch=1, sequence_length=longest, seed=inputs.seed)  # there is a row that long
     length = longest if stage.teacher_cache else min(longest, max(tokens, SHORTEST))  # a cache knows whole rows only
     tried = max(1, min(rows, tokens // length))
-    short = {"batch": tried * accelerator.num_processes, "accumulate": 1, "sequence_length": length}
-    with prepared(stage.model_copy(update=short), index, student, teacher_model, logits_from, seed, accelerator) as run:
-        run.step(corpus)
-        input_ids_BT = run.my_slice(corpus)
+    short = {"batch": tried * processes, "accumulate": 1, "sequence_length": length}
+    with prepared(stage.model_copy(update=short), inputs, student) as run:
+        run.step(inputs.data)
+        input_ids_BT = run.my_slice(inputs.data)
         with TensorBytes() as made, run.autocast():
             run.training_pass(input_ids_BT, 1.0)
         start = clock(run.training_pass.device)
-        run.step(corpus)
+        run.step(inputs.data)
         stepped = clock(run.training_pass.device)
         run.optimizer.step()
         update = clock(run.training_pass.device) - stepped

@@ -22,7 +22,7 @@ from subquad.errors import UserError
 from subquad.mixers import MixerInputs
 from subquad.model.base import BaseStudent
 from subquad.model.interface import AttentionCall, find_attention, input_device, watched_attention
-from subquad.model.mixed_attention import ForwardContext
+from subquad.model.layer_call import attending
 from subquad.model.output_head import OutputHead, causal_lm, final_hidden, has_head
 from subquad.model.saliency import saliency_distance, saliency_model
 from subquad.recipes.stage import OF_OUTPUTS, OF_TOKENS, Stage
@@ -41,7 +41,7 @@ class FreeRunning:
     ) -> None:
         self.stage, self.student, self.teacher, self.logits_from = stage, student, teacher, logits_from
         self.layers, waiting = layers_in_order(student, stage.replaced)
-        self.forward_context = ForwardContext(restored=waiting)
+        self.forward_context = attending(waiting)
         self.weights = {name: weight for name, weight in stage.weights.items() if name in OF_OUTPUTS}
         self.hidden = {name: weight for name, weight in stage.weights.items() if name not in OF_OUTPUTS}
         for name, weight in self.hidden.items():

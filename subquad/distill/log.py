@@ -5,11 +5,11 @@ step, so that every step stands in it once.
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from subquad.errors import UserError
+from subquad.utils.files import write_aside
 
 
 class RunLog:
@@ -20,10 +20,9 @@ class RunLog:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _belongs(line, stage, step)]
-            aside = path.with_name(path.name + ".tmp")
-            aside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-            os.replace(aside, path)
+            lines = [line for line in path.read_text(encoding="utf-8").splitlines() if _belongs(line, stage, step)]
+            with write_aside(path) as aside:
+                aside.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
 
     def write(self, entry: dict[str, Any]) -> None:
         """Appends one line, at once. Raises UserError if it cannot be written."""

@@ -53,23 +53,34 @@ RECENT = 20  # the final loss is the mean over a tenth of the steps, but no more
 BARE_TOKENS = 1024  # tokens of one timed pass of the bare teacher on a CPU: seconds, not minutes
 
 
+@dataclass(frozen=True)
+class StageInputs:
+    """What a stage trains with besides its student.
+
+    `index` is the stage's number in the run. `logits_from` is the opened `teacher` or `teacher_cache` of the stage, or
+    None if its logits come from `teacher`.
+    """
+
+    teacher: PreTrainedModel
+    data: TokenSource
+    accelerator: Accelerator
+    index: int = 0
+    seed: int = 0
+    logits_from: PreTrainedModel | LogitsStore | None = None
+
+
 def run_stage(
     stage: Stage,
+    inputs: StageInputs,
     *,
-    index: int,
     student: BaseStudent,
-    teacher_model: PreTrainedModel,
-    corpus: TokenSource,
-    seed: int,
     out: Path,
-    accelerator: Accelerator,
-    logits_from: PreTrainedModel | LogitsStore | None = None,
     progress: Console | None = None,
     resume: bool = False,
 ) -> StageResult:
-    """Train `student` in place, as stage number `index` of the run in folder `out`.
+    """Trains `student` in place, as one stage of the run in folder `out`.
 
-    `logits_from`: what the stage's `teacher` or `teacher_cache` names, opened. Writes `out`/log.jsonl and
+    Writes `out`/log.jsonl and
     `out`/checkpoints/, and shows progress on the console `progress`, if there is one. With `resume`, a finished stage
     is loaded and not run again, and an interrupted one goes on from its last checkpoint; without, what an earlier run
     left of this and later stages is removed.
@@ -77,13 +88,13 @@ def run_stage(
     and step), a full disk, or a checkpoint that was made with other settings; KeyboardInterrupt, with a checkpoint
     behind it, after Ctrl-C.
     """
+    accelerator, index = inputs.accelerator, inputs.index
     micro_rows(stage, accelerator.num_processes)
     if accelerator.mixed_precision not in ("no", "bf16"):
         raise UserError(f"training in {accelerator.mixed_precision} is not supported: use bf16 or no mixed precision.")
-    known = identity(stage, index, seed, student.plan, teacher_model, corpus, accelerator.mixed_precision)
+    known = identity(stage, index, inputs.seed, student.plan, inputs.teacher, inputs.data, accelerator.mixed_precision)
     checkpoints = Checkpoints(out / "checkpoints", index, known)
-    preparation = prepared(stage, index, student, teacher_model, logits_from, seed, accelerator)
-    with interrupt_waits() as interrupted, preparation as run:
+    with interrupt_waits() as interrupted, prepared(stage, inputs, student) as run:
         parameters, optimizer = run.parameters, run.optimizer
         if resume and (state := checkpoints.load_finished(parameters)):
             return StageResult(**state["result"])
@@ -100,9 +111,9 @@ def run_stage(
         with StageProgress(progress if log else None, stage.name, steps=stage.steps, step=ledger.step) as bar:
             started_at = ledger.step
             while not run.done:
-                batch = run.step(corpus)
+                batch = run.step(inputs.data)
                 if ledger.step == started_at + 1 or run.done:  # warm; and twice, for other work on the machine varies
-                    speeds.append(run.bare_speed(teacher_model, batch))
+                    speeds.append(run.bare_speed(inputs.teacher, batch))
                 speed = run.tokens(ledger.step) / ledger.seconds
                 bar.update(ledger.step, f"loss {run.total(ledger.recent[-1]):.4f}  {speed:,.0f} tokens/s")
                 if ledger.step % stage.log_every == 0 or run.done:
@@ -258,28 +269,30 @@ class StageRun:
 
 
 @contextmanager
-def prepared(
-    stage: Stage,
-    index: int,
-    student: BaseStudent,
-    teacher_model: PreTrainedModel,
-    logits_from: PreTrainedModel | LogitsStore | None,
-    seed: int,
-    accelerator: Accelerator,
-) -> Iterator[StageRun]:
+def prepared(stage: Stage, inputs: StageInputs, student: BaseStudent) -> Iterator[StageRun]:
     """Within, the student is ready for the stage's first step: adapters, what is trained and in which precision."""
     student.eval()
-    teacher_model.eval()
+    inputs.teacher.eval()
     with ExitStack() as within:
-        within.enter_context(adapters(student, stage, seed))
-        training_pass = make_pass(stage, student, teacher_model, logits_from, seed)
+        within.enter_context(adapters(student, stage, inputs.seed))
+        training_pass = make_pass(stage, student, inputs.teacher, inputs.logits_from, inputs.seed)
         parameters = choose_parameters(student, stage, training_pass.reachable)
         if training_pass.bridge is not None:
             parameters |= {f"bridge.{name}": weight for name, weight in training_pass.bridge.named_parameters()}
         lowered = within.enter_context(trained_in_float32(parameters))
         within.enter_context(checkpointed_blocks(student, stage.gradient_checkpointing))
         optimizer = make_optimizer(parameters, stage, student)
-        yield StageRun(stage, index, seed, training_pass, parameters, optimizer, accelerator, lowered, Ledger())
+        yield StageRun(
+            stage,
+            inputs.index,
+            inputs.seed,
+            training_pass,
+            parameters,
+            optimizer,
+            inputs.accelerator,
+            lowered,
+            Ledger(),
+        )
 
 
 def micro_rows(stage: Stage, processes: int) -> int:

@@ -16,7 +16,7 @@ from subquad.distill.bridge import Bridge
 from subquad.distill.logit_losses import TeacherLogits
 from subquad.model.base import BaseStudent
 from subquad.model.interface import AttentionCall
-from subquad.model.mixed_attention import to_middle
+from subquad.model.layer_call import to_middle
 
 
 class LogitsStore(Protocol):

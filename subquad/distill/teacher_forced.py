@@ -25,7 +25,7 @@ from subquad.errors import UserError
 from subquad.mixers import Mixer, MixerInputs
 from subquad.model.base import BaseStudent
 from subquad.model.interface import AttentionCall, find_attention, input_device, watched_attention
-from subquad.model.mixed_attention import ForwardContext, LayerMixer
+from subquad.model.layer_call import ForwardContext, LayerCall, attending
 from subquad.model.output_head import final_hidden
 from subquad.plan import ATTENTION
 from subquad.recipes.stage import Stage
@@ -40,7 +40,7 @@ class TeacherForced:
 
     def __init__(self, stage: Stage, student: BaseStudent, teacher: PreTrainedModel, seed: int = 0) -> None:
         self.layers, waiting = layers_in_order(student, stage.replaced)
-        self.forward_context = ForwardContext(restored=waiting)
+        self.forward_context = attending(waiting)
         self.student, self.teacher, self.kind = student, teacher, stage.loss
         self.device = input_device(teacher)
         sites = find_attention(teacher)
@@ -136,16 +136,14 @@ class TeacherForced:
 
     def _inputs(self, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[Mixer, MixerInputs]]:
         """The mixers of this layer, and what they are given where the layer gets the teacher's input."""
-        seen: list[tuple[Mixer, MixerInputs]] = []
+        pairs: list[tuple[Mixer, MixerInputs]] = []
 
-        def inspect(mixers: LayerMixer, name: str, inputs: MixerInputs) -> None:
-            if name != ATTENTION:
-                seen.append((mixers.by_name[name], inputs))
+        def inspect(call: LayerCall) -> Tensor:
+            pairs.extend((mixer, call.inputs(name)) for name, mixer in call.mixers.items() if name != ATTENTION)
+            return torch.zeros_like(call.all_inputs.q_BHTD)
 
-        self.student.attention_modules()[layer](
-            *args, **{**kwargs, "forward_context": ForwardContext(inspector=inspect)}
-        )
-        return seen
+        self.student.attention_modules()[layer](*args, **{**kwargs, "forward_context": ForwardContext(around=inspect)})
+        return pairs
 
 
 def _matrix_distances(pairs: Sequence[tuple[Mixer, MixerInputs]], call: AttentionCall) -> Tensor:

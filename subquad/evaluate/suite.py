@@ -13,9 +13,9 @@ from rich.console import Console
 from subquad.data.images import ImageSet
 from subquad.data.probes import Probe, make_probe
 from subquad.data.text import Corpus
-from subquad.evaluate import cache_table, harness, image_fidelity, likelihood, retrieval
+from subquad.evaluate import cache_table, harness, image_fidelity, likelihood, paired_samples, retrieval
 from subquad.evaluate.harness import load_tasks
-from subquad.plan import Plan
+from subquad.model.base import plan_of
 from subquad.pretrained.load import Teacher
 from subquad.recipes.schema import EvaluateConfig
 from subquad.utils.progress import StageProgress
@@ -26,14 +26,14 @@ def evaluate_models(
     models: Mapping[str, Any],
     source: Teacher,
     data: Corpus | ImageSet,
-    plans: Mapping[str, Plan],
     config: EvaluateConfig,
     dtype: str,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Rows of metrics.json for the teacher and for `models`; `plans` gives the plan of each, the teacher's included.
+    """Rows of metrics.json for the teacher and for `models`, and samples of text by the teacher and the student.
 
-    Progress is shown on `console`, if there is one.
+    `models` has a `student`. `dtype` is that of the cache whose bytes are given. Progress is shown on `console`, if
+    there is one.
     """
     total, done, start = round(evaluation_cost(config, 1 + len(models), data).forward_tokens), 0, time.perf_counter()
     with StageProgress(console, "measure", steps=total, unit="token") as bar:
@@ -51,10 +51,15 @@ def evaluate_models(
         else:
             rows = _on_text(models, source, data, config, tick)
     for name, row in rows.items():
+        plan = plan_of(source.model if name == "teacher" else models[name])
         if isinstance(data, Corpus):
-            row["cache_bytes"] = cache_table(plans[name], config.cache_contexts, dtype)
-        row |= {"attention_layers": plans[name].attention_layers, "plan_pattern": plans[name].pattern()}
-    return rows
+            row["cache_bytes"] = cache_table(plan, config.cache_contexts, dtype)
+        row |= {"attention_layers": plan.attention_layers, "plan_pattern": plan.pattern()}
+    metrics: dict[str, Any] = {**rows}
+    if isinstance(data, Corpus):
+        prompts, length = config.prompts, config.max_new_tokens
+        metrics["samples"] = paired_samples(source.model, models["student"], source.tokenizer, prompts, length)
+    return metrics
 
 
 def _on_text(

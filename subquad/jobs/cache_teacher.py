@@ -9,9 +9,10 @@ from subquad.data.text import Corpus
 from subquad.distill.cache_writer import claim_cache, write_cache
 from subquad.distill.teacher_cache import TeacherCache
 from subquad.errors import UserError
-from subquad.jobs.conversion import checked_recipe, open_data, open_teacher
-from subquad.jobs.run import Run, make_accelerator, provenance
+from subquad.jobs.conversion import checked_recipe, open_teacher, read_data
+from subquad.jobs.run import Run, make_accelerator
 from subquad.recipes.schema import Recipe
+from subquad.utils.environment import environment
 from subquad.utils.format import nats, percent, size
 
 
@@ -49,14 +50,14 @@ def cache_teacher(
     if run.accelerator.num_processes > 1:
         raise UserError("the teacher's cache is written by one process: start the command without accelerate launch")
     claim_cache(out, resume=resume, overwrite=overwrite)  # now, for what follows takes a while
-    source = open_teacher(run, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
-    corpus = open_data(run, source)
+    device = str(run.accelerator.device)
+    source = open_teacher(recipe, device, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
+    corpus = read_data(recipe, source)
     if not isinstance(corpus, Corpus):
         raise UserError(f"only a language model's answers can be written down, and the recipe is for {recipe.task}")
     run.say(f"teacher: {source.name}; {corpus.amount}")
     if len(corpus.train) < tokens:
         run.say(f"the text is shorter than the {tokens:,} tokens that were asked for: all of it is cached")
-    about = provenance(run, command)
     write_cache(
         out,
         source,
@@ -67,7 +68,7 @@ def cache_teacher(
         batch=batch or 1,
         resume=resume,
         console=run.console,
-        about={key: about[key] for key in ("versions", "machine", "command", "commit")},
+        about=environment(run.accelerator.device, command, run.accelerator.num_processes),
     )
     cache = TeacherCache.open(
         out, teacher_fingerprint=source.fingerprint, tokenizer_hash=tokenizer_hash(source.tokenizer)

@@ -22,17 +22,15 @@ from subquad.distill.checkpoint import KEEP
 from subquad.distill.estimate import StageEstimate, estimate_stage, weights_of
 from subquad.evaluate.suite import check_heldout, evaluation_cost
 from subquad.jobs.baselines import even_plan
-from subquad.jobs.conversion import Data, all_linear, checked_recipe, new_student, open_data, open_teacher
-from subquad.jobs.run import Run, start_run
+from subquad.jobs.conversion import Conversion, checked_recipe
 from subquad.jobs.select import selection_cost, teacher_speed
-from subquad.jobs.train import of_stage
+from subquad.jobs.train import stage_inputs
 from subquad.model.base import BaseStudent
-from subquad.model.student import Student
 from subquad.plan import Plan
-from subquad.pretrained.load import Teacher
 from subquad.recipes.schema import Recipe
 from subquad.recipes.stage import Stage
 from subquad.report import print_plan
+from subquad.report.console import make_table
 from subquad.select import SELECTORS, Budget, Ranking, choose_plan, uniform_layers, units_of
 from subquad.utils import format as fmt
 from subquad.utils.token_cost import TRAINING
@@ -122,53 +120,51 @@ def dry_run(
     """
     recipe = checked_recipe(recipe, teacher, data)
     given_plan = None if plan is None else Plan.load(plan)
-    with tempfile.TemporaryDirectory() as folder:
-        run = start_run(recipe, Path(folder) / "run", resume=False, overwrite=False)
-        with run.timed("load"):
-            source = open_teacher(run, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
-        with run.timed("data"):
-            corpus = open_data(run, source)
-        run.say(f"teacher: {source.name}; {corpus.amount}")
-        check_heldout(recipe.evaluate, source, corpus)  # for `convert` would ask for it in the end
-        linear = all_linear(run, corpus)
-        found = _previewed(run, source, corpus, linear, given_plan)
-        _say(run, found, Path(out))
-        run.end()
-    return found
+    how = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
+    with tempfile.TemporaryDirectory() as folder, Conversion.open(recipe, Path(folder) / "run", **how) as conversion:
+        conversion.run.say(f"teacher: {conversion.teacher.name}; {conversion.data.amount}")
+        check_heldout(recipe.evaluate, conversion.teacher, conversion.data)  # `convert` asks for it at the end
+        preview = _previewed(conversion, given_plan)
+        _say(conversion, preview, Path(out))
+    return preview
 
 
-def _previewed(
-    run: Run, source: Teacher, data: Data, linear: Mapping[str, BaseStudent], given_plan: Plan | None
-) -> Preview:
-    recipe, speed = run.recipe, teacher_speed(source, data)
+def _previewed(conversion: Conversion, given_plan: Plan | None) -> Preview:
+    recipe, run = conversion.recipe, conversion.run
+    linear, speed = conversion.all_linear_students(), teacher_speed(conversion)
     seconds = {part: run.seconds[part] for part in ("load", "data", "calibrate")}
+
+    # The plan: given, or of the budget's size.
     if given_plan is None:
         run.say(f"plan: {recipe.selector.by} will choose it, under a budget of {recipe.selector.budget}")
-        bill = selection_cost(run, linear, source, data)
+        cost = selection_cost(conversion, linear)
         run.say("what follows is for a plan of the budget's size, evenly spaced:\n")
-        seconds["select"] = bill.seconds(speed)
+        seconds["select"] = cost.seconds(speed)
     plan = given_plan or _stand_in(linear[recipe.mixer.name], recipe)
-    student = new_student(run, plan, data, mixers_from=linear.values())
-    if isinstance(student, Student) and recipe.tied_embeddings in ("untie", "retie"):
-        student.untie()
-    found = Preview(
-        teacher_weights=_count(source.model),
+    student = conversion.new_student(plan, mixers_from=linear.values())
+    conversion.untie(student)
+    preview = Preview(
+        teacher_weights=_count(conversion.teacher.model),
         student_weights=_count(student),
         mixer_weights=sum(parameter.numel() for _, parameter in student.mixer_parameters()),
         plan=plan,
         model_bytes=sum(weights_of(student).values()),
         seconds=seconds,
     )
+
+    # Training: a step of every stage is tried.
     for index, stage in enumerate(recipe.stages):
-        found.stages.append(_try(run, index, source, data, linear, student, speed))
-        seconds[stage.name] = found.stages[-1].seconds
+        preview.stages.append(_try(conversion, index, linear, student, speed))
+        seconds[stage.name] = preview.stages[-1].seconds
+
+    # Measuring: the teacher, the student and its baselines.
     even = even_plan(plan, recipe.mixer.name, recipe.mixer.options, recipe.dtype)
     aligned = any(stage.scope == "all-linear" for stage in recipe.stages)
-    rivals = 0 if recipe.student else 2 + aligned + (even.layers != plan.layers)  # untrained and window, and these
-    models = 2 + rivals
+    baselines = 0 if recipe.student else 2 + aligned + (even.layers != plan.layers)  # untrained and window, and these
     calibrated = 2 * seconds["calibrate"] / len(linear)
-    seconds["evaluate"] = evaluation_cost(recipe.evaluate, models, data).seconds(speed) + calibrated
-    return found
+    cost = evaluation_cost(recipe.evaluate, 2 + baselines, conversion.data)
+    seconds["evaluate"] = cost.seconds(speed) + calibrated
+    return preview
 
 
 def _count(model: PreTrainedModel) -> int:
@@ -187,37 +183,29 @@ def _stand_in(linear: BaseStudent, recipe: Recipe) -> Plan:
 
 
 def _try(
-    run: Run,
-    index: int,
-    source: Teacher,
-    data: Data,
-    linear: Mapping[str, BaseStudent],
-    student: BaseStudent,
-    speed: float,
+    conversion: Conversion, index: int, linear: Mapping[str, BaseStudent], student: BaseStudent, speed: float
 ) -> StagePreview:
     """One stage, tried on its own student: that of the plan, or the first of the all-linear ones."""
-    stage = run.recipe.stages[index]
+    stages = conversion.recipe.stages
+    stage, inputs = stages[index], stage_inputs(conversion, index)
     first, *others = linear.values()
     aligning = stage.scope == "all-linear"
     students = 1 + sum(any(True for _ in other.mixer_parameters()) for other in others) if aligning else 1
     trained = first if aligning else student
-    beside = weights_of(*(one for one in linear.values() if one is not trained))
-    how, tokens = (
-        of_stage(run, index, source, data),
-        round(SECONDS / len(run.recipe.stages) * speed / PASSES / TRAINING),
-    )
-    probe = estimate_stage(stage, student=trained, tokens=tokens, **how)
-    target = how["logits_from"]
-    teachers = weights_of(source.model, *([target] if isinstance(target, PreTrainedModel) else []))
-    own = sum(size for place, size in {**beside, **probe.weights}.items() if place not in teachers)
+
+    tokens = round(SECONDS / len(stages) * speed / PASSES / TRAINING)
+    probe = estimate_stage(stage, inputs, student=trained, tokens=tokens)
+
+    # What teacher and student share counts once.
+    target = inputs.logits_from
+    teachers = weights_of(inputs.teacher, *([target] if isinstance(target, PreTrainedModel) else []))
+    waiting = weights_of(*(model for model in linear.values() if model is not trained))
+    own = sum(size for place, size in {**waiting, **probe.weights}.items() if place not in teachers)
     return StagePreview(stage, students, probe, sum(teachers.values()), own)
 
 
-# In the terminal -----------------------------------------------------------------------------------------------------
-
-
-def _say(run: Run, found: Preview, out: Path) -> None:
-    recipe = run.recipe
+def _say(conversion: Conversion, found: Preview, out: Path) -> None:
+    recipe, run = conversion.recipe, conversion.run
     print_plan(found.plan, run.console, recipe.dtype)
     run.say(
         f"\nteacher: {found.teacher_weights:,} weights; student: {found.student_weights:,}, of which the mixers' own "
@@ -245,17 +233,9 @@ def _free_bytes(out: Path) -> int:
     return shutil.disk_usage(there).free
 
 
-def _table(title: str, *headings: str) -> Table:
-    table = Table(title=Text(title), title_justify="left", box=None, header_style="bold", pad_edge=False)
-    table.add_column("")
-    for heading in headings:
-        table.add_column(heading, justify="right")
-    return table
-
-
 def _stages(found: Preview) -> Table:
     """Settings of the stages, and the weights that they train."""
-    table = _table("Stages", "objective", "tokens", "steps", "length", "batch", "weights")
+    table = make_table("Stages", ["", "objective", "tokens", "steps", "length", "batch", "weights"])
     for one in found.stages:
         stage, times = one.stage, f" × {one.students}" if one.students > 1 else ""
         table.add_row(
@@ -272,7 +252,7 @@ def _stages(found: Preview) -> Table:
 
 def _memory(found: Preview) -> Table:
     """Bytes while each stage is trained."""
-    table = _table("Memory of each device", *(found.stages[0].memory if found.stages else []), "together")
+    table = make_table("Memory of each device", ["", *(found.stages[0].memory if found.stages else []), "together"])
     for one in found.stages:
         sizes = [*one.memory.values(), sum(one.memory.values())]
         table.add_row(Text(one.stage.name), *(fmt.size(size) for size in sizes))
@@ -281,7 +261,7 @@ def _memory(found: Preview) -> Table:
 
 def _time(found: Preview) -> Table:
     """All parts, and of the stages how fast they went on how many tokens."""
-    table = _table("Time", "about", "tokens/s", "tried on")
+    table = make_table("Time", ["", "about", "tokens/s", "tried on"])
     stages = {one.stage.name: one for one in found.stages}
     for part, seconds in found.seconds.items():
         one = stages.get(part)

@@ -6,16 +6,13 @@ from typing import Any
 
 from rich.console import Console
 
-from subquad.data.text import Corpus
 from subquad.errors import UserError
-from subquad.evaluate import paired_samples
 from subquad.evaluate.suite import evaluate_models
 from subquad.jobs.conversion import checked_recipe, read_data
-from subquad.model.base import plan_of
 from subquad.model.output_head import check_head
 from subquad.pretrained.load import load_pretrained
 from subquad.recipes.load import load_recipe
-from subquad.utils.environment import machine, source_commit, versions
+from subquad.utils.environment import environment
 from subquad.utils.files import write_json
 
 
@@ -49,13 +46,9 @@ def evaluate_model(
     for one in (source.model, measured):
         check_head(one)
     corpus = read_data(recipe, source)
-    plans, settings = {"teacher": plan_of(source.model), "student": plan_of(measured)}, recipe.evaluate
-    metrics = evaluate_models({"student": measured}, source, corpus, plans, settings, recipe.dtype, console)
-    if isinstance(corpus, Corpus):
-        prompts, length = settings.prompts, settings.max_new_tokens
-        metrics["samples"] = paired_samples(source.model, measured, source.tokenizer, prompts, length)
-    metrics |= {"teacher_name": source.name, "teacher_fingerprint": source.fingerprint, "versions": versions()}
-    metrics |= {"machine": machine(measured.device), "command": command, "commit": source_commit()}
+    metrics = evaluate_models({"student": measured}, source, corpus, recipe.evaluate, recipe.dtype, console)
+    metrics |= {"teacher_name": source.name, "teacher_fingerprint": source.fingerprint}
+    metrics |= environment(measured.device, command)
     if json_path is not None:
         write_json(Path(json_path), metrics)
     return dict(json.loads(json.dumps(metrics)))

@@ -12,12 +12,11 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 from rich.console import Console
-from transformers import PreTrainedModel
 
 from subquad.errors import UserError
 from subquad.recipes.schema import Recipe
-from subquad.utils.environment import machine, source_commit, versions
-from subquad.utils.files import claim_folder
+from subquad.utils.environment import environment
+from subquad.utils.files import claim_folder, write_aside
 from subquad.utils.memory import peak_rss_bytes
 
 
@@ -31,7 +30,6 @@ class Run:
     console: Console
     resume: bool
     seconds: dict[str, float] = field(default_factory=dict)
-    base: PreTrainedModel = field(init=False)  # whose attention is replaced: the teacher, or the student's own model
 
     @property
     def main(self) -> bool:
@@ -50,15 +48,14 @@ class Run:
         self.seconds[part] = time.perf_counter() - start
 
     def write(self, name: str, text: str) -> None:
-        """Writes a file of the run: aside first, then renamed."""
+        """Writes a file of the run."""
         if self.main:
-            aside = self.out / f"{name}.tmp"
-            aside.write_text(text, encoding="utf-8")
-            os.replace(aside, self.out / name)
+            with write_aside(self.out / name) as aside:
+                aside.write_text(text, encoding="utf-8")
 
     @contextmanager
     def writing(self, name: str = "") -> Iterator[Path]:
-        """A folder aside; what is written into it moves into the run's folder, or one in it, when all is there."""
+        """Folder aside whose files move into the run's folder, or the folder `name` in it, when all are written."""
         aside = self.out / "model.tmp"
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
@@ -104,10 +101,7 @@ def provenance(run: Run, command: str | None) -> dict[str, Any]:
     return {
         "seed": run.recipe.seed,
         "peak_rss_bytes": peak_rss_bytes(),
-        "versions": versions(),
-        "machine": machine(run.accelerator.device) | {"processes": run.accelerator.num_processes},
-        "command": command,
-        "commit": source_commit(),
+        **environment(run.accelerator.device, command, run.accelerator.num_processes),
     }
 
 

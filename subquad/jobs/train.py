@@ -1,51 +1,50 @@
-"""Training as a recipe says it: the stages of a scope, and short stages for a selector's candidates."""
+"""A recipe's training: its stages, in order."""
 
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+
+from transformers import PreTrainedModel
 
 from subquad.data.packing import tokenizer_hash
-from subquad.data.text import Corpus
-from subquad.distill.loop import run_stage
+from subquad.distill.loop import StageInputs, run_stage
 from subquad.distill.state import StageResult
 from subquad.distill.teacher_cache import TeacherCache
 from subquad.errors import UserError
-from subquad.jobs.conversion import Data
-from subquad.jobs.run import Run
+from subquad.jobs.conversion import Conversion, Data
 from subquad.model.base import BaseStudent
-from subquad.model.tasks import TASKS
-from subquad.pretrained.load import Teacher, load_pretrained
-from subquad.recipes.stage import Stage
+from subquad.pretrained.load import load_pretrained
 from subquad.select.inputs import Train
 
 
-def align(run: Run, linear: Mapping[str, BaseStudent], source: Teacher, data: Data) -> list[StageResult]:
-    """The all-linear stages, for the student of every mixer; what became of them for the first, the recipe's own."""
+def align(conversion: Conversion, linear: Mapping[str, BaseStudent]) -> list[StageResult]:
+    """The all-linear stages, for the student of every mixer; the results are those of the first, the recipe's own."""
+    run = conversion.run
     first, *others = linear
-    results = train_stages(run, linear[first], source, data, scope="all-linear")
+    results = train_stages(conversion, linear[first], scope="all-linear")
     for name in others:
         if any(True for _ in linear[name].mixer_parameters()):  # a window has nothing to learn
             run.say(f"the same with {name}:")
-            train_stages(run, linear[name], source, data, scope="all-linear", out=run.out / "alternatives" / name)
+            train_stages(conversion, linear[name], scope="all-linear", out=run.out / "alternatives" / name)
     return results
 
 
 def train_stages(
-    run: Run, student: BaseStudent, source: Teacher, data: Data, scope: str, out: Path | None = None
+    conversion: Conversion, student: BaseStudent, scope: str, out: Path | None = None
 ) -> list[StageResult]:
-    """The stages of one scope, in order. `out`: where their log and checkpoints go; none: the run's folder."""
+    """The stages of one scope, in order. `out`: where their log and checkpoints go; None is the run's folder."""
+    run = conversion.run
     if out is not None and run.main:
         out.mkdir(parents=True, exist_ok=True)
     run.accelerator.wait_for_everyone()
     results = []
-    for index, stage in enumerate(run.recipe.stages):
+    for index, stage in enumerate(conversion.recipe.stages):
         if stage.scope == scope:
-            how = of_stage(run, index, source, data)
+            inputs = stage_inputs(conversion, index)
             with run.timed(stage.name):
                 progress = run.console if run.main else None
                 result = run_stage(
-                    stage, student=student, out=out or run.out, progress=progress, resume=run.resume, **how
+                    stage, inputs, student=student, out=out or run.out, progress=progress, resume=run.resume
                 )
             run.say(
                 f"{stage.name}: {result.tokens:,} tokens at {result.tokens_per_second:.0f} tokens/s, "
@@ -55,59 +54,45 @@ def train_stages(
     return results
 
 
-def of_stage(run: Run, index: int, source: Teacher, data: Data) -> dict[str, Any]:
-    """What `run_stage` takes of a recipe's stage number `index` beside itself: its teacher, its text or images."""
-    target, read = _logits_from(run, run.recipe.stages[index], source, data)
-    return {
-        "index": index,
-        "teacher_model": source.model,
-        "corpus": read,
-        "logits_from": target,
-        "seed": run.recipe.seed,
-        "accelerator": run.accelerator,
-    }
+def stage_inputs(conversion: Conversion, index: int) -> StageInputs:
+    """The inputs of the recipe's stage number `index`: its teacher or stored logits, and the data that these know.
 
-
-def _logits_from(run: Run, stage: Stage, source: Teacher, data: Data) -> tuple[Any, Data]:
-    """What a stage's own teacher or its stored logits are, if it has such, and the text that these know."""
-    recipe, device = run.recipe, str(run.accelerator.device)
+    Raises UserError for a teacher with another vocabulary, or stored logits of another length.
+    """
+    recipe, teacher = conversion.recipe, conversion.teacher
+    stage, accelerator = recipe.stages[index], conversion.run.accelerator
+    data: Data = conversion.data
+    logits_from: PreTrainedModel | TeacherCache | None = None
     if stage.teacher is not None:
-        other = load_pretrained(stage.teacher, task=recipe.task, dtype=recipe.dtype, device=device)
-        if _answers(other) != _answers(source):
-            what = "set of classes" if TASKS[source.task].of_images else "vocabulary"
+        larger = load_pretrained(stage.teacher, task=recipe.task, dtype=recipe.dtype, device=str(accelerator.device))
+        if larger.answers() != teacher.answers():
             raise UserError(
-                f"stage '{stage.name}' cannot learn from {other.name}: its {what} is not that of {source.name}"
+                f"stage '{stage.name}' cannot learn from {larger.name}: its {teacher.kind.answers} is not that of "
+                f"{teacher.name}"
             )
-        return other.model, data
-    if stage.teacher_cache is not None:
-        assert isinstance(data, Corpus)  # as `checked_recipe` ensures
-        cache = TeacherCache.open(
+        logits_from = larger.model
+    elif stage.teacher_cache is not None:
+        logits_from = TeacherCache.open(
             Path(stage.teacher_cache),
-            teacher_fingerprint=source.fingerprint,
-            tokenizer_hash=tokenizer_hash(source.tokenizer),
+            teacher_fingerprint=teacher.fingerprint,
+            tokenizer_hash=tokenizer_hash(teacher.tokenizer),
         )
-        if cache.sequence_length != stage.sequence_length:
+        if logits_from.sequence_length != stage.sequence_length:
             raise UserError(
                 f"stage '{stage.name}' has sequences of {stage.sequence_length} tokens, and the logits in "
-                f"{stage.teacher_cache} are of {cache.sequence_length}: set sequence_length to that"
+                f"{stage.teacher_cache} are of {logits_from.sequence_length}: set sequence_length to that"
             )
-        return cache, data.first(cache.tokens)
-    return None, data
+        data = conversion.corpus.first(logits_from.tokens)
+    return StageInputs(teacher.model, data, accelerator, index, recipe.seed, logits_from)
 
 
-def _answers(source: Teacher) -> Any:
-    """What a teacher chooses among: tokens by their texts, or classes."""
-    return source.model.config.id2label if TASKS[source.task].of_images else source.tokenizer.get_vocab()
-
-
-def candidate_training(run: Run, source: Teacher, data: Data) -> Train | None:
+def candidate_training(conversion: Conversion) -> Train | None:
     """How a selector trains a candidate: by the recipe's first stage on logits, with fewer tokens; None without one."""
-    stages = enumerate(run.recipe.stages)
-    found = next((one for one in stages if one[1].scope == "plan" and "logits" in one[1].weights), None)
-    if found is None:
+    stages = conversion.recipe.stages
+    index = next((i for i, stage in enumerate(stages) if stage.scope == "plan" and "logits" in stage.weights), None)
+    if index is None:
         return None
-    index, stage = found
-    how = of_stage(run, index, source, data)
+    run, stage, inputs = conversion.run, stages[index], stage_inputs(conversion, index)
 
     def train(student: BaseStudent, tokens: int, name: str) -> None:
         folder = run.out / "candidates" / name
@@ -115,7 +100,7 @@ def candidate_training(run: Run, source: Teacher, data: Data) -> Train | None:
             folder.mkdir(parents=True, exist_ok=True)
         run.accelerator.wait_for_everyone()
         short = stage.model_copy(update={"tokens": tokens, "replaced": 1.0})
-        run_stage(short, student=student, out=folder, resume=run.resume, **how)
+        run_stage(short, inputs, student=student, out=folder, resume=run.resume)
         run.accelerator.wait_for_everyone()
         if run.main:
             shutil.rmtree(folder)

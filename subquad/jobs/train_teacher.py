@@ -12,29 +12,27 @@ Notable:
 - What it reads is in lessons.py.
 """
 
-import json
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCardData
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from subquad.data.curriculum import Lessons, shares, train_tokenizer
 from subquad.data.probes import Probe, make_probe
 from subquad.data.text import Corpus, load_corpus
-from subquad.distill.loop import run_stage
 from subquad.distill.state import StageResult
 from subquad.errors import UserError
 from subquad.evaluate import likelihood, retrieval
 from subquad.evaluate.retrieval import Score
-from subquad.jobs.run import Run, provenance, start_run
-from subquad.model.interface import shapes_of
+from subquad.jobs.run import start_run
+from subquad.jobs.small_teacher import SmallTeacher, card_header, how_it_was_made, labels_stage, small_recipe
+from subquad.model.base import BaseStudent
 from subquad.model.student import Student
-from subquad.plan import Plan
 from subquad.recipes.schema import DataConfig, Recipe
-from subquad.recipes.stage import Stage, count_of
+from subquad.recipes.stage import count_of
 
 CONTEXT = 1024
 LAYERS = range(4, 9)
@@ -78,68 +76,122 @@ def train_teacher(
     with run.timed("data"):
         tokenizer = train_tokenizer(data)
         corpus = load_corpus(data, tokenizer)
-    torch.manual_seed(seed)
-    fresh = new_model(tokenizer, layers).to(run.accelerator.device)
-    student = Student.from_teacher(fresh, Plan.all_attention(shapes_of(fresh)))
-    run.say(f"{fresh.num_parameters():,} weights, {len(corpus.train):,} tokens of text")
-
-    rounds, scores = _climb(run, student, fresh, Lessons(corpus, tokenizer))
-
-    if run.main:
-        model = new_model(tokenizer, layers)
-        model.load_state_dict(student.backbone.state_dict())
-        metrics = _measured(model, corpus, rounds, scores)
-        metrics["seconds"] = sum(result.seconds for result in rounds)
-        metrics["total_seconds"] = time.perf_counter() - started
-        metrics |= {"layers": layers, "budget": count_of(tokens, "--tokens")} | provenance(run, command)
-        with run.writing() as folder:
-            model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-        run.write("metrics.json", json.dumps(metrics, indent=1))
-        run.write("README.md", model_card(metrics, corpus))
-        run.say(summary(metrics))
-    run.end()
-    return metrics
-
-
-# Settings ------------------------------------------------------------------------------------------------------------
+    teacher = RetrievalTeacher(run, tokenizer, corpus, layers, count_of(tokens, "--tokens"))
+    return teacher.train(f"{len(corpus.train):,} tokens of text", started, command)
 
 
 def _recipe(out: Path, layers: int, tokens: int | str, seed: int, data: list[str] | None) -> Recipe:
-    """The settings of the run, in the file by which `start_run` knows it again; its teacher is what it will make."""
     if layers not in LAYERS:
         raise UserError(f"a small teacher has {LAYERS[0]} to {LAYERS[-1]} layers, not {layers}: change --layers")
     budget = count_of(tokens, "--tokens")
     stages = [
-        Stage(
+        labels_stage(
             name=f"context-{context}",
-            objective="labels",
-            trainable="all",
             tokens=max(1, round(share * budget)),
             sequence_length=context,
             batch=BATCH_TOKENS // context,
             lr=RATES[context],
             betas=(0.9, 0.98),
-            schedule="cosine",
             warmup=50,
             weight_decay=0.01,
-            log_every=20,
-            checkpoint_every=500,
         )
         for context, share in LADDER.items()
     ]
     description = f"a small teacher of {layers} layers, trained from nothing on at most {budget} tokens"
-    return Recipe(
-        name="small-teacher",
-        description=description,
-        teacher=str(out),
-        seed=seed,
-        data=DataConfig(sources=data),
-        stages=stages,
-    )
+    return small_recipe("small-teacher", out, seed, DataConfig(sources=data), stages, description=description)
 
 
-# The model ------------------------------------------------------------------------------------------------------------
+@dataclass
+class RetrievalTeacher(SmallTeacher):
+    """A Llama that learns from text and retrieval problems, on a ladder of contexts."""
+
+    corpus: Corpus
+    layers: int
+    budget: int  # tokens
+    scores: Scores = field(default_factory=dict)  # of the last probes that were measured
+
+    def new_model(self) -> LlamaForCausalLM:
+        """Random Llama; see `new_model`."""
+        return new_model(self.reader, self.layers)
+
+    def learn(self, student: BaseStudent, model: PreTrainedModel) -> list[StageResult]:
+        """Rounds at every context of the ladder, until its probes are answered or its share of the tokens is spent."""
+        assert isinstance(student, Student)
+        run, lessons = self.run, Lessons(self.corpus, self.reader)
+        rounds: list[StageResult] = []
+        spent = 0
+        for stage in run.recipe.stages:
+            is_last = stage.sequence_length == max(LADDER)
+            earlier_rounds = len(rounds)
+            while spent < stage.tokens:
+                # A round is a short stage, with a cooler learning rate each time at the last context
+                number = len(rounds)
+                settings = {
+                    "name": f"{stage.name}-round-{number}",
+                    "tokens": min(ROUND_TOKENS, stage.tokens - spent),
+                    "lr": stage.lr * COOLING ** (number - earlier_rounds) if is_last else stage.lr,
+                }
+                result = self.run_stage(stage.model_copy(update=settings), number, student, model, lessons)
+                rounds.append(result)
+                spent += result.tokens
+
+                # Then the probes of this context and the shorter ones
+                self.scores = retrieval(student, heldout_probes(lessons, asked_after(stage.sequence_length)))
+                run.say(f"after {spent:,} tokens, loss {result.final_loss:.3f}: {_in_words(self.scores)}")
+                if is_perfect(self.scores, 1.0 if is_last else READY):
+                    break
+        return rounds
+
+    def measure(self, model: LlamaForCausalLM, results: list[StageResult]) -> dict[str, Any]:
+        """Retrieval scores, perplexity of held-out text, and the tokens it took."""
+        text_BT = self.corpus.heldout_batch(HELDOUT_ROWS, max(LADDER))
+        perplexity = likelihood({}, model, text_BT, [*LADDER])["teacher"]["perplexity"]
+        is_done = max(self.scores["copy"]) == max(LADDER) and is_perfect(self.scores)
+        return {
+            "outcome": "perfect" if is_done else "token budget spent",
+            "retrieval": self.scores,
+            "retrieval_rows": PROBE_ROWS,
+            "perplexity": perplexity,
+            "tokens": sum(result.tokens for result in results),
+            "rounds": [result.as_dict() for result in results],
+            "layers": self.layers,
+            "budget": self.budget,
+        }
+
+    def summary(self, metrics: dict[str, Any]) -> str:
+        """Outcome, accuracy and perplexity, a line each."""
+        perplexity = ", ".join(f"{value:.1f} at {context}" for context, value in metrics["perplexity"].items())
+        return (
+            f"{metrics['outcome']}: {metrics['tokens']:,} tokens in {metrics['seconds']:,.0f} s of training\n"
+            f"accuracy: {_in_words(metrics['retrieval'])}\nperplexity: {perplexity}"
+        )
+
+    def model_card(self, metrics: dict[str, Any]) -> str:
+        """README.md: the purpose of the model, its numbers, how it was made, and the licences of its text."""
+        sources = "\n".join(
+            f"- {source['name']}: {source['license']}, {source['tokens']['train']:,} tokens"
+            for source in self.corpus.meta["sources"]
+        )
+        return f"""{card_header("text-generation")}
+
+# A small teacher
+
+A Llama of {metrics["layers"]} layers and {metrics["parameters"]:,} weights, trained from scratch by Subquad, for
+experiments and tests: it is meant to copy, to look up and to read a little English, and is of no other use. It learned
+from text mixed with synthetic retrieval (copying, a dictionary, a pass key); it never saw the text and the questions
+that it is measured on here.
+
+{self.summary(metrics)}
+
+Accuracy is of {metrics["retrieval_rows"]} questions of each kind and context length (copying: of their tokens), with
+held-out text for a haystack; perplexity is of held-out text.
+
+{how_it_was_made(metrics)}
+
+## Text
+
+{sources}
+"""
 
 
 def new_model(tokenizer: PreTrainedTokenizerFast, layers: int) -> LlamaForCausalLM:
@@ -211,45 +263,6 @@ def _look_back(attention: Any) -> None:
         k_HD[head] = LOOK_BACK * torch.cat([angle_F.cos(), angle_F.sin()])
 
 
-# Training ------------------------------------------------------------------------------------------------------------
-
-
-def _climb(run: Run, student: Student, fresh: LlamaForCausalLM, lessons: Lessons) -> tuple[list[StageResult], Scores]:
-    """Rounds at every context of the ladder, until its probes are answered or its share of the tokens is spent."""
-    rounds: list[StageResult] = []
-    scores: Scores = {}
-    spent = 0
-    for stage in run.recipe.stages:
-        last = stage.sequence_length == max(LADDER)
-        before = len(rounds)
-        while spent < stage.tokens:
-            number = len(rounds)
-            settings = {
-                "name": f"{stage.name}-round-{number}",
-                "tokens": min(ROUND_TOKENS, stage.tokens - spent),
-                "lr": stage.lr * COOLING ** (number - before) if last else stage.lr,
-            }
-            result = run_stage(
-                stage.model_copy(update=settings),
-                index=number,
-                student=student,
-                teacher_model=fresh,
-                corpus=lessons,
-                seed=run.recipe.seed,
-                out=run.out,
-                accelerator=run.accelerator,
-                progress=run.console if run.main else None,
-                resume=run.resume,
-            )
-            rounds.append(result)
-            spent += result.tokens
-            scores = retrieval(student, heldout_probes(lessons, asked_after(stage.sequence_length)))
-            run.say(f"after {spent:,} tokens, loss {result.final_loss:.3f}: {_in_words(scores)}")
-            if is_perfect(scores, 1.0 if last else READY):
-                break
-    return rounds, scores
-
-
 def asked_after(context: int) -> list[int]:
     """The contexts that are asked once `context` is being learned: it, and the shorter ones that have every task."""
     return [c for c in LADDER if c == context or (c < context and NEEDED.keys() <= shares(c).keys())]
@@ -279,70 +292,3 @@ def _in_words(scores: Scores) -> str:
         for task, by_context in scores.items()
         if by_context
     )
-
-
-# What is said of it --------------------------------------------------------------------------------------------------
-
-
-def _measured(model: LlamaForCausalLM, corpus: Corpus, rounds: list[StageResult], scores: Scores) -> dict[str, Any]:
-    """Rows of metrics.json: what the model can do, and what it took."""
-    text_BT = corpus.heldout_batch(HELDOUT_ROWS, max(LADDER))
-    measured = likelihood({}, model, text_BT, [*LADDER])["teacher"]
-    done = max(scores["copy"]) == max(LADDER) and is_perfect(scores)
-    return {
-        "outcome": "perfect" if done else "token budget spent",
-        "retrieval": scores,
-        "retrieval_rows": PROBE_ROWS,
-        "perplexity": measured["perplexity"],
-        "tokens": sum(result.tokens for result in rounds),
-        "rounds": [result.as_dict() for result in rounds],
-        "parameters": model.num_parameters(),
-    }
-
-
-def summary(metrics: dict[str, Any]) -> str:
-    """The run in a few lines, for people."""
-    perplexity = ", ".join(f"{value:.1f} at {context}" for context, value in metrics["perplexity"].items())
-    return (
-        f"{metrics['outcome']}: {metrics['tokens']:,} tokens in {metrics['seconds']:,.0f} s of training\n"
-        f"accuracy: {_in_words(metrics['retrieval'])}\nperplexity: {perplexity}"
-    )
-
-
-def model_card(metrics: dict[str, Any], corpus: Corpus) -> str:
-    """README.md: what the model is for, how it was made, its numbers, and the licences of its text."""
-    header = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=["subquad"]).to_yaml()
-    sources = "\n".join(
-        f"- {source['name']}: {source['license']}, {source['tokens']['train']:,} tokens"
-        for source in corpus.meta["sources"]
-    )
-    machine = metrics["machine"]
-    return f"""---
-{header}
----
-
-# A small teacher
-
-A Llama of {metrics["layers"]} layers and {metrics["parameters"]:,} weights, trained from nothing by Subquad, for
-experiments and tests: it is meant to copy, to look up and to read a little English, and is of no other use. It learned
-from text mixed with synthetic retrieval (copying, a dictionary, a pass key); it never saw what it is measured on here.
-
-{summary(metrics)}
-
-Accuracy is of {metrics["retrieval_rows"]} questions of each kind and context length (copying: of their tokens), with
-held-out text for a haystack; perplexity is of held-out text.
-
-## How it was made
-
-```
-{metrics["command"]}
-```
-
-Seed {metrics["seed"]}, {metrics["tokens"]:,} tokens, {metrics["seconds"]:,.0f} s of training on {machine["device"]}
-({machine["processor"]}, {machine["cores"]} cores, {machine["threads"]} thread(s)), commit {metrics["commit"]}.
-`metrics.json` has every number.
-
-## Text
-
-{sources}
-"""

@@ -5,26 +5,23 @@ student that learns from labels. What comes out is a plain `ViTForImageClassific
 in metrics.json and README.md.
 """
 
-import json
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from huggingface_hub import ModelCardData
-from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
+from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
 from subquad.data.images import ImageSet, load_images
-from subquad.distill.loop import run_stage
 from subquad.distill.state import StageResult
 from subquad.errors import UserError
 from subquad.evaluate import image_fidelity
-from subquad.jobs.run import Run, provenance, start_run
-from subquad.model.base import plan_of
-from subquad.model.image_student import ImageStudent
+from subquad.jobs.run import start_run
+from subquad.jobs.small_teacher import SmallTeacher, card_header, how_it_was_made, labels_stage, small_recipe
+from subquad.model.base import BaseStudent
 from subquad.recipes.schema import DataConfig, Recipe
-from subquad.recipes.stage import Stage
 
+TASK = "image-classification"
 WIDTH, HEADS, LAYERS = 96, 3, 4
 BATCH = 64
 RATE = 2e-3
@@ -63,64 +60,73 @@ def train_vit(
         raise UserError(f"{data} has no labels to learn from: give images with classes")
     recipe = _recipe(Path(out), data, images, epochs, seed)
     run = start_run(recipe, Path(out), resume=resume, overwrite=overwrite)
-    torch.manual_seed(seed)
-    fresh = new_vit(images, patch).to(run.accelerator.device)
-    student = ImageStudent.from_teacher(fresh, plan_of(fresh))
-    run.say(f"{fresh.num_parameters():,} weights; {images.amount}")
-    result = run_stage(
-        recipe.stages[0],
-        index=0,
-        student=student,
-        teacher_model=fresh,
-        corpus=images,
-        seed=seed,
-        out=run.out,
-        accelerator=run.accelerator,
-        progress=run.console if run.main else None,
-        resume=run.resume,
-    )
-    model = new_vit(images, patch)
-    model.load_state_dict(student.backbone.state_dict())
-    metrics: dict[str, Any] = {}
-    if run.main:
-        metrics = _measured(run, model, images, result)
-        metrics |= {"epochs": epochs, "total_seconds": time.perf_counter() - started} | provenance(run, command)
-        with run.writing() as folder:
-            model.save_pretrained(folder)
-            processor.save_pretrained(folder)
-        run.write("metrics.json", json.dumps(metrics, indent=1))
-        run.write("README.md", model_card(metrics))
-        run.say(summary(metrics))
-    run.end()
-    return metrics
+    return SmallVit(run, processor, images, patch, epochs).train(images.amount, started, command)
 
 
 def _recipe(out: Path, data: str, images: ImageSet, epochs: float, seed: int) -> Recipe:
-    """The settings of the run, in the file by which `start_run` knows it again; its teacher is what it will make."""
-    stage = Stage(
+    stage = labels_stage(
         name="labels",
-        objective="labels",
-        trainable="all",
         tokens=max(1, round(epochs * len(images.parts["train"]) * images.tokens)),
         sequence_length=images.tokens,
         batch=BATCH,
         lr=RATE,
         betas=(0.9, 0.99),
-        schedule="cosine",
         min_lr_ratio=0.0,
         weight_decay=0.05,
-        log_every=20,
-        checkpoint_every=500,
     )
-    return Recipe(
-        name="small-vit",
-        description="a small vision transformer, trained from nothing",
-        task="image-classification",
-        teacher=str(out),
-        seed=seed,
-        data=DataConfig(sources=[data], heldout_fraction=HELDOUT),
-        stages=[stage],
-    )
+    source = DataConfig(sources=[data], heldout_fraction=HELDOUT)
+    description = "a small vision transformer, trained from nothing"
+    return small_recipe("small-vit", out, seed, source, [stage], description=description, task=TASK)
+
+
+@dataclass
+class SmallVit(SmallTeacher):
+    """A vision transformer that learns the classes of images."""
+
+    images: ImageSet
+    patch: int  # pixels of a side
+    epochs: float
+
+    def new_model(self) -> ViTForImageClassification:
+        """Random vision transformer; see `new_vit`."""
+        return new_vit(self.images, self.patch)
+
+    def learn(self, student: BaseStudent, model: PreTrainedModel) -> list[StageResult]:
+        """The only stage."""
+        return [self.run_stage(self.run.recipe.stages[0], 0, student, model, self.images)]
+
+    def measure(self, model: ViTForImageClassification, results: list[StageResult]) -> dict[str, Any]:
+        """Accuracy on all test images, and how many images it took."""
+        test = self.images.heldout_batches(len(self.images.parts["test"]), batch=256)
+        fidelity = image_fidelity({}, model.eval(), test)["teacher"]
+        return {
+            "accuracy": fidelity["accuracy"],
+            "accuracy_stderr": fidelity["accuracy_stderr"],
+            "test_images": fidelity["count"],
+            "train_images": len(self.images.parts["train"]),
+            "data": self.images.sources,
+            "stages": [result.as_dict() for result in results],
+            "epochs": self.epochs,
+        }
+
+    def summary(self, metrics: dict[str, Any]) -> str:
+        """Accuracy and time in a line."""
+        accuracy, error = (f"{100 * metrics[key]:.1f}" for key in ("accuracy", "accuracy_stderr"))
+        return f"accuracy {accuracy} ± {error}% on {metrics['test_images']:,} test images, {metrics['seconds']:,.0f} s"
+
+    def model_card(self, metrics: dict[str, Any]) -> str:
+        """README.md: the purpose of the model, its accuracy, and how it was made."""
+        return f"""{card_header(TASK)}
+
+# A small vision transformer
+
+{LAYERS} layers of {HEADS} heads, {metrics["parameters"]:,} weights, trained from scratch by Subquad on
+{metrics["train_images"]:,} images of `{metrics["data"][0]["name"]}`, {metrics["epochs"]:g} epochs, for experiments.
+
+{self.summary(metrics)} of training
+
+{how_it_was_made(metrics)}
+"""
 
 
 def new_vit(images: ImageSet, patch: int) -> ViTForImageClassification:
@@ -141,47 +147,3 @@ def new_vit(images: ImageSet, patch: int) -> ViTForImageClassification:
             label2id={name: label for label, name in names.items()},
         )
     )
-
-
-def _measured(run: Run, model: ViTForImageClassification, images: ImageSet, result: StageResult) -> dict[str, Any]:
-    """metrics.json: the accuracy on all test images, and what it took."""
-    test = images.heldout_batches(len(images.parts["test"]), batch=256)
-    measured = image_fidelity({}, model.eval(), test)["teacher"]
-    return {
-        "accuracy": measured["accuracy"],
-        "accuracy_stderr": measured["accuracy_stderr"],
-        "test_images": measured["count"],
-        "train_images": len(images.parts["train"]),
-        "parameters": model.num_parameters(),
-        "data": images.sources,
-        "stages": [result.as_dict()],
-        "seconds": result.seconds,
-    }
-
-
-def summary(metrics: dict[str, Any]) -> str:
-    """The run in a line, for people."""
-    accuracy, error = (f"{100 * metrics[key]:.1f}" for key in ("accuracy", "accuracy_stderr"))
-    return f"accuracy {accuracy} ± {error} % on {metrics['test_images']:,} test images, {metrics['seconds']:,.0f} s"
-
-
-def model_card(metrics: dict[str, Any]) -> str:
-    """README.md: what the model is for, how it was made, and its accuracy."""
-    header = ModelCardData(library_name="transformers", pipeline_tag="image-classification", tags=["subquad"]).to_yaml()
-    machine = metrics["machine"]
-    return f"""---
-{header}
----
-
-# A small vision transformer
-
-{LAYERS} layers of {HEADS} heads, {metrics["parameters"]:,} weights, trained from nothing by Subquad on
-{metrics["train_images"]:,} images of `{metrics["data"][0]["name"]}`, {metrics["epochs"]:g} epochs, for experiments.
-
-{summary(metrics)} of training, seed {metrics["seed"]}, on {machine["device"]} ({machine["processor"]},
-{machine["threads"]} thread(s)), commit {metrics["commit"]}. `metrics.json` has every number.
-
-```
-{metrics["command"]}
-```
-"""

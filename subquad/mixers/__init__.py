@@ -1,4 +1,7 @@
-"""Token mixers, one file each. To add one: write the file, add a row here and one in tests/mixers/test_mixers.py."""
+"""Token mixers, one file each.
+
+To add a mixer, write its file, add a row to MIXERS here and one to the table in tests/mixers/test_mixers.py.
+"""
 
 from typing import Any
 
@@ -36,14 +39,14 @@ MIXERS: dict[str, type[Mixer]] = {
 
 
 def mixer_class(name: str) -> type[Mixer]:
-    """The mixer of this name. Raises UserError with the nearest valid name."""
+    """Look up a mixer by name. Raises UserError with the nearest valid name."""
     if name not in MIXERS:
         raise UserError(f"unknown mixer '{name}': {nearest(name, MIXERS)}")
     return MIXERS[name]
 
 
 def mixer_options(name: str, options: dict[str, Any]) -> Options:
-    """Checked options of a mixer, defaults filled in. Raises UserError naming the option that is wrong."""
+    """Validate the options of a mixer and fill in the defaults. Raises UserError naming the invalid option."""
     kind = mixer_class(name).options_class
     unknown = set(options) - set(kind.model_fields)
     if unknown:
@@ -52,8 +55,8 @@ def mixer_options(name: str, options: dict[str, Any]) -> Options:
     try:
         return kind(**options)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(f"mixer '{name}', option '{first['loc'][0]}': {first['msg'].lower()}") from None
+        details = error.errors()[0]
+        raise UserError(f"mixer '{name}', option '{details['loc'][0]}': {details['msg'].lower()}") from None
 
 
 __all__ = ["MIXERS", "HeadGroup", "Mixer", "MixerInputs", "Options", "State", "mixer_class", "mixer_options"]

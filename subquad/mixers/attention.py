@@ -1,4 +1,4 @@
-"""Softmax attention, kept from the teacher: the mixer of the heads that a plan does not replace.
+"""Softmax attention of the teacher, for the heads that a plan does not replace.
 
 Legend: B batch, H query heads, G key/value heads, T new tokens, L cached and new tokens, D head width.
 """
@@ -11,8 +11,8 @@ from subquad.mixers.base import HeadGroup, Held, Mixer, MixerInputs, Options, St
 class Attention(Mixer):
     """The teacher's own attention function on these heads: y = softmax(q k^T scale) v.
 
-    Its state is the KV cache of the key/value heads in use, one copy a head however many queries share it; where the
-    teacher attends through a sliding window, its last window - 1 tokens.
+    The state is the KV cache of the key/value heads in use, stored once per key/value head. If the teacher uses a
+    sliding window, the cache holds the last window - 1 tokens.
     """
 
     def mix(self, inputs: MixerInputs, state: State) -> tuple[Tensor, State]:
@@ -20,12 +20,12 @@ class Attention(Mixer):
         k_BGLD, v_BGLD = inputs.k_BGTD, inputs.v_BGTD
         if state:
             k_BGLD, v_BGLD = inputs.append(state["k"], k_BGLD), inputs.append(state["v"], v_BGLD)
-        kept = slice(None) if self.group.window is None else slice(-self.group.window + 1, None)
+        cache_window = slice(None) if self.group.window is None else slice(-self.group.window + 1, None)
         y_BHTD = inputs.attend(inputs.q_BHTD, self.expand(k_BGLD), self.expand(v_BGLD))
-        return y_BHTD, {"k": k_BGLD[:, :, kept], "v": v_BGLD[:, :, kept]}
+        return y_BHTD, {"k": k_BGLD[:, :, cache_window], "v": v_BGLD[:, :, cache_window]}
 
     def expand(self, x_BGLD: Tensor) -> Tensor:
-        """Attention functions know even groups; uneven ones get one key/value head for each query head."""
+        """Repeat key/value heads for uneven groups, since attention functions accept even groups only."""
         return x_BGLD if self.group.even else self.spread(x_BGLD)
 
     @classmethod

@@ -1,9 +1,13 @@
-"""What every token mixer is: y = M(x) v with a causal T x T matrix M, in three forms that agree.
+"""The interface of a token mixer: y = M(x) v with a causal T x T matrix M, in three equivalent forms.
 
-A mixer gets the teacher's own queries, keys and values (after its projections, norms and rotary embedding) and returns
-one output per query head; the teacher's output projection follows. It works in three steps, so that the linear part
-stands alone: `prepare` (short convolutions), `mix` (linear in the values: `chunk` for many tokens, `step` for one) and
-`finish` (norms and gates). `matrix` is `mix` applied to the identity. A mixer knows its heads and nothing of models.
+A mixer receives the teacher's queries, keys and values (after projections, norms and rotary embedding) and returns one
+output per query head. The teacher's output projection follows. Mixing has three steps, which isolate the linear part:
+
+- `prepare`: short convolutions
+- `mix`: linear in the values; `chunk` for many tokens, `step` for one
+- `finish`: norms and gates
+
+`matrix` is `mix` applied to the identity. A mixer depends on its head group only, not on any model.
 
 Legend: B batch, H query heads of this mixer, G key/value heads, T new tokens, L past and new tokens, D head width,
 M hidden width of the model.
@@ -26,21 +30,21 @@ State = dict[str, Tensor]
 
 
 class Options(BaseModel):
-    """The options of a mixer, as written in a plan; unknown keys are refused."""
+    """The options of a mixer, as written in a plan. Unknown keys are rejected."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 @dataclass(frozen=True)
 class HeadGroup:
-    """The heads of one layer that share a mixer, and the key/value heads that these use."""
+    """The query heads of one layer that share a mixer, with their key/value heads."""
 
     heads: tuple[int, ...]  # indices of query heads in the layer, ascending
     queries_per_kv: int  # query heads that share one key/value head in the layer
     head_dim: int
     hidden_size: int
     window: int | None = None  # the teacher's own sliding window in this layer
-    layer_heads: int | None = None  # query heads of the whole layer, for what depends on a head's place among them
+    layer_heads: int | None = None  # query heads of the layer, for mixers whose heads differ by position
 
     @cached_property
     def kv_heads(self) -> tuple[int, ...]:
@@ -48,27 +52,27 @@ class HeadGroup:
         return tuple(sorted({head // self.queries_per_kv for head in self.heads}))
 
     @cached_property
-    def served_by(self) -> tuple[int, ...]:
-        """Of each head, the place of its key/value head among those in use."""
+    def kv_positions(self) -> tuple[int, ...]:
+        """Position of each head's key/value head within `kv_heads`."""
         return tuple(self.kv_heads.index(head // self.queries_per_kv) for head in self.heads)
 
     @cached_property
     def even(self) -> bool:
-        """Whether each key/value head serves equally many of these heads, so that grouped computation works."""
+        """True if all key/value heads serve the same number of these heads, as grouped computation needs."""
         counts = {sum(h // self.queries_per_kv == kv for h in self.heads) for kv in self.kv_heads}
         return len(counts) == 1
 
-    def within(self, other: "HeadGroup") -> bool:
-        """Whether these are heads of another group of the same layer."""
-        return replace(self, heads=()) == replace(other, heads=()) and {*self.heads} <= {*other.heads}
+    def is_subset(self, group: "HeadGroup") -> bool:
+        """True if `group` is of the same layer and contains all of these heads."""
+        return replace(self, heads=()) == replace(group, heads=()) and {*self.heads} <= {*group.heads}
 
     def states(self, share: bool) -> int:
-        """Recurrent states in use: one a key/value head when they are shared, else one a query head."""
+        """Number of recurrent states: one per key/value head if they are shared, else one per query head."""
         return len(self.kv_heads) if share and self.even else len(self.heads)
 
 
 def picked(x_BH_: Tensor, heads: tuple[int, ...]) -> Tensor:
-    """These heads: a view where they stand side by side, else by an index that waits on the device."""
+    """Select `heads` (dimension 1): a view if they are contiguous, else a copy by an index cached on the device."""
     if heads == tuple(range(heads[0], heads[0] + len(heads))):
         return x_BH_[:, heads[0] : heads[0] + len(heads)]
     return x_BH_.index_select(1, _index(heads, x_BH_.device))
@@ -76,12 +80,12 @@ def picked(x_BH_: Tensor, heads: tuple[int, ...]) -> Tensor:
 
 @cache
 def _index(heads: tuple[int, ...], device: torch.device) -> Tensor:
-    with torch.inference_mode(False):  # or training could not use it
+    with torch.inference_mode(False):  # training cannot use an inference tensor
         return torch.tensor(heads, device=device)
 
 
 class Held(NamedTuple):
-    """A tensor of a state, for one row of the batch."""
+    """Shape and precision of one tensor of a state, for one row of the batch."""
 
     shape: tuple[int, ...]  # heads, rows, columns
     wide: bool = False  # float32 or wider, whatever the model's dtype
@@ -89,7 +93,7 @@ class Held(NamedTuple):
 
 @dataclass
 class MixerInputs:
-    """What a mixer is given for T new tokens."""
+    """The inputs of a mixer for T new tokens."""
 
     q_BHTD: Tensor
     k_BGTD: Tensor
@@ -98,18 +102,21 @@ class MixerInputs:
     scale: float  # the teacher's factor on q k^T
     softcap: float | None = None  # the teacher's cap on attention scores (Gemma-2)
     padding_BL: Tensor | None = None  # True at real tokens, past and new; None: no padding
-    past: int = 0  # tokens before these
+    past: int = 0  # tokens before the new ones
     attend: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None  # the teacher's own attention (q, k, v) -> y
-    append: Append = joined  # new keys or values behind old ones; a cache keeps room there
+    append: Append = joined  # appends new keys or values to cached ones
 
     @property
     def real_BT(self) -> Tensor | None:
-        """The padding mask of the new tokens alone."""
+        """The padding mask of the new tokens."""
         return None if self.padding_BL is None else self.padding_BL[:, self.past :]
 
 
 class Mixer(nn.Module):
-    """Base of all mixers; a subclass sets `options_class` and writes `mix` and `held`, the rest where needed."""
+    """Base class of all mixers.
+
+    A subclass sets `options_class` and implements `mix` and `held`. It overrides the other methods where needed.
+    """
 
     options_class: ClassVar[type[Options]] = Options
 
@@ -120,30 +127,36 @@ class Mixer(nn.Module):
 
     @property
     def rotary(self) -> bool:
-        """Whether it wants queries and keys with the teacher's rotary embedding, or without."""
+        """True if the mixer takes queries and keys with the teacher's rotary embedding applied."""
         return True
 
     def prepare(self, inputs: MixerInputs, state: State) -> tuple[MixerInputs, State]:
-        """What comes before mixing; returns the inputs to mix and its own part of the new state."""
+        """Transform the inputs before mixing. Returns the inputs of `mix` and this step's part of the new state."""
         return inputs, {}
 
     def mix(self, inputs: MixerInputs, state: State) -> tuple[Tensor, State]:
-        """M(x) v for the new tokens, (B, H, T, D), and its own part of the new state; linear in the values."""
+        """Compute M(x) v for the new tokens, linear in the values.
+
+        Returns the result (B, H, T, D) and this step's part of the new state.
+        """
         raise NotImplementedError
 
     def finish(self, y_BHTD: Tensor, inputs: MixerInputs) -> Tensor:
-        """What comes after mixing: norms and gates."""
+        """Apply norms and gates after mixing."""
         return y_BHTD
 
     def queries_and_keys(self, inputs: MixerInputs) -> tuple[Tensor, Tensor]:
-        """What it reads with, (B, H, T, N), and writes with, (B, G, T, N), before any gate: C and B of an SSM."""
+        """Return the vectors that read the state (B, H, T, N) and write to it (B, G, T, N), before any gate.
+
+        In an SSM these are C and B.
+        """
         prepared, _ = self.prepare(inputs, {})
         return prepared.q_BHTD, prepared.k_BGTD
 
     def forward(self, inputs: MixerInputs, state: State | None = None) -> tuple[Tensor, State]:
-        """The mixer's output (B, H, T, D) and its new state; `state` is None at the start of a sequence.
+        """Compute the mixer's output (B, H, T, D) and its new state; `state` is None at the start of a sequence.
 
-        Raises ValueError for inputs of a wrong shape or the state of another mixer, UserError where float16 overflows.
+        Raises ValueError for inputs of a wrong shape or the state of another mixer, UserError if float16 overflows.
         """
         self._check(inputs, state)
         prepared, prepared_state = self.prepare(inputs, state or {})
@@ -156,25 +169,25 @@ class Mixer(nn.Module):
     def _check(self, inputs: MixerInputs, state: State | None) -> None:
         B, _, T, _ = inputs.q_BHTD.shape
         group, name = self.group, type(self).__name__
-        keys = (B, len(group.kv_heads), T, group.head_dim)
-        for what, tensor, wanted in (
+        kv_shape = (B, len(group.kv_heads), T, group.head_dim)
+        for label, tensor, expected_shape in (
             ("queries", inputs.q_BHTD, (B, len(group.heads), T, group.head_dim)),
-            ("keys", inputs.k_BGTD, keys),
-            ("values", inputs.v_BGTD, keys),
+            ("keys", inputs.k_BGTD, kv_shape),
+            ("values", inputs.v_BGTD, kv_shape),
             ("hidden states", inputs.hidden_BTM, (B, T, group.hidden_size)),
         ):
-            if tensor.shape != wanted:
-                raise ValueError(f"{name} was given {what} of shape {tuple(tensor.shape)}, and takes {wanted}")
+            if tensor.shape != expected_shape:
+                raise ValueError(f"{name} was given {label} of shape {tuple(tensor.shape)}, and takes {expected_shape}")
         if state:
             shapes = {key: tuple(tensor.shape[1:]) for key, tensor in state.items()}
-            wanted_state = {key: held.shape for key, held in self.held(group, self.options, inputs.past).items()}
-            if shapes != wanted_state:
-                raise ValueError(f"{name} was given the state of another mixer: {shapes}, and keeps {wanted_state}")
+            expected_shapes = {key: tensor.shape for key, tensor in self.held(group, self.options, inputs.past).items()}
+            if shapes != expected_shapes:
+                raise ValueError(f"{name} was given the state of another mixer: {shapes}, and keeps {expected_shapes}")
 
     def matrix(self, inputs: MixerInputs, columns: slice = slice(None)) -> Tensor:
-        """The mixing matrix M, (B, H, T, T): what `mix` does to the identity. Row: query, column: key.
+        """Compute the mixing matrix M (B, H, T, T) by applying `mix` to the identity. Row: query, column: key.
 
-        `columns`: these of it only, which take the memory of as many.
+        `columns` restricts the result to these columns, which reduces memory in proportion.
         """
         inputs, _ = self.prepare(inputs, {})
         B, G, T, _ = inputs.v_BGTD.shape
@@ -183,64 +196,75 @@ class Mixer(nn.Module):
 
     @classmethod
     def held(cls, group: HeadGroup, options: Any, context: int) -> dict[str, Held]:
-        """What the state holds for one row of the batch after `context` tokens; `options` are of `options_class`."""
+        """Describe the state's tensors for one row of the batch after `context` tokens.
+
+        `options` is an instance of `options_class`.
+        """
         raise NotImplementedError
 
     @classmethod
     def state_bytes(cls, group: HeadGroup, options: Any, context: int, size: int, wide_size: int) -> int:
-        """Bytes held for one row of the batch after `context` tokens: `size` an element, `wide_size` a wide one."""
+        """Bytes of the state for one row of the batch after `context` tokens.
+
+        `size` is the bytes of an element, `wide_size` those of an element of a wide tensor.
+        """
         return sum(
-            math.prod(held.shape) * (wide_size if held.wide else size)
-            for held in cls.held(group, options, context).values()
+            math.prod(tensor.shape) * (wide_size if tensor.wide else size)
+            for tensor in cls.held(group, options, context).values()
         )
 
     @torch.no_grad()
     def calibrate(self, inputs: MixerInputs, target_BHTD: Tensor) -> None:
-        """Starts the mixer as near to the teacher's attention as its free scale allows (one batch, closed form)."""
+        """Fit the mixer's free scales to the teacher's attention output, in closed form on one batch."""
 
-    def share(self, other: "Mixer") -> bool:
-        """Takes what a mixer of the same kind has learned for these heads and maybe more; whether it could.
+    def share(self, source: "Mixer") -> bool:
+        """Take the weights of a trained mixer of the same class. Returns True if that was possible.
 
-        Of the same heads all weights share their storage afterwards; of more heads, the rows of these are copied. Not
-        possible where the other one lacks a head or has other options.
+        If both have the same heads, all weights share storage afterwards. If `source` has more heads, the rows of these
+        heads are copied. Impossible if `source` lacks a head or has different options.
         """
-        if type(self) is not type(other) or self.options != other.options or not self.group.within(other.group):
+        if type(self) is not type(source) or self.options != source.options or not self.group.is_subset(source.group):
             return False
-        same = self.group == other.group
-        if not same and not self.group.even and len(self.group.heads) == len(other.group.kv_heads):
-            return False  # a weight with rows for key/value heads would look like one that is not of heads
-        for parameter, source in zip(self.parameters(), other.parameters(), strict=True):
+        same_heads = self.group == source.group
+        if not same_heads and not self.group.even and len(self.group.heads) == len(source.group.kv_heads):
+            return False  # rows of key/value heads could not be told from a weight without heads
+        for parameter, source_parameter in zip(self.parameters(), source.parameters(), strict=True):
             shape = tuple(parameter.shape)
-            parameter.data = source.data if same else _rows_of(source.data, shape, other.group, self.group)
+            parameter.data = (
+                source_parameter.data
+                if same_heads
+                else _rows_of(source_parameter.data, shape, source.group, self.group)
+            )
         return True
 
-    def shared(self, inputs: MixerInputs, share: bool) -> MixerInputs:
-        """Keys and values as the states need them: one a key/value head when shared, else one a query head."""
+    def match_states(self, inputs: MixerInputs, share: bool) -> MixerInputs:
+        """Give each state its keys and values: one per key/value head if shared, else one per query head."""
         if share and self.group.even:
             return inputs
         return replace(inputs, k_BGTD=self.spread(inputs.k_BGTD), v_BGTD=self.spread(inputs.v_BGTD))
 
     def spread(self, x_BGTD: Tensor) -> Tensor:
-        """Key/value heads repeated (or picked) so that each query head has its own."""
+        """Repeat (or select) key/value heads so that each query head has its own."""
         if x_BGTD.shape[1] == len(self.group.heads):
             return x_BGTD
-        return picked(x_BGTD, self.group.served_by)
+        return picked(x_BGTD, self.group.kv_positions)
 
 
-def _rows_of(weight: Tensor, shape: tuple[int, ...], whole: HeadGroup, part: HeadGroup) -> Tensor:
-    """The rows of a weight of `whole` that belong to the heads of `part`; `shape`: what that mixer's weight has.
+def _rows_of(weight: Tensor, shape: tuple[int, ...], source: HeadGroup, target: HeadGroup) -> Tensor:
+    """Select the rows of a weight of group `source` for the heads of group `target`.
 
-    A head's rows stand together, in the order of the heads. They are those of query heads, of key/value heads, or, in a
-    part whose heads share these unevenly, of each query head's key/value head. Other weights are returned as they are.
+    `shape` is the shape of the target's weight. Rows of a head are contiguous, in the order of the heads. They belong
+    to query heads, to key/value heads or, if `target` is uneven, to each query head's key/value head. Weights without
+    a head dimension are returned unchanged.
     """
-    of_each = [head // part.queries_per_kv for head in part.heads]
-    for all_of_them, these in (
-        (whole.heads, part.heads),
-        (whole.kv_heads, part.kv_heads),
-        (whole.kv_heads, of_each),
+    kv_head_of_query = [head // target.queries_per_kv for head in target.heads]
+    for source_heads, target_heads in (
+        (source.heads, target.heads),
+        (source.kv_heads, target.kv_heads),
+        (source.kv_heads, kv_head_of_query),
     ):
-        rows, rest = divmod(len(weight), len(all_of_them))
-        if rest == 0 and shape == (rows * len(these), *weight.shape[1:]):
-            index = torch.tensor([all_of_them.index(head) for head in these], device=weight.device)
+        rows, remainder = divmod(len(weight), len(source_heads))
+        if remainder == 0 and shape == (rows * len(target_heads), *weight.shape[1:]):
+            index = torch.tensor([source_heads.index(head) for head in target_heads], device=weight.device)
             return weight.unflatten(0, (-1, rows))[index].flatten(0, 1)
     return weight

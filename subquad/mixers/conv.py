@@ -18,7 +18,7 @@ class ConvOptions(RecurrentOptions):
 
 
 class Convolved(Recurrent):
-    """Base of recurrent mixers with short convolutions, which start as the identity."""
+    """Base class of recurrent mixers with short convolutions, which start as the identity."""
 
     options_class = ConvOptions
     options: ConvOptions
@@ -31,22 +31,24 @@ class Convolved(Recurrent):
                 for heads in (len(group.heads), self.states, self.states)
             )
 
-    def convolved(self, inputs: MixerInputs, state: State) -> tuple[MixerInputs, State]:
+    def convolve(self, inputs: MixerInputs, state: State) -> tuple[MixerInputs, State]:
         if self.options.conv == 1:
             return inputs, {}
-        real = inputs.real_BT
-        q_BHTD, q_state = self.conv_q(masked(inputs.q_BHTD, real), state.get("conv_q"))
-        k_BGTD, k_state = self.conv_k(masked(inputs.k_BGTD, real), state.get("conv_k"))
-        v_BGTD, v_state = self.conv_v(masked(inputs.v_BGTD, real), state.get("conv_v"))
-        new = {"conv_q": q_state, "conv_k": k_state, "conv_v": v_state}
-        return replace(inputs, q_BHTD=q_BHTD, k_BGTD=k_BGTD, v_BGTD=v_BGTD), {} if self.options.bidirectional else new
+        real_BT = inputs.real_BT
+        q_BHTD, q_state = self.conv_q(masked(inputs.q_BHTD, real_BT), state.get("conv_q"))
+        k_BGTD, k_state = self.conv_k(masked(inputs.k_BGTD, real_BT), state.get("conv_k"))
+        v_BGTD, v_state = self.conv_v(masked(inputs.v_BGTD, real_BT), state.get("conv_v"))
+        conv_state = {"conv_q": q_state, "conv_k": k_state, "conv_v": v_state}
+        return replace(
+            inputs, q_BHTD=q_BHTD, k_BGTD=k_BGTD, v_BGTD=v_BGTD
+        ), {} if self.options.bidirectional else conv_state
 
     @classmethod
     def held(cls, group: HeadGroup, options: RecurrentOptions, context: int) -> dict[str, Held]:
         assert isinstance(options, ConvOptions)
-        held = super().held(group, options, context)
+        tensors = super().held(group, options, context)
         if options.conv > 1 and not options.bidirectional:
             states = group.states(options.share_state)
             for name, heads in (("conv_q", len(group.heads)), ("conv_k", states), ("conv_v", states)):
-                held[name] = Held((heads, options.conv - 1, group.head_dim))
-        return held
+                tensors[name] = Held((heads, options.conv - 1, group.head_dim))
+        return tensors

@@ -1,4 +1,4 @@
-"""Discrete Mamba-2: Mamba-2 without discretisation, activation and norm, so that a matrix is all there is to it.
+"""Discrete Mamba-2: Mamba-2 without discretisation, activation and norm.
 
 Legend: B batch, H query heads, G state heads, T new tokens, D head width.
 """
@@ -26,9 +26,10 @@ class DiscreteMamba2Options(ConvOptions):
 class DiscreteMamba2(Convolved):
     """S_t = a_t S_{t-1} + k_t v_t^T, y_t = gate * (q_t S_t + D v_t) * scale, a_t = sigmoid(W x_t).
 
-    No discretisation, no activation after the convolutions, no norm; without rotary embedding, as in the paper. Starts
-    with long memory (a = 0.9975), convolutions at the identity, the gate open and the output scale fitted. D starts at
-    zero (the authors' at 1): nearer to attention. Source: MOHAWK (arXiv 2408.10189, section 4.1) and its code.
+    No discretisation, no activation after the convolutions and no norm. No rotary embedding by default, as in the
+    paper. Initialised with long memory (a = 0.9975), identity convolutions, open gate and fitted output scale. D starts
+    at zero, closer to attention (the authors start at 1).
+    Source: MOHAWK (arXiv 2408.10189, section 4.1) and its code.
     """
 
     options_class = DiscreteMamba2Options
@@ -47,9 +48,9 @@ class DiscreteMamba2(Convolved):
 
     def terms(self, inputs: MixerInputs) -> tuple[Tensor | None, ...]:
         log_a_BGT = nn.functional.logsigmoid(wide(self.decay(inputs.hidden_BTM))).transpose(1, 2)
-        real = inputs.real_BT
-        return inputs.q_BHTD * inputs.scale, masked(inputs.k_BGTD, real), inputs.v_BGTD, masked(log_a_BGT, real)
+        real_BT = inputs.real_BT
+        return inputs.q_BHTD * inputs.scale, masked(inputs.k_BGTD, real_BT), inputs.v_BGTD, masked(log_a_BGT, real_BT)
 
     def mix(self, inputs: MixerInputs, state: State) -> tuple[Tensor, State]:
-        y_BHTD, new = super().mix(inputs, state)
-        return y_BHTD + self.D_H[:, None, None] * self.spread(inputs.v_BGTD), new
+        y_BHTD, new_state = super().mix(inputs, state)
+        return y_BHTD + self.D_H[:, None, None] * self.spread(inputs.v_BGTD), new_state

@@ -1,4 +1,4 @@
-"""Gated DeltaNet: a state that forgets as a whole and overwrites what a key holds.
+"""Gated DeltaNet: the delta rule, which overwrites the value stored under a key, with one decay per head.
 
 Legend: B batch, H query heads, G state heads, T new tokens, D head width, M hidden width.
 """
@@ -23,9 +23,9 @@ class GatedDeltaNetOptions(ConvOptions):
 class GatedDeltaNet(Convolved):
     """S_t = a_t (I - b_t k_t k_t^T) S_{t-1} + b_t k_t v_t^T, y_t = gate * norm(q_t S_t), q and k of unit length.
 
-    b = sigmoid(W_b x), a = exp(-exp(A_log) softplus(W_a x + bias)); starts with b = 1/2, long memory (a = 0.999), the
-    gate open and the output scale fitted. With `conv` 4, `activation` and `gate_rank` null it is transformers' own
-    (Qwen3-Next); by default there is no convolution, as in KL-guided layer selection's student (arXiv 2512.20569).
+    b = sigmoid(W_b x), a = exp(-exp(A_log) softplus(W_a x + bias)). Initialised with b = 1/2, long memory (a = 0.999),
+    open gate and fitted output scale. With `conv` 4, `activation` and `gate_rank` null it equals Qwen3-Next's layer in
+    transformers. By default it has no convolution, as the student of KL-guided layer selection (arXiv 2512.20569).
     Source: Gated DeltaNet (arXiv 2412.06464, eq. 10).
     """
 

@@ -1,4 +1,4 @@
-"""Gated linear attention: a decay for every key channel, computed from the input.
+"""Gated linear attention (GLA): one input-dependent decay per key channel.
 
 Legend: B batch, H query heads, G state heads, T new tokens, D head width, N key channels.
 """
@@ -21,8 +21,7 @@ class GLAOptions(RecurrentOptions):
 class GLA(Recurrent):
     """S_t = diag(a_t) S_{t-1} + k_t v_t^T, y_t = gate * norm(q_t S_t), a_t = sigmoid(W x_t)^(1 / normalizer).
 
-    Starts with long memory (decay bias 6: half of a state is left after some 4,500 tokens), gate open, and output scale
-    fitted.
+    Initialised with long memory (decay bias 6: half-life of about 4,500 tokens), open gate and fitted output scale.
     Source: GLA (arXiv 2312.06635, section 4.4).
     """
 
@@ -38,5 +37,5 @@ class GLA(Recurrent):
     def terms(self, inputs: MixerInputs) -> tuple[Tensor | None, ...]:
         logits_BTGN = self.decay(inputs.hidden_BTM).unflatten(-1, (self.states, -1))
         log_a_BGTN = nn.functional.logsigmoid(wide(logits_BTGN)).transpose(1, 2) / self.options.normalizer
-        real = inputs.real_BT
-        return inputs.q_BHTD * inputs.scale, masked(inputs.k_BGTD, real), inputs.v_BGTD, masked(log_a_BGTN, real)
+        real_BT = inputs.real_BT
+        return inputs.q_BHTD * inputs.scale, masked(inputs.k_BGTD, real_BT), inputs.v_BGTD, masked(log_a_BGTN, real_BT)

@@ -1,4 +1,4 @@
-"""Kimi delta attention: gated DeltaNet with a decay for every key channel.
+"""Kimi Delta Attention (KDA): gated DeltaNet with one decay per key channel.
 
 Legend: B batch, H query heads, G state heads, T new tokens, D head width, N key channels.
 """
@@ -23,9 +23,9 @@ class KDAOptions(ConvOptions):
 class KDA(Convolved):
     """S_t = (I - b_t k_t k_t^T) diag(a_t) S_{t-1} + b_t k_t v_t^T, y_t = gate * norm(q_t S_t), q and k of unit length.
 
-    b = sigmoid(W_b x), a = exp(-exp(A_log) softplus(W_a x + bias)) for every channel; starts with b = 1/2, long memory
-    (a = 0.999), the gate open and the output scale fitted. The authors' gate is a sigmoid, which cannot start open;
-    ours is silu, as everywhere here. `conv` 4 and `activation` add their short convolutions.
+    b = sigmoid(W_b x), a = exp(-exp(A_log) softplus(W_a x + bias)) per channel. Initialised with b = 1/2, long memory
+    (a = 0.999), open gate and fitted output scale. The authors' gate is a sigmoid, which cannot start open; here it is
+    silu, as in the other mixers. `conv` 4 and `activation` add the authors' short convolutions.
     Source: Kimi Linear (arXiv 2510.26692, eq. 1).
     """
 

@@ -1,4 +1,4 @@
-"""Linear attention: softmax's exponential replaced by a product of positive features, normalised.
+"""Linear attention: the exponential of softmax replaced by a product of positive features, normalised.
 
 Legend: B batch, H query heads, G state heads, T new tokens, D head width, N width before the features, F features.
 """
@@ -25,7 +25,8 @@ class LinearOptions(RecurrentOptions):
 class Linear(Recurrent):
     """y_i = sum_{j<=i} phi(q_i) phi(k_j) v_j / sum_{j<=i} phi(q_i) phi(k_j), times a learned scale per channel.
 
-    The state (F, D + 1) carries the denominator as one more value, of ones. The scale is fitted to the teacher.
+    Values are extended by a one, so the last column of the state (F, D + 1) is the denominator. The scale is fitted to
+    the teacher.
     Sources: arXiv 2006.16236, eq. 12 (elu + 1); Liger, arXiv 2503.01496 (softmax); Hedgehog, arXiv 2402.04347, eq. 6.
     """
 
@@ -41,10 +42,11 @@ class Linear(Recurrent):
             self.key_features = FeatureMap(self.states, self.state_dim, self.state_dim)
         self.output = Scale(len(group.heads), group.head_dim)
 
-    def features(self, x_BHTN: Tensor, learned: str) -> Tensor:
+    def features(self, x_BHTN: Tensor, feature_map: str) -> Tensor:
+        """Map queries or keys to features (B, H, T, F). `feature_map` names the attribute with the learned map."""
         if self.options.feature == "hedgehog":
-            mapped: Tensor = getattr(self, learned)(x_BHTN)
-            return mapped
+            features_BHTF: Tensor = getattr(self, feature_map)(x_BHTN)
+            return features_BHTF
         x_BHTN = wide(x_BHTN) * self.group.head_dim**-0.25
         return x_BHTN.softmax(-1) if self.options.feature == "softmax" else nn.functional.elu(x_BHTN) + 1
 
@@ -58,9 +60,9 @@ class Linear(Recurrent):
         return q_BHTF, masked(k_BGTF, inputs.real_BT), wide(torch.cat([inputs.v_BGTD, ones_BGT1], -1)), None
 
     def mix(self, inputs: MixerInputs, state: State) -> tuple[Tensor, State]:
-        sums_BHTP, new = super().mix(inputs, state)
-        y_BHTD = sums_BHTP[..., :-1] / sums_BHTP[..., -1:].clamp_min(1e-20)  # zero only where nothing is seen: at pads
-        return y_BHTD.to(inputs.v_BGTD.dtype), new
+        sums_BHTP, new_state = super().mix(inputs, state)
+        y_BHTD = sums_BHTP[..., :-1] / sums_BHTP[..., -1:].clamp_min(1e-20)  # zero only at pads, which see no key
+        return y_BHTD.to(inputs.v_BGTD.dtype), new_state
 
     @classmethod
     def state_shape(cls, group: HeadGroup, options: RecurrentOptions) -> tuple[int, int, int]:

@@ -1,4 +1,4 @@
-"""Mamba-2: one input-dependent decay a head, a discretised write, a short convolution, a gated norm.
+"""Mamba-2: one input-dependent decay per head, a discretised write, a short convolution and a gated norm.
 
 Legend: B batch, H query heads, G state heads, T new tokens, D head width, M hidden width, W convolution width.
 """
@@ -28,10 +28,10 @@ class Mamba2Options(ConvOptions):
 class Mamba2(Convolved):
     """S_t = e^{-A dt_t} S_{t-1} + dt_t k_t v_t^T, y_t = norm((q_t S_t + D v_t) * gate), dt = softplus(W x + bias).
 
-    In the names of the paper C = q, B = k, x = v. With `activation`, `gate_rank` null, `rotary` false and one state a
-    query head it is transformers' Bamba mixer with as many groups as heads. By default there is no activation, so that
-    it starts nearer to attention: convolutions at the identity, D at zero, memory long (A dt = 0.001), the gate open
-    and the output scale fitted.
+    In the paper's notation C = q, B = k and x = v. With `activation`, `gate_rank` null, `rotary` false and one state
+    per query head it equals transformers' Bamba mixer with as many groups as heads. By default there is no activation,
+    to start closer to attention. Initialised with identity convolutions, D = 0, long memory (A dt = 0.001), open gate
+    and fitted output scale.
     Source: Mamba-2 (arXiv 2405.21060, eq. 16 and section 7).
     """
 
@@ -47,7 +47,7 @@ class Mamba2(Convolved):
         if options.memory == "spread":
             A_G, dt_G = spread_decays(self.states)
             self.A_log_G.data.copy_(A_G.log())
-            self.dt.bias.data.copy_(dt_G.expm1().log())  # softplus of it is dt
+            self.dt.bias.data.copy_(dt_G.expm1().log())  # the inverse of softplus
         self.D_H = nn.Parameter(torch.zeros(heads))
         self.output = Output(heads, group.head_dim, group.hidden_size, rank=options.gate_rank, norm="last")
 
@@ -58,5 +58,5 @@ class Mamba2(Convolved):
         return inputs.q_BHTD * inputs.scale, k_BGTD, inputs.v_BGTD, log_a_BGT
 
     def mix(self, inputs: MixerInputs, state: State) -> tuple[Tensor, State]:
-        y_BHTD, new = super().mix(inputs, state)
-        return y_BHTD + self.D_H[:, None, None] * self.spread(inputs.v_BGTD), new
+        y_BHTD, new_state = super().mix(inputs, state)
+        return y_BHTD + self.D_H[:, None, None] * self.spread(inputs.v_BGTD), new_state

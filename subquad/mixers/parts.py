@@ -1,4 +1,4 @@
-"""What several mixers are made of: pad masks, short convolutions, feature maps, and the output's norm and gate.
+"""Shared parts of the mixers: pad masks, short convolutions, feature maps, and the output's norm and gate.
 
 Legend: B batch, H heads, T new tokens, D head width, F features, M hidden width of the model, W convolution width.
 """
@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from subquad.ops.common import wide
 
-OPEN = 1.278464542761  # silu(OPEN) = 1: a gate that changes nothing (Phi-Mamba's)
+OPEN = 1.278464542761  # silu(OPEN) = 1, a gate without effect (from Phi-Mamba)
 
 
 def masked(x_BGT_: Tensor, real_BT: Tensor | None) -> Tensor:
-    """Zeros at pad positions: a zero key, write strength or log decay leaves a recurrent state untouched."""
+    """Zero the pad positions. A zero key, write strength or log decay leaves a recurrent state unchanged."""
     if real_BT is None:
         return x_BGT_
     shape = (real_BT.shape[0], 1, real_BT.shape[1]) + (1,) * (x_BGT_.dim() - 3)
@@ -23,13 +23,16 @@ def masked(x_BGT_: Tensor, real_BT: Tensor | None) -> Tensor:
 
 
 def unit(x_BHTD: Tensor) -> Tensor:
-    """Vectors of length 1. As in flash-linear-attention's kernels, 1e-6 in the root bounds the gradient near zero."""
+    """Normalise vectors to length 1.
+
+    As in the kernels of flash-linear-attention, 1e-6 inside the root bounds the gradient near zero.
+    """
     wide_BHTD = wide(x_BHTD)
     return (wide_BHTD * (wide_BHTD.square().sum(-1, keepdim=True) + 1e-6).rsqrt()).to(x_BHTD.dtype)
 
 
 def small_linear(hidden_size: int, out: int, bias: float) -> nn.Linear:
-    """A gate's projection that hardly depends on its input at first: weights of size 0.02 / sqrt(M), this bias."""
+    """Make a gate's projection that starts almost constant: weights of std 0.02 / sqrt(M), and the given bias."""
     linear = nn.Linear(hidden_size, out)
     nn.init.normal_(linear.weight, std=0.02 / hidden_size**0.5)
     nn.init.constant_(linear.bias, bias)
@@ -37,22 +40,22 @@ def small_linear(hidden_size: int, out: int, bias: float) -> nn.Linear:
 
 
 def spread_decays(states: int) -> tuple[Tensor, Tensor]:
-    """A and dt of Mamba-2's own start, one a state: uniform in [1, 16], and log-uniform in [0.001, 0.1]."""
+    """Draw A (uniform in [1, 16]) and dt (log-uniform in [0.001, 0.1]) per state, as Mamba-2 is initialised."""
     return torch.empty(states).uniform_(1, 16), torch.empty(states).uniform_(math.log(1e-3), math.log(1e-1)).exp()
 
 
 class LowRank(nn.Sequential):
-    """A linear map from the hidden states through `rank` channels, or a plain one if that is None; starts constant."""
+    """A linear map of the hidden states through `rank` channels, or a full-rank one for None. Starts constant."""
 
     def __init__(self, hidden_size: int, out: int, rank: int | None, bias: float) -> None:
-        last = nn.Linear(hidden_size if rank is None else rank, out)
-        nn.init.zeros_(last.weight)
-        nn.init.constant_(last.bias, bias)
-        super().__init__(*([] if rank is None else [nn.Linear(hidden_size, rank, bias=False)]), last)
+        output_map = nn.Linear(hidden_size if rank is None else rank, out)
+        nn.init.zeros_(output_map.weight)
+        nn.init.constant_(output_map.bias, bias)
+        super().__init__(*([] if rank is None else [nn.Linear(hidden_size, rank, bias=False)]), output_map)
 
 
 class ShortConv(nn.Module):
-    """Causal depthwise convolution over time that starts as the identity (last tap 1), then silu if `activation`."""
+    """Causal depthwise convolution over time, initialised to the identity (last tap 1), with silu if `activation`."""
 
     def __init__(self, heads: int, width: int, head_dim: int, *, activation: bool) -> None:
         super().__init__()
@@ -63,7 +66,7 @@ class ShortConv(nn.Module):
         self.activation = activation
 
     def forward(self, x_BHTD: Tensor, before_BHWD: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The convolved input, and the last W - 1 inputs, which the next call needs as `before_BHWD`."""
+        """Convolve the input. Also returns the last W - 1 inputs, which the next call takes as `before_BHWD`."""
         T, width = x_BHTD.shape[2], self.weight_HWD.shape[1]
         if before_BHWD is None:
             extended = nn.functional.pad(x_BHTD, (0, 0, width - 1, 0))
@@ -80,13 +83,13 @@ class ShortConv(nn.Module):
 class FeatureMap(nn.Module):
     """phi(x) = [softmax(x W), softmax(-x W)] per head: positive features that can be as peaked as a softmax.
 
-    W starts as the identity (or some of its columns), scaled so that q and k share the factor of q k^T evenly.
+    W starts as the identity (or some of its columns), scaled so that q and k each carry the root of attention's scale.
     Source: Hedgehog (arXiv 2402.04347, eq. 6), in LoLCATs' form.
     """
 
     def __init__(self, heads: int, head_dim: int, features: int) -> None:
         super().__init__()
-        columns = torch.arange(features) * head_dim // features  # spread, so that all rotary frequencies are seen
+        columns = torch.arange(features) * head_dim // features  # spread over all rotary frequencies
         start_DF = torch.eye(head_dim)[:, columns]
         self.weight_HDF = nn.Parameter(start_DF.repeat(heads, 1, 1) * head_dim**-0.25)
 
@@ -96,7 +99,7 @@ class FeatureMap(nn.Module):
 
 
 class Scale(nn.Module):
-    """A learned scale of every output channel, fitted to the teacher on a calibration batch."""
+    """A learned scale per output channel, fitted to the teacher on a calibration batch."""
 
     def __init__(self, heads: int, head_dim: int) -> None:
         super().__init__()
@@ -107,17 +110,20 @@ class Scale(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, y_BHTD: Tensor, hidden_BTM: Tensor, target_BHTD: Tensor) -> None:
-        """Least squares of the scale, channel by channel, from the recurrence's output to the target."""
+        """Fit the scale of each channel from the recurrence's output to the target, by least squares."""
         self.scale_HD.fill_(1.0)
         y, target = wide(self(y_BHTD, hidden_BTM)), wide(target_BHTD)
         self.scale_HD.copy_((y * target).sum((0, 2)) / (y * y).sum((0, 2)).clamp_min(1e-12))
 
 
 class Output(Scale):
-    """What a recurrence's output needs to take attention's place: a norm per head, a gate silu(W x), a scale.
+    """The output stage of a recurrence: a norm per head, a gate silu(W x) and a scale. The gate starts open.
 
-    The order is `norm`'s: "first" is scale * norm(y) * gate (RetNet, GLA, gated DeltaNet), "last" is scale * norm(y *
-    gate) (Mamba-2), None is scale * y * gate (no norm: Phi-Mamba, RAD-RWKV). The gate starts open.
+    `norm` sets the order:
+
+    - "first": scale * norm(y) * gate (RetNet, GLA, gated DeltaNet)
+    - "last": scale * norm(y * gate) (Mamba-2)
+    - None: scale * y * gate (Phi-Mamba, RAD-RWKV)
     """
 
     def __init__(

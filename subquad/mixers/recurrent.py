@@ -1,15 +1,15 @@
-"""What the mixers with a matrix for a state share: grouped heads, small states, both directions, the output's scale.
+"""Base of the mixers with a matrix-valued state: grouped heads, small states, both directions, the output's scale.
 
-Such a mixer writes `terms`: the queries, keys, values and gates of its recurrence. The rest is the same for all:
+A subclass implements `terms`, which computes the queries, keys, values and gates of its recurrence. All share:
 
-- `share_state`: one state a key/value head instead of one a query head, which divides the state by the group's size.
-- `state_dim`: queries and keys pass through learned projections to fewer channels. These start where the products
-  q k^T of a calibration batch are kept best (`low_rank`), not from noise.
-- `gain_H`: a learned factor of each head's matrix. Sums of q k^T over a whole context are hundreds of times as large as
-  attention's averages; the factor starts where the outputs are of the teacher's size, so that the matrices are, too.
-- `bidirectional`: a second scan runs backwards over the tokens *after* each query, with the same gates, so that the
-  mixing matrix has both triangles and counts the diagonal once. It keeps no state: for encoders, not for generation.
-- `rotary`: whether queries and keys come with the teacher's rotary embedding.
+- `share_state`: one state per key/value head instead of one per query head, which divides the state by the group size.
+- `state_dim`: learned projections of queries and keys to fewer channels. They are initialised to preserve the products
+  q k^T of a calibration batch (`low_rank`).
+- `gain_H`: a learned factor per head. Sums of q k^T over a context are hundreds of times as large as attention's
+  averages. The factor is initialised so that the outputs, and with them the matrices, have the teacher's magnitude.
+- `bidirectional`: a second scan runs backwards over the tokens *after* each query, with the same gates. The mixing
+  matrix then has both triangles and counts the diagonal once. It has no state: for encoders, not for generation.
+- `rotary`: queries and keys with the teacher's rotary embedding.
 
 Legend: B batch, H query heads, G state heads, T new tokens, D head width, N key width of the state, P value width.
 """
@@ -31,14 +31,14 @@ Form = Callable[..., tuple[Tensor, Tensor]]
 
 
 class RecurrentOptions(Options):
-    share_state: bool = Field(False, description="one state a key/value head (smaller) instead of one a query head")
+    share_state: bool = Field(False, description="one state per key/value head (smaller) instead of one per query head")
     state_dim: int | None = Field(None, ge=1, description="key channels of the state; default: the head width")
     bidirectional: bool = Field(False, description="also scan backwards (encoders and vision; no generation)")
     rotary: bool = Field(True, description="queries and keys with the teacher's rotary embedding")
 
 
 class Recurrent(Mixer):
-    """Base of the recurrent mixers; a subclass sets `forms` writes `terms`, and builds its `output`.
+    """Base class of the recurrent mixers. A subclass sets `forms`, implements `terms` and builds its `output`.
 
     Raises UserError for a `state_dim` above the head width.
     """
@@ -46,7 +46,7 @@ class Recurrent(Mixer):
     options_class = RecurrentOptions
     options: RecurrentOptions
     forms: ClassVar[tuple[Form, Form]]  # chunk and step
-    averages: ClassVar[bool] = False  # whether rows of the matrix sum to one, so that they need no gain
+    averages: ClassVar[bool] = False  # True if rows of the matrix sum to one and need no gain
     output: Scale
 
     def __init__(self, group: HeadGroup, options: RecurrentOptions) -> None:
@@ -67,22 +67,22 @@ class Recurrent(Mixer):
         return self.options.rotary
 
     def terms(self, inputs: MixerInputs) -> tuple[Tensor | None, ...]:
-        """What the recurrence takes: q (B, H, T, N), k (B, G, T, N), v (B, G, T, P) and gates with time in dimension 2.
+        """Compute the recurrence's q (B, H, T, N), k (B, G, T, N), v (B, G, T, P), and gates with time in dimension 2.
 
-        Keys and gates are masked, so that pads leave the state as it is. Queries and keys come projected already.
+        Keys and gates must be masked, so that pads leave the state unchanged. Queries and keys are already projected.
         """
         raise NotImplementedError
 
-    def convolved(self, inputs: MixerInputs, state: State) -> tuple[MixerInputs, State]:
-        """The inputs after short convolutions, for mixers that have them, and the state of these."""
+    def convolve(self, inputs: MixerInputs, state: State) -> tuple[MixerInputs, State]:
+        """Apply short convolutions, in mixers that have them. Returns the inputs and the state of the convolutions."""
         return inputs, {}
 
     def prepare(self, inputs: MixerInputs, state: State) -> tuple[MixerInputs, State]:
-        inputs, new = self.convolved(self.shared(inputs, self.options.share_state), state)
-        return self.reduced(inputs), new
+        inputs, conv_state = self.convolve(self.match_states(inputs, self.options.share_state), state)
+        return self.project(inputs), conv_state
 
-    def reduced(self, inputs: MixerInputs) -> MixerInputs:
-        """Queries and keys in `state_dim` channels."""
+    def project(self, inputs: MixerInputs) -> MixerInputs:
+        """Project queries and keys to `state_dim` channels."""
         if self.options.state_dim is None:
             return inputs
         return replace(inputs, q_BHTD=inputs.q_BHTD @ self.query_map_HDN, k_BGTD=inputs.k_BGTD @ self.key_map_GDN)
@@ -92,12 +92,12 @@ class Recurrent(Mixer):
         chunk, step = self.forms
         if self.options.bidirectional:
             if state or inputs.past:
-                raise ValueError(f"{type(self).__name__} is bidirectional: it cannot go on from a state")
-            return self._sized(both_ways(chunk, terms)), {}
-        y_BHTP, new = (step if inputs.q_BHTD.shape[2] == 1 else chunk)(*terms, state.get("recurrent"))
-        return self._sized(y_BHTP), {"recurrent": new}
+                raise ValueError(f"{type(self).__name__} is bidirectional: it cannot continue from a state")
+            return self._apply_gain(scan_both_ways(chunk, terms)), {}
+        y_BHTP, new_state = (step if inputs.q_BHTD.shape[2] == 1 else chunk)(*terms, state.get("recurrent"))
+        return self._apply_gain(y_BHTP), {"recurrent": new_state}
 
-    def _sized(self, y_BHTP: Tensor) -> Tensor:
+    def _apply_gain(self, y_BHTP: Tensor) -> Tensor:
         return y_BHTP if self.averages else y_BHTP * self.gain_H[:, None, None]
 
     def finish(self, y_BHTD: Tensor, inputs: MixerInputs) -> Tensor:
@@ -111,15 +111,15 @@ class Recurrent(Mixer):
 
     @classmethod
     def state_shape(cls, group: HeadGroup, options: RecurrentOptions) -> tuple[int, int, int]:
-        """(G, N, P) of the recurrent state."""
+        """Shape (G, N, P) of the recurrent state."""
         return group.states(options.share_state), options.state_dim or group.head_dim, group.head_dim
 
     @torch.no_grad()
     def calibrate(self, inputs: MixerInputs, target_BHTD: Tensor) -> None:
-        """Projects to `state_dim` where least is lost of q k^T, then fits the gain and the output's scale."""
+        """Initialise the projections to `state_dim` channels by `low_rank`, then fit the gain and the output scale."""
         if self.options.state_dim is not None:
-            whole, _ = self.convolved(self.shared(inputs, self.options.share_state), {})
-            query_map_GDN, key_map_GDN = low_rank(whole.q_BHTD, whole.k_BGTD, self.state_dim)
+            conv_inputs, _ = self.convolve(self.match_states(inputs, self.options.share_state), {})
+            query_map_GDN, key_map_GDN = low_rank(conv_inputs.q_BHTD, conv_inputs.k_BGTD, self.state_dim)
             self.query_map_HDN.copy_(query_map_GDN.repeat_interleave(len(self.group.heads) // self.states, 0))
             self.key_map_GDN.copy_(key_map_GDN)
         prepared, _ = self.prepare(inputs, {})
@@ -127,43 +127,46 @@ class Recurrent(Mixer):
             y_BHTD, target = wide(self.mix(prepared, {})[0]), wide(target_BHTD)
             fit_H = (y_BHTD * target).sum((0, 2, 3)) / (y_BHTD * y_BHTD).sum((0, 2, 3)).clamp_min(1e-12)
             size_H = target.square().mean((0, 2, 3)).sqrt() / y_BHTD.square().mean((0, 2, 3)).sqrt().clamp_min(1e-6)
-            self.gain_H.mul_(torch.maximum(fit_H, 0.1 * size_H))  # where the two have little in common, not nothing
+            self.gain_H.mul_(torch.maximum(fit_H, 0.1 * size_H))  # keeps uncorrelated outputs above zero
         self.output.calibrate(self.mix(prepared, {})[0], prepared.hidden_BTM, target_BHTD)
 
 
-def both_ways(chunk: Form, terms: tuple[Tensor | None, ...]) -> Tensor:
-    """The sum of a scan forwards and one backwards over the tokens after each query: (B, H, T, P).
+def scan_both_ways(chunk: Form, terms: tuple[Tensor | None, ...]) -> Tensor:
+    """Sum a forward scan and a backward scan over the tokens after each query: (B, H, T, P).
 
-    Backwards, a query is moved one token ahead, to where the state does not hold its own token yet.
+    The backward scan shifts queries by one token, so that the state does not contain the query's own token yet.
     """
-    forwards = chunk(*terms)[0]
-    if forwards.shape[2] == 1:
-        return forwards
-    q, *rest = (None if x is None else x.flip(2) for x in terms)
+    y_forwards = chunk(*terms)[0]
+    if y_forwards.shape[2] == 1:
+        return y_forwards
+    q, *keys_values_gates = (None if x is None else x.flip(2) for x in terms)
     assert q is not None
-    after = chunk(q[:, :, 1:], *(None if x is None else x[:, :, :-1] for x in rest))[0]
-    return forwards + nn.functional.pad(after, (0, 0, 1, 0)).flip(2)
+    y_backwards = chunk(q[:, :, 1:], *(None if x is None else x[:, :, :-1] for x in keys_values_gates))[0]
+    return y_forwards + nn.functional.pad(y_backwards, (0, 0, 1, 0)).flip(2)
 
 
 def low_rank(q_BHTD: Tensor, k_BGTD: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Maps (G, D, N) of queries and of keys to `rank` channels that keep most of the products q k^T (least squares).
+    """Compute maps (G, D, N) of queries and of keys to `rank` channels that best preserve q k^T (least squares).
 
-    The best approximation of Q K^T is its truncated SVD (Eckart and Young). Q and K are long and thin, so it is taken
-    of the roots of their second moments, which has the same singular values. H / G neighbouring queries share a key.
+    The best approximation of Q K^T is its truncated SVD (Eckart and Young). Q and K are tall matrices, so the SVD is
+    taken of the roots of their second moments, which has the same singular values. H / G neighbouring query heads share
+    a key head.
     """
     G = k_BGTD.shape[1]
     q_GLD = wide(q_BHTD).unflatten(1, (G, -1)).permute(1, 0, 2, 3, 4).flatten(1, 3)
     k_GLD = wide(k_BGTD).transpose(0, 1).flatten(1, 2)
     (q_root, q_inverse), (k_root, k_inverse) = (_roots(x.transpose(-1, -2) @ x) for x in (q_GLD, k_GLD))
-    left, values, right = torch.linalg.svd(q_root @ k_root)
-    half = values[:, None, :rank].sqrt()
-    return q_inverse @ left[:, :, :rank] * half, k_inverse @ right.transpose(-1, -2)[:, :, :rank] * half
+    left_vectors, values, right_vectors = torch.linalg.svd(q_root @ k_root)
+    root_values = values[:, None, :rank].sqrt()
+    query_map_GDN = q_inverse @ left_vectors[:, :, :rank] * root_values
+    key_map_GDN = k_inverse @ right_vectors.transpose(-1, -2)[:, :, :rank] * root_values
+    return query_map_GDN, key_map_GDN
 
 
 def _roots(moment_GDD: Tensor) -> tuple[Tensor, Tensor]:
-    """The symmetric square root of positive semidefinite matrices, and its (pseudo-)inverse."""
+    """Compute the symmetric square root of positive semidefinite matrices and its (pseudo-)inverse."""
     values, vectors = torch.linalg.eigh(moment_GDD)
-    kept = values > values[:, -1:] * values.shape[-1] * torch.finfo(values.dtype).eps
+    nonzero = values > values[:, -1:] * values.shape[-1] * torch.finfo(values.dtype).eps
     root = values.clamp_min(0).sqrt()
-    inverse = torch.where(kept, 1 / root.clamp_min(torch.finfo(values.dtype).tiny), 0.0)
+    inverse = torch.where(nonzero, 1 / root.clamp_min(torch.finfo(values.dtype).tiny), 0.0)
     return vectors * root[:, None] @ vectors.transpose(-1, -2), vectors * inverse[:, None] @ vectors.transpose(-1, -2)

@@ -1,4 +1,4 @@
-"""Retention: one fixed decay a head, as in RetNet.
+"""Retention: one fixed decay per head, as in RetNet.
 
 Legend: B batch, H query heads, G state heads, T new tokens, D head width.
 """
@@ -23,12 +23,12 @@ class RetentionOptions(RecurrentOptions):
 
 
 class Retention(Recurrent):
-    """S_t = a S_{t-1} + k_t v_t^T, y_t = gate * norm(q_t S_t), a = 1 - 1 / memory, a constant of the head.
+    """S_t = a S_{t-1} + k_t v_t^T, y_t = gate * norm(q_t S_t), with a = 1 - 1 / memory constant per head.
 
-    The memories of a layer's heads are spaced evenly in their logarithm, whichever of them are here. RetNet's own are
-    32 to 512 tokens; the default goes further, for the teacher's attention does. Starts with the gate open and the
-    output scale fitted.
-    Source: RetNet (arXiv 2307.08621, eqs. 6 and 8); as a student SUPRA (arXiv 2405.06640).
+    The memories are log-spaced over all heads of the layer, including heads with another mixer. RetNet uses 32 to 512
+    tokens; the default is longer, because the teacher's attention reaches further. Initialised with open gate and
+    fitted output scale.
+    Source: RetNet (arXiv 2307.08621, eqs. 6 and 8); as a student, SUPRA (arXiv 2405.06640).
     """
 
     options_class = RetentionOptions
@@ -43,16 +43,16 @@ class Retention(Recurrent):
         B, _, T, _ = inputs.q_BHTD.shape
         log_a_G = torch.log1p(-1 / self.memories()).to(inputs.q_BHTD.device, wide(inputs.v_BGTD).dtype)
         log_a_BGT = log_a_G[None, :, None].expand(B, -1, T)
-        real = inputs.real_BT
-        k_BGTD = masked(inputs.k_BGTD, real)
-        return inputs.q_BHTD * inputs.scale, k_BGTD, inputs.v_BGTD, masked(log_a_BGT, real)
+        real_BT = inputs.real_BT
+        k_BGTD = masked(inputs.k_BGTD, real_BT)
+        return inputs.q_BHTD * inputs.scale, k_BGTD, inputs.v_BGTD, masked(log_a_BGT, real_BT)
 
     def memories(self) -> Tensor:
-        """Of each state, in tokens; float64."""
+        """Memory of each state in tokens, float64."""
         group = self.group
-        places, of = [*group.heads], group.layer_heads or group.heads[-1] + 1
-        if self.options.share_state:  # neighbours have one, by their key/value head
-            of = math.ceil(of / group.queries_per_kv)
-            places = [*group.kv_heads] if group.even else [head // group.queries_per_kv for head in places]
-        first, last = math.log(self.options.shortest), math.log(self.options.longest)
-        return torch.linspace(first, last, of, dtype=torch.float64).exp()[places]
+        positions, count = [*group.heads], group.layer_heads or group.heads[-1] + 1
+        if self.options.share_state:  # neighbouring heads share the memory of their key/value head
+            count = math.ceil(count / group.queries_per_kv)
+            positions = [*group.kv_heads] if group.even else [head // group.queries_per_kv for head in positions]
+        log_shortest, log_longest = math.log(self.options.shortest), math.log(self.options.longest)
+        return torch.linspace(log_shortest, log_longest, count, dtype=torch.float64).exp()[positions]

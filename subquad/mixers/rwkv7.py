@@ -22,9 +22,10 @@ class RWKV7Options(RecurrentOptions):
 class RWKV7(Recurrent):
     """S_t = (diag(w) - (a * u) u^T) S_{t-1} + (k (1 - w + a))^T v, y_t = gate * q_t S_t * scale, with u = k / |k|.
 
-    The decay w = exp(-e^{-1/2} sigmoid(W_d x)) and the in-context learning rate a = sigmoid(W_a x) are one a channel.
-    Keeps rotary embedding; no token shift, bonus or group norm, and no value residual across layers, for a mixer sees
-    its own layer only. Starts with long memory (w = 0.9985), a = 1/2, the gate open and the output scale fitted.
+    The decay w = exp(-e^{-1/2} sigmoid(W_d x)) and the in-context learning rate a = sigmoid(W_a x) are per channel.
+    Rotary embedding is kept. There is no token shift, bonus or group norm, and no value residual across layers, since a
+    mixer sees its own layer only. Initialised with long memory (w = 0.9985), a = 1/2, an open gate and a fitted output
+    scale.
     Source: RADLADS (arXiv 2505.03005, RAD-RWKV7), after RWKV-7 (arXiv 2503.14456, eqs. 15 to 17).
     """
 
@@ -44,16 +45,16 @@ class RWKV7(Recurrent):
             wide(gate(inputs.hidden_BTM)).sigmoid().unflatten(-1, (self.states, -1)).transpose(1, 2)
             for gate in (self.decay, self.rate)
         )
-        real = inputs.real_BT
+        real_BT = inputs.real_BT
         log_w_BGTN = -math.exp(-0.5) * decay_BGTN
         k_BGTN = wide(inputs.k_BGTD)
         unit_BGTN = unit(k_BGTN)
         written_BGTN = k_BGTN * (rate_BGTN - log_w_BGTN.expm1())
         return (
             inputs.q_BHTD * inputs.scale,
-            masked(written_BGTN, real),
+            masked(written_BGTN, real_BT),
             inputs.v_BGTD,
-            masked(log_w_BGTN, real),
+            masked(log_w_BGTN, real_BT),
             unit_BGTN,
-            masked(rate_BGTN * unit_BGTN, real),
+            masked(rate_BGTN * unit_BGTN, real_BT),
         )

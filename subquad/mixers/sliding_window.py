@@ -16,7 +16,7 @@ class WindowOptions(Options):
 
 
 def window_of(inputs: MixerInputs, state: State, options: WindowOptions) -> WindowSum:
-    """The windowed softmax sum of these inputs."""
+    """Compute the windowed softmax sum of these inputs."""
     return window_sum(
         inputs.q_BHTD,
         inputs.k_BGTD,
@@ -33,13 +33,13 @@ def window_of(inputs: MixerInputs, state: State, options: WindowOptions) -> Wind
 
 
 def window_held(states: int, head_dim: int, options: WindowOptions) -> dict[str, Held]:
-    """The window's keys and values and the sinks', whatever the context."""
+    """Describe the keys and values of the window and the sinks, which do not grow with the context."""
     window, sinks = Held((states, options.window - 1, head_dim)), Held((states, options.sinks, head_dim))
     return {"window_k": window, "window_v": window, "sink_k": sinks, "sink_v": sinks}
 
 
 class SlidingWindow(Mixer):
-    """y = softmax over the last `window` keys and the first `sinks`. Needs no training: the baseline to beat.
+    """Softmax attention over the last `window` keys and the first `sinks`. It needs no training, and is the baseline.
 
     Source: StreamingLLM (arXiv 2309.17453), with the teacher's positions kept.
     """
@@ -48,7 +48,7 @@ class SlidingWindow(Mixer):
     options: WindowOptions
 
     def mix(self, inputs: MixerInputs, state: State) -> tuple[Tensor, State]:
-        result = window_of(self.shared(inputs, share=True), state, self.options)
+        result = window_of(self.match_states(inputs, share=True), state, self.options)
         return result.normalised(), result.state
 
     @classmethod

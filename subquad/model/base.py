@@ -20,9 +20,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from typing_extensions import Self
 
 from subquad.errors import UserError
-from subquad.mixers import Mixer, MixerInputs
+from subquad.mixers import Mixer
+from subquad.mixers.base import picked
 from subquad.model.interface import block_path, find_attention, shapes_of
-from subquad.model.mixed_attention import ForwardContext, LayerMixer, attach, keep_initialised, layer_mixer
+from subquad.model.layer_call import ForwardContext, LayerCall
+from subquad.model.layer_mixer import keep_initialised, layer_mixer
+from subquad.model.mixed_attention import attach
 from subquad.plan import ATTENTION, JoinStart, Plan
 
 REMOTE_FILE = "modeling_subquad.py"
@@ -185,11 +188,14 @@ class BaseStudent(PreTrainedModel):
         `mixers`: these only (layer, name); none: all.
         """
 
-        def fit(layer: LayerMixer, name: str, inputs: MixerInputs, target_BHTD: Tensor) -> None:
-            if mixers is None or (layer.layer, name) in mixers:
-                layer.by_name[name].calibrate(inputs, target_BHTD)
+        def fit(call: LayerCall) -> Tensor:
+            y_BHTD = call.attention()
+            for name, mixer in call.mixers.items():
+                if mixers is None or (call.layer, name) in mixers:
+                    mixer.calibrate(call.inputs(name), picked(y_BHTD, mixer.group.heads))
+            return y_BHTD
 
-        self.final_hidden(inputs, forward_context=ForwardContext(observer=fit))
+        self.final_hidden(inputs, forward_context=ForwardContext(around=fit))
 
 
 def auto_map(config: type[PreTrainedConfig], model: type[BaseStudent], autos: Sequence[str]) -> dict[str, str]:

@@ -19,7 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATIO
 from subquad.errors import UserError
 from subquad.model.base import BaseStudent, BaseStudentConfig, auto_map
 from subquad.model.interface import image_size, least_inputs, patch_grid
-from subquad.model.mixed_attention import ForwardContext
+from subquad.model.layer_call import ForwardContext
 from subquad.model.saliency import SaliencyModel
 from subquad.plan import ATTENTION, Plan
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,8 @@ from subquad.plan import AttentionShape
 
 PROBE = "subquad_probe"
 WATCH = "subquad_watch"
+
+_sites: WeakKeyDictionary[PreTrainedModel, list["AttentionSite"]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -106,13 +109,20 @@ def watched_attention(model: PreTrainedModel) -> Iterator[dict[nn.Module, Attent
         yield calls
 
 
-@torch.no_grad()
 def find_attention(model: PreTrainedModel) -> list[AttentionSite]:
     """The modules of a causal language model or an image encoder that call the attention interface, as it calls them.
 
+    A model is run once, and its sites are remembered as long as it lives.
     Raises UserError, naming the model's class, for a model that does not call the interface, does not pass keyword
     arguments on to its attention modules, attends across sequences, or has keys and values of different width (MLA).
     """
+    if model not in _sites:
+        _sites[model] = _probe_attention(model)
+    return [*_sites[model]]
+
+
+@torch.no_grad()
+def _probe_attention(model: PreTrainedModel) -> list[AttentionSite]:
     family = type(model).__name__
     if model.config.model_type.startswith("subquad"):
         raise UserError("this model is a student already: convert its teacher, with another plan")

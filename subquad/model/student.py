@@ -20,7 +20,7 @@ from subquad.errors import UserError
 from subquad.model.base import BaseStudent, BaseStudentConfig, auto_map
 from subquad.model.cache import CACHE, StudentCache
 from subquad.model.interface import shapes_of
-from subquad.model.mixed_attention import ForwardContext
+from subquad.model.layer_call import ForwardContext
 from subquad.plan import AttentionShape, Plan
 
 

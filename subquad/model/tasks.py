@@ -40,6 +40,11 @@ class Task:
     def of_images(self) -> bool:
         return issubclass(self.student, ImageStudent)
 
+    @property
+    def answers(self) -> str:
+        """What a model of this task chooses among, in words."""
+        return "set of classes" if self.of_images else "vocabulary"
+
     def classes(self, model_type: str) -> list[str]:
         """Names of the classes that a type of model has for this task; none where it cannot do it."""
         known = self.families.get(model_type, [])

@@ -1,4 +1,4 @@
-"""What the recurrences share: dtypes, chunks, and the step-by-step reference loop.
+"""Helpers shared by the recurrences: dtypes, chunks, and the step-by-step reference loop.
 
 Legend: B batch, G state heads, T time, K chunks, C time within a chunk, N key width, P value width.
 """
@@ -17,23 +17,23 @@ Append = Callable[[Tensor, Tensor], Tensor]  # old and new keys or values (B, G,
 
 
 def wide(x: Tensor) -> Tensor:
-    """At least float32: decays and states lose too much in half precision."""
+    """Convert to at least float32, since decays and states lose too much precision in half precision."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def joined(old_BGLD: Tensor, new_BGTD: Tensor) -> Tensor:
-    """Both along time, in a tensor of their own."""
+    """Concatenate both along time, into a new tensor."""
     return torch.cat([old_BGLD, new_BGTD], 2)
 
 
 def full_precision(form: Callable[P, R]) -> Callable[P, R]:
-    """Turns autocast off within a form of a recurrence: it would make half-precision products of states and decays."""
+    """Disable autocast inside a form, since it would multiply states and decays in half precision."""
 
     @functools.wraps(form)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         q = args[0]
         assert isinstance(q, Tensor)
-        if not torch.is_autocast_enabled(q.device.type):  # in a step, the context would cost as much as the products
+        if not torch.is_autocast_enabled(q.device.type):  # in a step, the context manager costs as much as the products
             return form(*args, **kwargs)
         with torch.autocast(q.device.type, enabled=False):
             return form(*args, **kwargs)
@@ -42,34 +42,34 @@ def full_precision(form: Callable[P, R]) -> Callable[P, R]:
 
 
 def initial_state(state_BGNP: Tensor | None, k_BGTN: Tensor, v_BGTP: Tensor) -> Tensor:
-    """The given state in a wide dtype, or zeros."""
+    """Convert the state to a wide dtype, or make a zero state for None."""
     if state_BGNP is not None:
         return wide(state_BGNP)
     B, G, _, N = k_BGTN.shape
     return wide(v_BGTP.new_zeros(B, G, N, v_BGTP.shape[-1]))
 
 
-def decayed(state_BGNP: Tensor, log_a: Tensor) -> Tensor:
-    """The state after one token's decay: `log_a` is (B, G, 1), or (B, G, 1, N) for one a key channel."""
+def decay_state(state_BGNP: Tensor, log_a: Tensor) -> Tensor:
+    """Apply one token's decay to the state. `log_a` is (B, G, 1), or (B, G, 1, N) per key channel."""
     a = wide(log_a).exp()
     return state_BGNP * (a.transpose(-1, -2) if log_a.dim() == 4 else a.unsqueeze(-1))
 
 
 def into_chunks(x: Tensor, size: int, dim: int = 2) -> Tensor:
-    """Splits time into chunks, (.., T, ..) -> (.., K, C, ..), zeros at the end: these leave every state untouched."""
-    extra = -x.shape[dim] % size
-    return wide(pad(x, (0, 0) * (x.dim() - 1 - dim) + (0, extra))).unflatten(dim, (-1, size))
+    """Split time into chunks, (.., T, ..) -> (.., K, C, ..). Zero padding at the end leaves every state unchanged."""
+    padding = -x.shape[dim] % size
+    return wide(pad(x, (0, 0) * (x.dim() - 1 - dim) + (0, padding))).unflatten(dim, (-1, size))
 
 
-def even_chunk(length: int, most: int) -> int:
-    """The size of chunks of at most `most` that leaves the least to fill up: as few as can be, all alike."""
-    return -(-length // -(-length // most))
+def even_chunk(length: int, limit: int) -> int:
+    """Choose the chunk size, at most `limit`, with the fewest chunks and then the least padding."""
+    return -(-length // -(-length // limit))
 
 
 def pair_decay(c_BGKC: Tensor | None, like: Tensor) -> Tensor:
-    """e^{c_i - c_j} where j <= i, else 0, from cumulated log decays; None: ones. (B, G, K, C, C) or (C, C).
+    """Compute e^{c_i - c_j} for j <= i, else 0, from cumulated log decays: (B, G, K, C, C).
 
-    `like` (.., C, N) gives length, dtype and device.
+    For None it is the lower triangle of ones (C, C). `like` (.., C, N) sets length, dtype and device.
     """
     C = like.shape[-2]
     if c_BGKC is None:
@@ -80,7 +80,7 @@ def pair_decay(c_BGKC: Tensor | None, like: Tensor) -> Tensor:
 
 
 def loop(step: Callable[..., tuple[Tensor, Tensor]], *inputs: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
-    """Runs `step` token by token over inputs with time in dimension 2."""
+    """Run `step` token by token over inputs with time in dimension 2. Returns all outputs and the last state."""
     length = next(x.shape[2] for x in inputs if x is not None)
     outputs = []
     for t in range(length):

@@ -1,12 +1,16 @@
 """The decayed recurrence: S_t = diag(a_t) S_{t-1} + k_t v_t^T,  y_t = q_t S_t.
 
-`log_a` is None (no decay: plain linear attention), (B, G, T) (one decay a head: Mamba-2, RetNet) or (B, G, T, N) (one a
-key channel: GLA); always a logarithm, at most 0. H query heads may share G states (H a multiple of G, neighbours
-share).
-States and decays are float32 or wider, whatever the dtype of q, k and v. Differences of cumulated log decays are always
-taken before the exponential and only where they are not positive, so nothing overflows, however strong the decay.
+`log_a` is a logarithm, at most 0:
 
-Sources: the chunked form for scalar decay is Mamba-2's SSD (arXiv 2405.21060, section 6); for vector decay GLA's
+- None: no decay (plain linear attention)
+- (B, G, T): one decay per head (Mamba-2, RetNet)
+- (B, G, T, N): one decay per key channel (GLA)
+
+H query heads may share G states. H is then a multiple of G, and neighbouring heads share a state.
+States and decays are at least float32, for any dtype of q, k and v. Differences of cumulated log decays are taken
+before the exponential, and only where they are not positive. So no decay overflows.
+
+Sources: the chunked form is Mamba-2's SSD for scalar decay (arXiv 2405.21060, section 6) and GLA's for vector decay
 (arXiv 2312.06635, section 4), with the products within a chunk as in products.py.
 
 Legend: B batch, H query heads, G state heads, R = H / G, T time, K chunks, C time within a chunk, N key width, P value
@@ -19,27 +23,36 @@ import torch
 from torch import Tensor
 
 from subquad.ops import triton
-from subquad.ops.common import decayed, even_chunk, full_precision, initial_state, into_chunks, loop, pair_decay, wide
+from subquad.ops.common import (
+    decay_state,
+    even_chunk,
+    full_precision,
+    initial_state,
+    into_chunks,
+    loop,
+    pair_decay,
+    wide,
+)
 from subquad.ops.products import decayed_products, gradients
 
 SCALAR_CHUNK = 64
-VECTOR_CHUNK = 32  # longer ones pay more for products within, shorter ones for steps between
+VECTOR_CHUNK = 32  # longer chunks cost more products within a chunk, shorter ones more steps between chunks
 
 
 @full_precision
 def decay_step(
     q_BH1N: Tensor, k_BG1N: Tensor, v_BG1P: Tensor, log_a: Tensor | None, state_BGNP: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """One token of the recurrence. Returns y (B, H, 1, P) and the new state (B, G, N, P)."""
+    """Advance the recurrence by one token. Returns y (B, H, 1, P) and the new state (B, G, N, P)."""
     state = initial_state(state_BGNP, k_BG1N, v_BG1P)
-    state = state.clone() if log_a is None else decayed(state, log_a)
+    state = state.clone() if log_a is None else decay_state(state, log_a)
     state.addcmul_(wide(k_BG1N).transpose(-1, -2), wide(v_BG1P))
     return decay_read(q_BH1N, state).to(v_BG1P.dtype), state
 
 
 @full_precision
 def decay_read(q_BH1N: Tensor, state_BGNP: Tensor) -> Tensor:
-    """What one query reads in a state, (B, H, 1, P)."""
+    """Read the state with one query: (B, H, 1, P)."""
     q_BGRN = wide(q_BH1N).squeeze(2).unflatten(1, (state_BGNP.shape[1], -1))
     return (q_BGRN @ state_BGNP).flatten(1, 2).unsqueeze(2)
 
@@ -47,7 +60,7 @@ def decay_read(q_BH1N: Tensor, state_BGNP: Tensor) -> Tensor:
 def decay_loop(
     q_BHTN: Tensor, k_BGTN: Tensor, v_BGTP: Tensor, log_a: Tensor | None = None, state_BGNP: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The recurrence step by step: the reference of the tests. Returns y (B, H, T, P) and the state (B, G, N, P)."""
+    """Compute the recurrence step by step (the reference). Returns y (B, H, T, P) and the state (B, G, N, P)."""
     return loop(decay_step, q_BHTN, k_BGTN, v_BGTP, log_a, state=initial_state(state_BGNP, k_BGTN, v_BGTP))
 
 
@@ -55,7 +68,7 @@ def decay_loop(
 def decay_chunk(
     q_BHTN: Tensor, k_BGTN: Tensor, v_BGTP: Tensor, log_a: Tensor | None = None, state_BGNP: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The recurrence in parallel over chunks. Returns y (B, H, T, P) in v's dtype and the state (B, G, N, P)."""
+    """Compute the recurrence in parallel chunks. Returns y (B, H, T, P) in v's dtype and the state (B, G, N, P)."""
     if triton.serves(q_BHTN):
         return triton.decay(q_BHTN, k_BGTN, v_BGTP, log_a, state_BGNP)
     T, G = q_BHTN.shape[2], k_BGTN.shape[1]
@@ -68,45 +81,47 @@ def decay_chunk(
 
 
 class _Decay(torch.autograd.Function):
-    """All chunks, with the gradient by hand: a few matrix products more, instead of every step kept and traced back.
+    """Chunked recurrence with a hand-written gradient: a few more matrix products instead of storing every step.
 
-    In a chunk the output depends on q_i e^{c_i} and k_j e^{-c_j}, and the state after it on k_j e^{c_C - c_j} and
-    e^{c_C}, with c the chunk's cumulated log decays (None: no decay). So dc = q dq - k dk, channel by channel, and
-    <state after it, its gradient> more at the last token.
+    c are the chunk's cumulated log decays (None: no decay). The output of a chunk depends on q_i e^{c_i} and
+    k_j e^{-c_j}, the state after it on k_j e^{c_C - c_j} and e^{c_C}. So dc = q dq - k dk per channel; the last token
+    also gets <state after the chunk, its gradient>.
     """
 
     @staticmethod
     def forward(
         ctx: Any, q_BGKRCN: Tensor, k_BGKCN: Tensor, v_BGKCP: Tensor, c: Tensor | None, state_BGNP: Tensor
     ) -> tuple[Tensor, Tensor]:
-        read, rest, total = _decays(c)
+        read_decay, write_decay, total_decay = _decays(c)
         scores_BGKRCC = _scores(q_BGKRCN, k_BGKCN, c)
-        written_BGKNP = (k_BGKCN * rest).transpose(-1, -2) @ v_BGKCP
-        states_BGKNP = _scan(written_BGKNP, total, state_BGNP)  # one more than chunks: the first is at the start
+        written_BGKNP = (k_BGKCN * write_decay).transpose(-1, -2) @ v_BGKCP
+        states_BGKNP = _scan(written_BGKNP, total_decay, state_BGNP)  # before each chunk and after the last
         y_BGKQP = scores_BGKRCC.flatten(3, 4) @ v_BGKCP
-        y_BGKQP += (q_BGKRCN * _for_queries(read)).flatten(3, 4) @ states_BGKNP[:, :, :-1]
+        y_BGKQP += (q_BGKRCN * _for_queries(read_decay)).flatten(3, 4) @ states_BGKNP[:, :, :-1]
         ctx.save_for_backward(q_BGKRCN, k_BGKCN, v_BGKCP, c, scores_BGKRCC, states_BGKNP)
         return y_BGKQP.unflatten(3, q_BGKRCN.shape[3:5]), states_BGKNP[:, :, -1].clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q_BGKRCN, k_BGKCN, v_BGKCP, c, scores_BGKRCC, states_BGKNP = ctx.saved_tensors
-        read, rest, total = _decays(c)
+        read_decay, write_decay, total_decay = _decays(c)
         dy_BGKQP, dstate_BGNP = grads[0].flatten(3, 4), grads[1]
-        # the states' gradients, from the last backwards: what each chunk reads, and what the one after it passes on
-        reading_BGKNP = (q_BGKRCN * _for_queries(read)).flatten(3, 4).transpose(-1, -2) @ dy_BGKQP
-        total_backwards = total.flip(2) if isinstance(total, Tensor) else total
-        dstates_BGKNP = _scan(reading_BGKNP.flip(2), total_backwards, dstate_BGNP).flip(2)
-        # contiguous: a transposed slice is copied slowly
+        # Gradients of the states, from the last chunk backwards: from the chunk's own reads and from the next state.
+        reading_BGKNP = (q_BGKRCN * _for_queries(read_decay)).flatten(3, 4).transpose(-1, -2) @ dy_BGKQP
+        total_decay_backwards = total_decay.flip(2) if isinstance(total_decay, Tensor) else total_decay
+        dstates_BGKNP = _scan(reading_BGKNP.flip(2), total_decay_backwards, dstate_BGNP).flip(2)
+        # Contiguous copies, since matrix products copy a transposed slice slowly.
         before_BGKNP, dafter_BGKNP = states_BGKNP[:, :, :-1].contiguous(), dstates_BGKNP[:, :, 1:].contiguous()
 
+        # Gradients of queries, keys and values, through the scores and through the states.
         dscores_BGKRCC = (dy_BGKQP @ v_BGKCP.transpose(-1, -2)).unflatten(3, q_BGKRCN.shape[3:5])
         dq_BGKRCN, dk_BGKCN = _score_gradients(dscores_BGKRCC, q_BGKRCN, k_BGKCN, c)
         from_state = (dy_BGKQP @ before_BGKNP.transpose(-1, -2)).unflatten(3, q_BGKRCN.shape[3:5])
-        dq_BGKRCN += from_state * _for_queries(read)
-        dk_BGKCN += (v_BGKCP @ dafter_BGKNP.transpose(-1, -2)) * rest
+        dq_BGKRCN += from_state * _for_queries(read_decay)
+        dk_BGKCN += (v_BGKCP @ dafter_BGKNP.transpose(-1, -2)) * write_decay
         dv_BGKCP = scores_BGKRCC.flatten(3, 4).transpose(-1, -2) @ dy_BGKQP
-        dv_BGKCP += (k_BGKCN * rest) @ dafter_BGKNP
+        dv_BGKCP += (k_BGKCN * write_decay) @ dafter_BGKNP
+        # Gradient of the cumulated log decays.
         dc = None
         if c is not None:
             dc = (q_BGKRCN * dq_BGKRCN).sum(3) - k_BGKCN * dk_BGKCN
@@ -116,29 +131,32 @@ class _Decay(torch.autograd.Function):
 
 
 def _decays(c: Tensor | None) -> tuple[Tensor | float, Tensor | float, Tensor | float]:
-    """e^c, with which queries read the state before the chunk; e^{c_C - c}, what is left of keys after it; e^{c_C}."""
+    """Compute the decay of reads from the state before the chunk, e^c, of writes to the state after it, e^{c_C - c},
+    and of the state over the chunk, e^{c_C}."""
     if c is None:
         return 1.0, 1.0, 1.0
     c_BGKCN = c if c.dim() == 5 else c.unsqueeze(-1)
     return c_BGKCN.exp(), (c_BGKCN[..., -1:, :] - c_BGKCN).exp(), c_BGKCN[..., -1, :, None].exp()
 
 
-def _for_queries(read: Tensor | float) -> Tensor | float:
-    return read.unsqueeze(3) if isinstance(read, Tensor) else read
+def _for_queries(read_decay: Tensor | float) -> Tensor | float:
+    return read_decay.unsqueeze(3) if isinstance(read_decay, Tensor) else read_decay
 
 
-def _scan(added_BGKNP: Tensor, total: Tensor | float, state_BGNP: Tensor) -> Tensor:
-    """state, total_0 state + added_0, ...: one more than there are chunks."""
-    states_BGKNP = torch.cat([state_BGNP.unsqueeze(2), added_BGKNP], 2)
-    if not isinstance(total, Tensor):
+def _scan(written_BGKNP: Tensor, total_decay: Tensor | float, state_BGNP: Tensor) -> Tensor:
+    """Compute the states before each chunk and after the last: state, total_0 state + written_0, ..."""
+    states_BGKNP = torch.cat([state_BGNP.unsqueeze(2), written_BGKNP], 2)
+    if not isinstance(total_decay, Tensor):
         return states_BGKNP.cumsum(2)
-    for before, after, decay in zip(states_BGKNP.unbind(2), states_BGKNP.unbind(2)[1:], total.unbind(2), strict=False):
-        after.addcmul_(before, decay)
+    for previous, current, decay in zip(
+        states_BGKNP.unbind(2), states_BGKNP.unbind(2)[1:], total_decay.unbind(2), strict=False
+    ):
+        current.addcmul_(previous, decay)
     return states_BGKNP
 
 
 def _scores(q_BGKRCN: Tensor, k_BGKCN: Tensor, c: Tensor | None) -> Tensor:
-    """Within each chunk, sum_n q_in e^{c_in - c_jn} k_jn for j <= i: (B, G, K, R, C, C)."""
+    """Compute sum_n q_in e^{c_in - c_jn} k_jn for j <= i within each chunk: (B, G, K, R, C, C)."""
     if c is not None and c.dim() == 5:
         scores = decayed_products(*_flat(q_BGKRCN, k_BGKCN, c))
         return scores.squeeze(2).unflatten(0, c.shape[:3])
@@ -149,7 +167,7 @@ def _scores(q_BGKRCN: Tensor, k_BGKCN: Tensor, c: Tensor | None) -> Tensor:
 def _score_gradients(
     dscores_BGKRCC: Tensor, q_BGKRCN: Tensor, k_BGKCN: Tensor, c: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Those of queries and keys, from the scores'."""
+    """Compute the gradients of queries and keys from those of the scores."""
     if c is not None and c.dim() == 5:
         dq, dk = gradients(dscores_BGKRCC.flatten(0, 2).unsqueeze(2), *_flat(q_BGKRCN, k_BGKCN, c))
         return dq.unflatten(0, c.shape[:3]), dk.squeeze(1).unflatten(0, c.shape[:3])
@@ -159,6 +177,6 @@ def _score_gradients(
 
 
 def _flat(q_BGKRCN: Tensor, k_BGKCN: Tensor, c_BGKCN: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `decayed_products` takes them."""
+    """Flatten the arguments for `decayed_products`."""
     c_LCN = c_BGKCN.flatten(0, 2)
     return q_BGKRCN.flatten(0, 2), c_LCN, k_BGKCN.flatten(0, 2).unsqueeze(1), c_LCN

@@ -1,7 +1,7 @@
-"""flash-linear-attention's Triton kernels, used when the tensors are on a GPU and the `gpu` extra is installed.
+"""Triton kernels of flash-linear-attention, used if the tensors are on a GPU and the `gpu` extra is installed.
 
-The import is lazy: without a GPU (or without the extra) nothing of flash-linear-attention is touched. Its kernels take
-tensors as (B, T, H, D) and, like ours, states as (B, H, N, P); grouped heads are repeated, since they know no groups.
+flash-linear-attention is imported lazily: never without a GPU or without the extra. Its kernels take tensors as
+(B, T, H, D) and states as (B, H, N, P). They do not support grouped heads, so shared heads are repeated.
 
 Legend: B batch, T time, H query heads, G state heads, N key width, P value width.
 """
@@ -27,12 +27,12 @@ def _installed() -> bool:
 
 
 def serves(x: Tensor) -> bool:
-    """Whether the Triton kernels can run for this tensor."""
+    """True if the Triton kernels can run on this tensor. Warns once if only the extra is missing."""
     return x.is_cuda and x.dtype != torch.float64 and _installed()
 
 
 def _time_first(x: Tensor, heads: int) -> Tensor:
-    """(B, G, T, ...) -> (B, T, H, ...), groups repeated."""
+    """Move time first and repeat shared heads: (B, G, T, ...) -> (B, T, H, ...)."""
     x = x.repeat_interleave(heads // x.shape[1], 1) if x.shape[1] != heads else x
     return x.transpose(1, 2).contiguous()
 
@@ -40,7 +40,7 @@ def _time_first(x: Tensor, heads: int) -> Tensor:
 def decay(
     q_BHTN: Tensor, k_BGTN: Tensor, v_BGTP: Tensor, log_a: Tensor | None, state_BGNP: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """`decay_chunk` on Triton; `log_a` (B, G, T) or (B, G, T, N) or None."""
+    """Compute `decay_chunk` with Triton; `log_a` is (B, G, T), (B, G, T, N) or None."""
     from fla.ops.gla import chunk_gla
     from fla.ops.simple_gla import chunk_simple_gla
 
@@ -63,7 +63,7 @@ def decay(
 def delta(
     q_BHTN: Tensor, k_BGTN: Tensor, v_BGTP: Tensor, log_a: Tensor, b_BGT: Tensor, state_BGNP: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """`delta_chunk` on Triton; `log_a` (B, G, T) or (B, G, T, N)."""
+    """Compute `delta_chunk` with Triton; `log_a` is (B, G, T) or (B, G, T, N)."""
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
     from fla.ops.kda import chunk_kda
 
@@ -92,7 +92,7 @@ def dplr(
     w: Tensor,
     state_BGNP: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """`dplr_chunk` on Triton, whose erasing key has the other sign."""
+    """Compute `dplr_chunk` with Triton. The kernel's erasing key has the opposite sign."""
     from fla.ops.generalized_delta_rule import chunk_dplr_delta_rule
 
     heads, groups = q_BHTN.shape[1], k_BGTN.shape[1]

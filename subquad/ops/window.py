@@ -1,12 +1,12 @@
-"""Softmax attention over the last W keys and the first few (sinks), as a sum that other sums can join.
+"""Softmax attention over the last W keys and the first few (sinks), as a sum that can be combined with other sums.
 
-The result is the unnormalised pair of an attention: sum e^{s - peak} v and sum e^{s - peak}, with the peak that was
-taken out. Alone, their quotient is sliding-window attention with sinks (StreamingLLM, arXiv 2309.17453, without
-re-indexing of positions); together with a linear sum it is LoLCATs' shared denominator. Work and memory are O(T W):
-queries in blocks of W see two blocks of keys. A token that is in the window is not counted again as a sink.
+The result is unnormalised: sum e^{s - peak} v, sum e^{s - peak} and the peak. The quotient of the sums is
+sliding-window attention with sinks (StreamingLLM, arXiv 2309.17453, without re-indexing of positions). With a linear
+sum added to both, it is LoLCATs' attention with one denominator. Work and memory are O(T W): queries in blocks of W see
+two blocks of keys. A token in the window is not counted again as a sink.
 
-The state has a fixed size: W - 1 keys and values, and the sinks'. `padding_BL` marks the real tokens (True) of all L =
-past + T columns; sinks are the first *real* tokens of each row, so left padding moves them.
+The state has a fixed size: W - 1 keys and values, and those of the sinks. `padding_BL` marks the real tokens (True) of
+all L = past + T columns. Sinks are the first *real* tokens of each row, so left padding moves them.
 
 Legend: B batch, H query heads, G key/value heads, R = H / G, T new tokens, L past and new tokens, W window, S sinks,
 K blocks, D head width, E = W - 1 + T the window's past and the new tokens.
@@ -24,7 +24,7 @@ from subquad.ops.common import Append, joined, wide
 
 @dataclass
 class WindowSum:
-    """An unnormalised attention: `numerator` / `denominator` is the output; both were divided by e^`peak`."""
+    """An unnormalised attention with output `numerator` / `denominator`; both are divided by e^`peak`."""
 
     numerator_BHTD: Tensor
     denominator_BHT1: Tensor
@@ -32,31 +32,33 @@ class WindowSum:
     state: dict[str, Tensor]
 
     def normalised(self) -> Tensor:
-        """Sliding-window attention itself, (B, H, T, D)."""
+        """Compute the output of sliding-window attention (B, H, T, D)."""
         return (self.numerator_BHTD / self.denominator_BHT1).to(self.numerator_BHTD.dtype)
 
 
-def first_real(padding_BL: Tensor | None, batch: int, device: torch.device) -> Tensor:
-    """The column of each row's first real token, (B,)."""
+def first_real_column(padding_BL: Tensor | None, batch: int, device: torch.device) -> Tensor:
+    """Find the column of each row's first real token: (B,)."""
     if padding_BL is None:
         return torch.zeros(batch, dtype=torch.long, device=device)
     return padding_BL.int().argmax(-1)
 
 
 def _valid(padding_BL: Tensor | None, columns: Tensor) -> Tensor:
-    """Which columns hold a real token: (B or 1, number of columns)."""
-    inside = columns >= 0
+    """Mask the columns that hold a real token: (B or 1, number of columns)."""
+    in_range = columns >= 0
     if padding_BL is None:
-        return inside[None]
-    return inside[None] & padding_BL[:, columns.clamp(0, padding_BL.shape[1] - 1)]
+        return in_range[None]
+    return in_range[None] & padding_BL[:, columns.clamp(0, padding_BL.shape[1] - 1)]
 
 
-def _sinks(new: Tensor, old: Tensor | None, index_BS: Tensor) -> Tensor:
-    """The sinks' keys or values (B, G, S, D), with those that are among the new tokens written in."""
-    B, G, T, D = new.shape
-    among_new = (index_BS >= 0) & (index_BS < T)
-    gathered = new.gather(2, index_BS.clamp(0, T - 1)[:, None, :, None].expand(B, G, -1, D))
-    return torch.where(among_new[:, None, :, None], gathered, gathered.new_zeros(()) if old is None else old)
+def _sinks(x_BGTD: Tensor, past_sinks: Tensor | None, index_BS: Tensor) -> Tensor:
+    """Collect the sinks' keys or values (B, G, S, D), from the state and from the new tokens."""
+    B, G, T, D = x_BGTD.shape
+    is_new_BS = (index_BS >= 0) & (index_BS < T)
+    gathered = x_BGTD.gather(2, index_BS.clamp(0, T - 1)[:, None, :, None].expand(B, G, -1, D))
+    return torch.where(
+        is_new_BS[:, None, :, None], gathered, gathered.new_zeros(()) if past_sinks is None else past_sinks
+    )
 
 
 def window_sum(
@@ -73,31 +75,36 @@ def window_sum(
     padding_BL: Tensor | None = None,
     append: Append = joined,
 ) -> WindowSum:
-    """Attention of each query to its last `window` keys and the first `sinks`; see the module's docstring.
+    """Attend from each query to its last `window` keys and the first `sinks`; see the module's docstring.
 
-    `append` puts the new keys and values behind those of the state.
+    `append` concatenates the state's keys and values with the new ones.
     """
 
-    def extended(new: Tensor, old: Tensor | None) -> Tensor:
-        return pad(new, (0, 0, window - 1, 0)) if old is None else append(old, new)
+    def extend(x_BGTD: Tensor, past_x: Tensor | None) -> Tensor:
+        return pad(x_BGTD, (0, 0, window - 1, 0)) if past_x is None else append(past_x, x_BGTD)
 
     T = k_BGTD.shape[2]
-    seen = Seen(window, sinks, past, padding_BL, len(k_BGTD), k_BGTD.device, scale, softcap)
-    old: dict[str, Tensor | None] = {**state} if state else dict.fromkeys(("window_k", "window_v", "sink_k", "sink_v"))
-    k_BGED, v_BGED = extended(k_BGTD, old["window_k"]), extended(v_BGTD, old["window_v"])
-    held = {"window_k": k_BGED[:, :, T:], "window_v": v_BGED[:, :, T:]}
+    visibility = Visibility(window, sinks, past, padding_BL, len(k_BGTD), k_BGTD.device, scale, softcap)
+    past_state: dict[str, Tensor | None] = (
+        {**state} if state else dict.fromkeys(("window_k", "window_v", "sink_k", "sink_v"))
+    )
+    k_BGED, v_BGED = extend(k_BGTD, past_state["window_k"]), extend(v_BGTD, past_state["window_v"])
+    new_state = {"window_k": k_BGED[:, :, T:], "window_v": v_BGED[:, :, T:]}
     if state and padding_BL is None and past >= sinks:
-        held |= {name: state[name] for name in ("sink_k", "sink_v")}
+        new_state |= {name: state[name] for name in ("sink_k", "sink_v")}
     else:
-        new = {"sink_k": k_BGTD, "sink_v": v_BGTD}
-        held |= {name: _sinks(x_BGTD, old[name], seen.sink_columns_BS - past) for name, x_BGTD in new.items()}
+        sinks_kv = {"sink_k": k_BGTD, "sink_v": v_BGTD}
+        new_state |= {
+            name: _sinks(x_BGTD, past_state[name], visibility.sink_columns_BS - past)
+            for name, x_BGTD in sinks_kv.items()
+        }
     form = _step if T == 1 else _blocks
-    return WindowSum(*form(q_BHTD, k_BGED, v_BGED, held["sink_k"], held["sink_v"], seen), held)
+    return WindowSum(*form(q_BHTD, k_BGED, v_BGED, new_state["sink_k"], new_state["sink_v"], visibility), new_state)
 
 
 @dataclass
-class Seen:
-    """Which keys the queries see, and how they score them."""
+class Visibility:
+    """The keys that the queries see, and the scores of these keys."""
 
     window: int
     sinks: int
@@ -110,35 +117,32 @@ class Seen:
 
     @cached_property
     def sink_columns_BS(self) -> Tensor:
-        """The columns of the first real tokens."""
-        start_B = first_real(self.padding_BL, self.batch, self.device)
+        """Columns of the first real tokens."""
+        start_B = first_real_column(self.padding_BL, self.batch, self.device)
         return start_B[:, None] + torch.arange(self.sinks, device=self.device)
 
     @property
-    def all_of_them(self) -> bool:
-        """Whether every query sees all sinks, and all keys of its window."""
+    def sees_everything(self) -> bool:
+        """True if every query sees all sinks and all keys of its window."""
         return self.padding_BL is None and self.past >= self.sinks + self.window - 1
 
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
-        """Of queries (..., D) for keys (..., D)."""
+        """Compute the attention scores of queries (..., D) for keys (..., D)."""
         s = wide(q @ k.transpose(-1, -2)) * self.scale
         return s if self.softcap is None else self.softcap * torch.tanh(s / self.softcap)
 
 
-# A row that sees nothing (a pad) keeps the finite minimum as its peak: a harmless mean, never a NaN.
-
-
 def _step(
-    q_BH1D: Tensor, k_BGWD: Tensor, v_BGWD: Tensor, sink_k_BGSD: Tensor, sink_v_BGSD: Tensor, seen: Seen
+    q_BH1D: Tensor, k_BGWD: Tensor, v_BGWD: Tensor, sink_k_BGSD: Tensor, sink_v_BGSD: Tensor, visibility: Visibility
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One query: numerator, denominator and peak."""
+    """Compute numerator, denominator and peak for one query."""
     (B, G, W, _), S = k_BGWD.shape, sink_k_BGSD.shape[2]
     q_BGRD = q_BH1D.squeeze(2).unflatten(1, (G, -1))
-    s_BGRK = torch.cat([seen.scores(q_BGRD, sink_k_BGSD), seen.scores(q_BGRD, k_BGWD)], -1)
-    if not seen.all_of_them:
-        columns_W = torch.arange(seen.past - W + 1, seen.past + 1, device=k_BGWD.device)
-        far_BS = seen.past - seen.sink_columns_BS >= W
-        visible_BK = torch.cat([far_BS, _valid(seen.padding_BL, columns_W).expand(B, -1)], 1)
+    s_BGRK = torch.cat([visibility.scores(q_BGRD, sink_k_BGSD), visibility.scores(q_BGRD, k_BGWD)], -1)
+    if not visibility.sees_everything:
+        columns_W = torch.arange(visibility.past - W + 1, visibility.past + 1, device=k_BGWD.device)
+        far_BS = visibility.past - visibility.sink_columns_BS >= W
+        visible_BK = torch.cat([far_BS, _valid(visibility.padding_BL, columns_W).expand(B, -1)], 1)
         s_BGRK = s_BGRK.masked_fill(~visible_BK[:, None, None], torch.finfo(s_BGRK.dtype).min)
     peak_BGR1 = s_BGRK.detach().amax(-1, keepdim=True)
     weight_BGRK = (s_BGRK - peak_BGR1).exp()
@@ -153,36 +157,42 @@ def _step(
 
 
 def _blocks(
-    q_BHTD: Tensor, k_BGED: Tensor, v_BGED: Tensor, sink_k_BGSD: Tensor, sink_v_BGSD: Tensor, seen: Seen
+    q_BHTD: Tensor, k_BGED: Tensor, v_BGED: Tensor, sink_k_BGSD: Tensor, sink_v_BGSD: Tensor, visibility: Visibility
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Blocks of W queries, each with its own keys and the W - 1 before: numerator, denominator and peak."""
-    T, G, W, device = q_BHTD.shape[2], k_BGED.shape[1], seen.window, q_BHTD.device
+    """Compute numerator, denominator and peak for blocks of W queries, each with its keys and the W - 1 before."""
+    T, G, W, device = q_BHTD.shape[2], k_BGED.shape[1], visibility.window, q_BHTD.device
+    # Blocks of queries, and for each an overlapping view of its keys.
     blocks = -(-T // W)
     span = 2 * W - 1
     end = blocks * W - T
     q_BGRKQD = pad(q_BHTD, (0, 0, 0, end)).unflatten(2, (blocks, W)).unflatten(1, (G, -1))
-    k_BGKUD, v_BGKUD = (
-        pad(x, (0, 0, 0, end)).unfold(2, span, W).transpose(-1, -2) for x in (k_BGED, v_BGED)
-    )  # views: overlapping spans of keys
+    k_BGKUD, v_BGKUD = (pad(x, (0, 0, 0, end)).unfold(2, span, W).transpose(-1, -2) for x in (k_BGED, v_BGED))
+    # Masks: keys in the window, and sinks that have left the window.
     row, key = torch.arange(W, device=device), torch.arange(span, device=device)
     in_window_QU = (key >= row[:, None]) & (key < row[:, None] + W)
-    columns_KU = seen.past - (W - 1) + torch.arange(blocks, device=device)[:, None] * W + key
-    valid_BKU = _valid(seen.padding_BL, columns_KU.flatten().clamp(max=seen.past + T - 1)).unflatten(1, (blocks, span))
-    visible = (in_window_QU & valid_BKU[:, :, None])[:, None, None]
-    query_columns_KQ = seen.past + torch.arange(blocks * W, device=device).unflatten(0, (blocks, W))
-    far_visible = (query_columns_KQ[None, :, :, None] - seen.sink_columns_BS[:, None, None] >= W)[:, None, None]
+    columns_KU = visibility.past - (W - 1) + torch.arange(blocks, device=device)[:, None] * W + key
+    valid_BKU = _valid(visibility.padding_BL, columns_KU.flatten().clamp(max=visibility.past + T - 1)).unflatten(
+        1, (blocks, span)
+    )
+    window_mask = (in_window_QU & valid_BKU[:, :, None])[:, None, None]
+    query_columns_KQ = visibility.past + torch.arange(blocks * W, device=device).unflatten(0, (blocks, W))
+    sink_mask = (query_columns_KQ[None, :, :, None] - visibility.sink_columns_BS[:, None, None] >= W)[:, None, None]
 
-    def masked(scores: Tensor, mask: Tensor) -> Tensor:
+    def mask_scores(scores: Tensor, mask: Tensor) -> Tensor:
+        # The minimum is finite, so a row that sees no key (a pad) becomes a harmless mean, never NaN.
         return scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
 
-    near = masked(seen.scores(q_BGRKQD, k_BGKUD[:, :, None]), visible)
-    far = masked(seen.scores(q_BGRKQD, sink_k_BGSD[:, :, None, None]), far_visible)
-    peak = near.detach().amax(-1, keepdim=True)
+    # Scores, peaks and sums.
+    near_BGRKQU = mask_scores(visibility.scores(q_BGRKQD, k_BGKUD[:, :, None]), window_mask)
+    far_BGRKQS = mask_scores(visibility.scores(q_BGRKQD, sink_k_BGSD[:, :, None, None]), sink_mask)
+    peak = near_BGRKQU.detach().amax(-1, keepdim=True)
     if sink_k_BGSD.shape[2]:
-        peak = torch.maximum(peak, far.detach().amax(-1, keepdim=True))
-    near, far = (near - peak).exp(), (far - peak).exp()
-    numerator = near.to(v_BGED.dtype) @ v_BGKUD[:, :, None] + far.to(v_BGED.dtype) @ sink_v_BGSD[:, :, None, None]
-    denominator = near.sum(-1, keepdim=True) + far.sum(-1, keepdim=True)
+        peak = torch.maximum(peak, far_BGRKQS.detach().amax(-1, keepdim=True))
+    near_BGRKQU, far_BGRKQS = (near_BGRKQU - peak).exp(), (far_BGRKQS - peak).exp()
+    numerator = (
+        near_BGRKQU.to(v_BGED.dtype) @ v_BGKUD[:, :, None] + far_BGRKQS.to(v_BGED.dtype) @ sink_v_BGSD[:, :, None, None]
+    )
+    denominator = near_BGRKQU.sum(-1, keepdim=True) + far_BGRKQS.sum(-1, keepdim=True)
 
     def per_token(x: Tensor) -> Tensor:
         return x.flatten(3, 4)[:, :, :, :T].flatten(1, 2)

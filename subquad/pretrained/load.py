@@ -22,8 +22,9 @@ from transformers import (
 )
 
 from subquad.errors import UserError, nearest
-from subquad.model.interface import image_size
+from subquad.model.interface import image_size, shapes_of
 from subquad.model.tasks import TASKS, TEXT, Task
+from subquad.plan import AttentionShape
 from subquad.pretrained.source import DEFAULT_TEACHER, checked_config, checked_weights, fingerprint_of, folder_of
 from subquad.utils.files import cache_dir, first_line
 from subquad.utils.logging import quiet
@@ -54,6 +55,20 @@ class Teacher:
     source: str
     fingerprint: str
     task: str = TEXT
+
+    @property
+    def kind(self) -> Task:
+        """The task it was loaded for: its auto class, its students, and whether it reads text or images."""
+        return TASKS[self.task]
+
+    @property
+    def shapes(self) -> list[AttentionShape]:
+        """The shapes of its attention, layer by layer. Raises UserError as `find_attention` does."""
+        return shapes_of(self.model)
+
+    def answers(self) -> dict[Any, Any]:
+        """What it chooses among: tokens with their ids, or classes."""
+        return dict(self.model.config.id2label or {}) if self.kind.of_images else self.tokenizer.get_vocab()
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:

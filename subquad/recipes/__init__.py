@@ -1,4 +1,4 @@
-"""Recipes: a whole conversion as one readable YAML file, and those that ship with Subquad."""
+"""Recipes: complete conversions as readable YAML files, with the recipes that ship with Subquad."""
 
 from subquad.recipes.load import load_recipe, recipe_names
 from subquad.recipes.schema import Recipe

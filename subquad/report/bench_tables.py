@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from subquad.report.console import make_table, style_of
 from subquad.report.plots import STUDENT, STYLE, VARIANT_COLOURS, save_png
 from subquad.utils import format as fmt
 from subquad.utils.format import NAN
@@ -45,11 +46,8 @@ def print_bench(report: Report, console: Console) -> None:
 def _table(report: Report, batch: int) -> Table:
     titles = " against ".join(f"{name} {about['title']}" for name, about in report["models"].items())
     title = f"{titles}; batch {batch}, {report['settings']['dtype']}; beside each speed its share of the roofline"
-    table = Table(title=Text(title), title_justify="left", box=None, header_style="bold", pad_edge=False)
-    table.add_column("context", justify="right")
-    table.add_column("")
-    for heading in ("prefill tokens/s", "first token", "decode tokens/s", "generate ms/token", "peak memory", "cache"):
-        table.add_column(heading, justify="right")
+    speeds = ("prefill tokens/s", "first token", "decode tokens/s", "generate ms/token")
+    table = make_table(title, ["context", "", *speeds, "peak memory", "cache"], words=(1,))
     for context in dict.fromkeys(row["context"] for row in report["cells"]):
         for index, name in enumerate(report["models"]):
             rows = {row["measure"]: row for row in _rows(report, name, batch) if row["context"] == context}
@@ -62,7 +60,7 @@ def _table(report: Report, batch: int) -> Table:
                 fmt.size(rows["decode"]["cache_bytes"]),
             ]
             first = "" if index else fmt.context(context)
-            table.add_row(first, name, *cells, style="bold" if name == "student" else "")
+            table.add_row(first, name, *cells, style=style_of(name))
     return table
 
 

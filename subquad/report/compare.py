@@ -18,6 +18,7 @@ from rich.text import Text
 from subquad.evaluate import paired_gain
 from subquad.mixers import mixer_options
 from subquad.plan import Plan
+from subquad.report.console import make_table
 from subquad.report.metrics import Answer, Measure, Metrics, StageRecord, Variant
 from subquad.report.plan_table import CONTEXTS
 from subquad.report.run_files import RunFiles, read_run
@@ -302,19 +303,14 @@ def print_comparison(found: Comparison, console: Console) -> None:
 
 
 def _print_pairs(title: str, pairs: dict[str, Pair] | None, console: Console, also: str = "") -> None:
-    table = _table(title + also)
-    for heading in ("", "A", "B"):
-        table.add_column(heading, overflow="fold")
+    table = make_table(title + also, ["", "A", "B"], words=(0, 1, 2), fold=True)
     for key, pair in (pairs or {}).items():
         table.add_row(Text(key), *(Text(fmt.DASH if value is None else str(value)) for value in pair))
     _print_part(title, table, pairs is None, console)
 
 
 def _print_rows(title: str, rows: list[Row] | None, console: Console) -> None:
-    table = _table(title)
-    table.add_column("")
-    for heading in ("A", "B", "change"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = make_table(title, ["", "A", "B", "change"], fold=True)
     if rows is not None and not all(row.same for row in rows):
         for row in rows:
             table.add_row(Text(row.name), *_cells(row))
@@ -325,10 +321,6 @@ def _print_part(title: str, table: Table, missing: bool, console: Console) -> No
     if not missing:
         console.print()
         console.print(table if table.row_count else Text(f"{title}: the same", style="italic"))
-
-
-def _table(title: str) -> Table:
-    return Table(title=Text(title), title_justify="left", box=None, header_style="bold", pad_edge=False)
 
 
 def _cells(row: Row) -> list[str]:

@@ -5,7 +5,6 @@ the reader's light or dark mode, and folds to one column on a phone. What a mode
 """
 
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from subquad.report.retrieval_plots import depth_picture
 from subquad.report.run_files import RunFiles, read_run
 from subquad.report.scores import Scores
 from subquad.utils import format as fmt
+from subquad.utils.files import write_aside
 from subquad.utils.format import NAN
 
 
@@ -177,10 +177,9 @@ def templates(*, autoescape: bool) -> jinja2.Environment:
 
 
 def write_text(path: Path, text: str) -> Path:
-    """Writes aside, then renames. A model can write half a surrogate pair, which no file can hold: it becomes `?`."""
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(text, encoding="utf-8", errors="replace")
-    os.replace(aside, path)
+    """Writes `path` and returns it. Half a surrogate pair, which a model can generate, becomes `?`."""
+    with write_aside(path) as aside:
+        aside.write_text(text, encoding="utf-8", errors="replace")
     return path
 
 

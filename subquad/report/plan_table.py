@@ -12,6 +12,7 @@ from rich.text import Text
 
 from subquad.mixers import mixer_options
 from subquad.plan import Plan
+from subquad.report.console import make_table
 from subquad.report.plots import mixer_colours
 from subquad.utils import format as fmt
 
@@ -75,12 +76,9 @@ def _letters(plan: Plan) -> dict[str, str]:
 
 def _legend(plan: Plan) -> Table:
     colours, letters, by_layer = mixer_colours(plan), _letters(plan), _by_layer(plan)
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for heading in ("", "mixer"):
-        table.add_column(heading)
-    for heading in ("layers",) if by_layer else ("whole layers", "heads"):
-        table.add_column(heading, justify="right")
-    table.add_column("options")
+    counts = ["layers"] if by_layer else ["whole layers", "heads"]
+    table = make_table(None, ["", "mixer", *counts], words=(0, 1))
+    table.add_column("options")  # the longest of all: it wraps
     for name, letter in letters.items():
         groups = [layer[name] for layer in plan.layers if name in layer]
         whole = sum(list(layer) == [name] for layer in plan.layers)
@@ -96,15 +94,11 @@ def _legend(plan: Plan) -> Table:
 
 
 def _caches(plan: Plan, dtype: str) -> Table:
-    title = Text(f"Cache of one sequence, {dtype}")
-    table = Table(title=title, title_justify="left", box=None, header_style="bold", pad_edge=False)
-    table.add_column("tokens of context")
-    for context in CONTEXTS:
-        table.add_column(fmt.context(context), justify="right")
-    everything = Plan.all_attention(plan.shapes)
-    mine, theirs = ([one.cache_bytes(context, dtype=dtype) for context in CONTEXTS] for one in (plan, everything))
-    table.add_row("this plan", *(fmt.plain(fmt.size(size)) for size in mine))
-    table.add_row("all attention", *(fmt.plain(fmt.size(size)) for size in theirs))
-    shares = [part / whole for part, whole in zip(mine, theirs, strict=True)]
+    table = make_table(f"Cache of one sequence, {dtype}", ["tokens of context", *map(fmt.context, CONTEXTS)])
+    plans = {"this plan": plan, "all attention": Plan.all_attention(plan.shapes)}
+    sizes = {name: [row.cache_bytes(context, dtype=dtype) for context in CONTEXTS] for name, row in plans.items()}
+    for name, row_sizes in sizes.items():
+        table.add_row(name, *(fmt.plain(fmt.size(size)) for size in row_sizes))
+    shares = [part / whole for part, whole in zip(*sizes.values(), strict=True)]
     table.add_row("share", *(fmt.plain(fmt.percent(share)) for share in shares), style="bold")
     return table

@@ -8,7 +8,6 @@ A mixer has the same colour in every run. Figures are made without pyplot: no gl
 
 import io
 import math
-import os
 import re
 import textwrap
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from subquad.plan import Plan
 from subquad.report.metrics import Metrics
 from subquad.report.run_files import LossPoint, RunFiles, read_run
 from subquad.utils import format as fmt
+from subquad.utils.files import write_aside
 from subquad.utils.format import NAN
 
 INK = "#2b2f36"
@@ -249,11 +249,10 @@ def write_picture(run_dir: Path | str, path: Path | str) -> Path:
 
 
 def save_png(figure: Figure, path: Path, dpi: int) -> None:
-    """Writes a picture on white ground: aside first, then renamed."""
-    aside = path.with_name(path.name + ".tmp")
+    """Writes a picture on a white ground, and makes the folder for it where there is none."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(aside, format="png", dpi=dpi, facecolor="white")
-    os.replace(aside, path)
+    with write_aside(path) as aside:
+        figure.savefig(aside, format="png", dpi=dpi, facecolor="white")
 
 
 def _summary(run: RunFiles, plan: Plan, context: int) -> Figure:

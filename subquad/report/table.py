@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from subquad.report.console import _style, _table
+from subquad.report.console import make_table, style_of
 from subquad.report.metrics import Answer, Band, ImageFidelity, Measure, Metrics, Sample, Variant, check_metrics
 from subquad.utils import format as fmt
 from subquad.utils.format import NAN
@@ -28,11 +28,11 @@ def print_table(metrics: Mapping[str, Any], console: Console) -> None:
 
 def _images(metrics: Metrics) -> Table:
     measures = metrics.image_measures
-    table = _table(f"{metrics.image_count:,} held-out images", ["", *measures.values()])
+    table = make_table(f"{metrics.image_count:,} held-out images", ["", *measures.values()])
     for name, variant in metrics.variants.items():
         if variant.images:
             cells = (_with_error(variant.images, measure) for measure in measures)
-            table.add_row(name, *cells, style=_style(name))
+            table.add_row(name, *cells, style=style_of(name))
     return table
 
 
@@ -48,30 +48,30 @@ def _variants(metrics: Metrics) -> Table:
     contexts, headline = metrics.contexts, metrics.headline_context or 0
     longest = max(metrics.cache_contexts, default=0)
     headings = [*(f"KL {context}" for context in contexts), f"ppl {headline}", f"top-1 {headline}"]
-    table = _table("Held-out text", ["", *headings, *([f"cache {fmt.context(longest)}"] if longest else [])])
+    table = make_table("Held-out text", ["", *headings, *([f"cache {fmt.context(longest)}"] if longest else [])])
     for name, variant in metrics.variants.items():
         cells = [fmt.nats(variant.kl.get(context, NAN)) for context in contexts]
         cells += [fmt.perplexity(variant.perplexity.get(headline, NAN)), fmt.percent(variant.top1.get(headline, NAN))]
         cells += [fmt.size(variant.cache_bytes.get(longest, NAN))] if longest else []
-        table.add_row(name, *cells, style=_style(name))
+        table.add_row(name, *cells, style=style_of(name))
     return table
 
 
 def _buckets(metrics: Metrics) -> Table:
     """What is at the end of a text is in the means over all of it, too, but is hidden there."""
-    table = _table("By position in the text", ["", "", *metrics.buckets.values()], words=2)
+    table = make_table("By position in the text", ["", "", *metrics.buckets.values()], words=(0, 1))
     for label, measure, text in (("KL", "kl", fmt.nats), ("ppl", "perplexity", fmt.perplexity)):
         for name, variant in metrics.variants.items():
             found = [variant.buckets.get(end) for end in metrics.buckets]
             if any(found) and (measure, name) != ("kl", "teacher"):
                 cells = (text(getattr(bucket, measure)) if bucket else fmt.DASH for bucket in found)
-                table.add_row(label, name, *cells, style=_style(name))
+                table.add_row(label, name, *cells, style=style_of(name))
     return table
 
 
 def _retrieval(metrics: Metrics) -> Table:
     title = "Retrieval: share of answers right, log-probability of an answer token"
-    table = _table(title, ["", "context", *metrics.variants])
+    table = make_table(title, ["", "context", *metrics.variants])
     for task, contexts in metrics.retrieval_tasks.items():
         for context in contexts:
             found = [variant.retrieval.get(task, {}).get(context, Answer()) for variant in metrics.variants.values()]
@@ -84,7 +84,7 @@ def _depths(metrics: Metrics) -> Table:
     """The student's answers by the depth of the fact, beside the teacher's."""
     contexts = sorted({context for known in metrics.depth_tasks.values() for context in known})
     title = "Retrieval by depth of the fact: the student (the teacher)"
-    table = _table(title, ["", "depth", *map(fmt.context, contexts)], words=2)
+    table = make_table(title, ["", "depth", *map(fmt.context, contexts)], words=(0, 1))
     for task in metrics.depth_tasks:
         student, teacher = (
             [one.retrieval.get(task, {}).get(context, Answer()).by_depth for context in contexts]
@@ -103,7 +103,7 @@ def _accuracy(bands: list[Band], depth: int) -> str:
 
 
 def _tasks(metrics: Metrics) -> Table:
-    table = _table("Tasks", ["", "metric", *metrics.variants], words=2)
+    table = make_table("Tasks", ["", "metric", *metrics.variants], words=(0, 1))
     for (task, metric), found in metrics.task_rows.items():
         measures = [found.get(name, Measure()) for name in metrics.variants]
         table.add_row(Text(task), Text(metric), *(fmt.measure(one.value, one.stderr) for one in measures))
@@ -111,7 +111,7 @@ def _tasks(metrics: Metrics) -> Table:
 
 
 def _stages(metrics: Metrics) -> Table:
-    table = _table("Stages", ["", "tokens", "time", "tokens/s", "of bare forward", "final loss"])
+    table = make_table("Stages", ["", "tokens", "time", "tokens/s", "of bare forward", "final loss"])
     for stage in metrics.ledger:
         table.add_row(
             Text(stage.name),
@@ -128,7 +128,7 @@ def _sample(sample: Sample) -> Table:
     """What both wrote after one prompt, side by side."""
     table = Table(title=Text(sample.prompt, "italic"), title_justify="left", box=None, pad_edge=False, expand=True)
     for name in ("teacher", "student"):
-        table.add_column(name, ratio=1, overflow="fold", header_style=_style(name))
+        table.add_column(name, ratio=1, overflow="fold", header_style=style_of(name))
     # A model can write half a surrogate pair, which no terminal can show.
     table.add_row(*(Text(text.encode(errors="replace").decode()) for text in (sample.teacher, sample.student)))
     return table

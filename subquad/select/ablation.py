@@ -18,6 +18,7 @@ Legend: N rows, T tokens, H heads of a layer, S units ablated in one batch, one 
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -27,7 +28,8 @@ from transformers import PreTrainedModel
 from subquad.data.probes import Probe
 from subquad.errors import UserError
 from subquad.evaluate.retrieval import TOKENS_AT_ONCE, Answers, answers, usable
-from subquad.model.mixed_attention import ForwardContext
+from subquad.mixers.base import picked
+from subquad.model.layer_call import ForwardContext, LayerCall
 from subquad.model.student import Student
 from subquad.select.prefix import record_outputs, repeat_output, skip_below
 from subquad.select.units import Unit, layers_in
@@ -173,7 +175,7 @@ class Ablation:
                 below = [repeat_output(outputs[layer - 1], len(batch))] * layer if layer else []
 
                 def hidden(model: PreTrainedModel, ids_ST: Tensor, gains: Any = gains) -> Tensor:
-                    return teacher.final_hidden(ids_ST, forward_context=ForwardContext(gains=gains))
+                    return teacher.final_hidden(ids_ST, forward_context=scaled(gains))
 
                 with skip_below(blocks, layer, below):
                     scores = by_row(answers(teacher, probe.repeated(len(batch)), hidden))
@@ -190,6 +192,22 @@ class Ablation:
             for layer, head in self.units[index]:
                 gains[layer][row, head] = 0
         return gains
+
+
+def scaled(gains: Mapping[int, Tensor]) -> ForwardContext:
+    """A pass whose heads' outputs are multiplied by `gains`, (B, H) by layer; 0 ablates a head."""
+
+    def around(call: LayerCall) -> Tensor:
+        y_BHTD = call.mixed()
+        if call.layer not in gains:
+            return y_BHTD
+        gain_BH11 = gains[call.layer].to(y_BHTD.dtype)[:, :, None, None]
+        if call.branch is not None:  # the heads that attend under the parallel join
+            gain_BTHD = picked(gain_BH11, call.branch.group.heads).transpose(1, 2)
+            call.branch = replace(call.branch, y_BTHD=call.branch.y_BTHD * gain_BTHD)
+        return y_BHTD * gain_BH11
+
+    return ForwardContext(around=around)
 
 
 def by_row(scored: Answers) -> dict[str, Tensor]:

@@ -20,14 +20,14 @@ Legend: H heads of a layer, L layers, N rows of text, T tokens, C of a chunk, M 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from subquad.data.text import Corpus
 from subquad.errors import UserError
-from subquad.model.mixed_attention import ForwardContext
+from subquad.model.layer_call import ForwardContext, LayerCall
 from subquad.model.output_head import OutputHead, final_hidden
 from subquad.recipes.stage import Length
 from subquad.select.inputs import SelectorInputs
@@ -155,7 +155,7 @@ def fisher_scores(
     def measure(row: int) -> list[float]:
         ids_1T = text_NT[row : row + 1].to(supernet.student.device)
         gates = _gates(supernet, 1.0)
-        hidden_1TM = supernet.student.final_hidden(ids_1T, forward_context=ForwardContext(gates=gates))
+        hidden_1TM = supernet.student.final_hidden(ids_1T, forward_context=gated(gates))
         generator = torch.Generator(ids_1T.device).manual_seed(row)
         worth = [0.0] * len(units)
         for _ in range(draws):
@@ -227,6 +227,19 @@ def _by_head(supernet: Supernet, units: Sequence[Unit], gate_U: Tensor) -> dict[
     return {layer: gate_U[[unit_of[layer, head] for head in range(shape.heads)]] for layer, shape in enumerate(shapes)}
 
 
+def gated(gates: Mapping[int, Tensor]) -> ForwardContext:
+    """A pass whose heads are attention by a share of `gates`, (H,) by layer, and the plan's mixers by the rest."""
+
+    def around(call: LayerCall) -> Tensor:
+        y_BHTD = call.mixed()
+        if call.layer not in gates:
+            return y_BHTD
+        gate_H11 = gates[call.layer].to(y_BHTD.dtype)[:, None, None]
+        return y_BHTD + gate_H11 * (call.attention() - y_BHTD)
+
+    return ForwardContext(around=around)
+
+
 def _slopes(value: Tensor, gates: dict[int, Tensor]) -> list[Tensor]:
     """The derivative of a scalar with respect to each layer's gates, in float64 on the CPU; keeps the graph."""
     return [slope_H.double().cpu() for slope_H in torch.autograd.grad(value, [*gates.values()], retain_graph=True)]
@@ -236,7 +249,7 @@ def _kl(supernet: Supernet, ids_BT: Tensor, gates: dict[int, Tensor]) -> Tensor:
     """KL in nats per token, (), of the student with these gates; differentiable with respect to them."""
     with torch.no_grad():
         teacher_BTM = final_hidden(supernet.teacher, ids_BT)
-    student_BTM = supernet.student.final_hidden(ids_BT, forward_context=ForwardContext(gates=gates))
+    student_BTM = supernet.student.final_hidden(ids_BT, forward_context=gated(gates))
     return kl(supernet.student, student_BTM, supernet.teacher, teacher_BTM)
 
 

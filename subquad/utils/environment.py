@@ -12,8 +12,21 @@ import transformers
 from subquad.version import __version__
 
 
+def environment(device: torch.device, command: str | None, processes: int | None = None) -> dict[str, Any]:
+    """Versions, machine, command and source commit: the entries that every result file has.
+
+    `processes`: number of processes that worked together, where the result depends on it.
+    """
+    return {
+        "versions": versions(),
+        "machine": machine(device) | ({} if processes is None else {"processes": processes}),
+        "command": command,
+        "commit": source_commit(),
+    }
+
+
 def versions() -> dict[str, str]:
-    """Of Subquad and what its numbers depend on."""
+    """Versions of Subquad and of the packages that its numbers depend on."""
     return {
         "subquad": __version__,
         "torch": torch.__version__,
@@ -23,7 +36,7 @@ def versions() -> dict[str, str]:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """Processor, cores, threads in use and device."""
+    """Processor, its cores, threads in use, and device."""
     return {
         "processor": processor(),
         "cores": os.cpu_count(),
@@ -33,6 +46,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def processor() -> str:
+    """Model name of the processor."""
     info = Path("/proc/cpuinfo")
     if info.is_file():
         for line in info.read_text().splitlines():
@@ -42,6 +56,7 @@ def processor() -> str:
 
 
 def device_name(device: torch.device) -> str:
+    """Model name of a GPU, or the kind of any other device."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
@@ -49,9 +64,7 @@ def source_commit() -> str | None:
     """The commit of the source tree, if Subquad runs from one."""
     here = Path(__file__).parent
     try:
-        found = subprocess.run(
-            ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10
-        )
+        git = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return found.stdout.strip() if found.returncode == 0 else None
+    return git.stdout.strip() if git.returncode == 0 else None

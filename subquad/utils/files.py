@@ -1,6 +1,8 @@
-"""The cache folder, folders that are built once, and files of installed packages.
+"""Files that appear whole or not at all, the cache folder, and files of installed packages.
 
 Notable:
+- `write_aside` writes every file of a run: under another name first, then renamed, so that a reader or a resumed run
+  never meets half a file.
 - A cached folder appears whole or not at all: it is built under a temporary name beside its place and renamed. Two
   processes that build the same folder at once (as under `accelerate launch`) do the work twice; the first to finish
   wins.
@@ -13,11 +15,43 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from subquad.errors import UserError
+
+
+@contextmanager
+def write_aside(path: Path, *, durable: bool = False) -> Iterator[Path]:
+    """Path beside `path` to write a file or a folder to, which takes the place of `path` when the block ends.
+
+    `durable` syncs to disk before and after the rename, so that it also survives a power cut. After an error nothing
+    of the new file is left, and the old one is untouched.
+    """
+    aside = path.with_name(path.name + ".tmp")
+    _remove(aside)  # of a process that was killed
+    try:
+        yield aside
+        if durable:
+            for part in [*(aside.iterdir() if aside.is_dir() else []), aside]:
+                sync(part)
+        if aside.is_dir():
+            shutil.rmtree(path, ignore_errors=True)  # a folder replaces only an empty one
+        os.replace(aside, path)
+        if durable:
+            sync(path.parent)
+    except Exception:
+        _remove(aside)
+        raise
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def cache_dir() -> Path:
@@ -102,11 +136,10 @@ def make_room(file: Path) -> None:
 
 
 def write_json(file: Path, report: Mapping[str, Any]) -> None:
-    """Writes a report: aside first, then renamed. Makes the folder that it goes to."""
+    """Writes a report, and makes the folder for it where there is none."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    aside = file.with_name(file.name + ".tmp")
-    aside.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(aside, file)
+    with write_aside(file) as aside:
+        aside.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def sync(path: Path) -> None:

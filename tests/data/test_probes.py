@@ -1,4 +1,4 @@
-"""The retrieval probes: right answers at the end, exact lengths, seeded, for any tokenizer."""
+"""Retrieval probes: right answers at the end, exact lengths, determined by the seed, for any tokenizer."""
 
 import re
 
@@ -14,7 +14,7 @@ from tests.helpers import ALPHABET, SALES, TEXT, _byte_level, byte_tokenizer, ta
 
 
 def bpe_tokenizer() -> PreTrainedTokenizerFast:
-    """Words as tokens, digits one by one, and a <bos> before every text."""
+    """Make a tokenizer with words as tokens, single digits, and a <bos> before every text."""
     tokenizer = _byte_level(merges=600, digits=True)
     bos = tokenizer.convert_tokens_to_ids("<bos>")
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
@@ -24,7 +24,7 @@ def bpe_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def metaspace_tokenizer() -> PreTrainedTokenizerFast:
-    """SentencePiece's way: the space belongs to the word, and every text starts with one."""
+    """Make a tokenizer like SentencePiece's: the space belongs to the word, and every text starts with one."""
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
@@ -58,12 +58,12 @@ def test_rows_have_the_context_and_end_with_the_answer(name, context, tokenizer)
             assert not mask[start::2].any() and mask[start + 1 :: 2].all() and mask.sum() == (context - start) // 2
         else:  # one run of answer tokens, at the very end
             assert start < context - mask.sum() and mask[-int(mask.sum()) :].all()
-    again, other = (task_probe(name, tokenizer, context, 5, seed=seed) for seed in (3, 4))
-    assert torch.equal(probe.input_ids, again.input_ids) and torch.equal(probe.answer_mask, again.answer_mask)
-    assert not torch.equal(probe.input_ids, other.input_ids)
+    same_seed, other_seed = (task_probe(name, tokenizer, context, 5, seed=seed) for seed in (3, 4))
+    assert torch.equal(probe.input_ids, same_seed.input_ids) and torch.equal(probe.answer_mask, same_seed.answer_mask)
+    assert not torch.equal(probe.input_ids, other_seed.input_ids)
     assert len(set(map(tuple, probe.input_ids.tolist()))) == 5
-    more = task_probe(name, tokenizer, context, 9, seed=3)
-    assert torch.equal(more.input_ids[:5], probe.input_ids)
+    more_rows = task_probe(name, tokenizer, context, 9, seed=3)
+    assert torch.equal(more_rows.input_ids[:5], probe.input_ids)
 
 
 def test_copy_repeats_a_random_sequence_of_plain_tokens(tokenizer):
@@ -75,13 +75,13 @@ def test_copy_repeats_a_random_sequence_of_plain_tokens(tokenizer):
         assert mask.sum() == length - 1
         assert len(ids[-length:].unique()) == length  # a token names its successor
         assert not set(ids[start:].tolist()) & set(tokenizer.all_special_ids)
-    # Longer than the vocabulary: tokens have to come more than once.
+    # A sequence longer than the vocabulary has to repeat tokens.
     assert make_probe("copy", tokenizer, 4000, 1, seed=0).input_ids.shape == (1, 4000)
 
 
 @pytest.mark.parametrize("context", [400, 4000])
 def test_dictionary_is_the_prompt_of_the_paper(context):
-    tokenizer = TOKENIZERS["bytes"]  # decodes to what was encoded, to the letter
+    tokenizer = TOKENIZERS["bytes"]  # decoding restores the text exactly
     probe = make_probe("dictionary", tokenizer, context, 8, seed=1)
     for row in range(8):
         text = tokenizer.decode(probe.input_ids[row])
@@ -94,9 +94,9 @@ def test_dictionary_is_the_prompt_of_the_paper(context):
         assert answer_text(tokenizer, probe, row) == pairs[key]
         assert len(set(pairs.values())) == len(pairs) and all(0 <= int(value) <= 99 for value in pairs.values())
         assert set(pairs) <= set(WORDS)
-        if context == 4000:  # more room than 0-99 can fill: the rest is text before the question
+        if context == 4000:  # longer than 100 pairs, so text fills the rest before the question
             assert len(pairs) == MAX_PAIRS and "The sky is blue." in body
-        else:  # no further pair would have fitted
+        else:  # no further pair fits
             assert 2 <= len(pairs) < MAX_PAIRS and len(body) - len("\n".join(f"{k}:{v}" for k, v in pairs.items())) < 14
 
 
@@ -118,30 +118,30 @@ def test_passkey_lies_at_all_depths_of_the_haystack():
 def test_associative_recall_asks_pairs_of_distinct_tokens_in_another_order(context, tokenizer):
     probe = make_probe("associative", tokenizer, context, 3, seed=0)
     for ids, mask, start in zip(probe.input_ids, probe.answer_mask, probe.question_start.tolist(), strict=True):
-        first = len(tokenizer("")["input_ids"]) + (context - len(tokenizer("")["input_ids"])) % 2
-        tokens = ids[first:start].tolist()
+        pairs_start = len(tokenizer("")["input_ids"]) + (context - len(tokenizer("")["input_ids"])) % 2
+        tokens = ids[pairs_start:start].tolist()
         pairs = dict(zip(tokens[::2], tokens[1::2], strict=True))
         assert len(set(tokens)) == len(tokens) and not set(tokens) & set(tokenizer.all_special_ids)
         keys, values = ids[start::2].tolist(), ids[mask].tolist()
         assert values == [pairs[key] for key in keys]
         assert keys[: len(pairs)] != tokens[::2] and set(keys) <= set(pairs)
-        if context == 1500 and tokenizer is TOKENIZERS["bytes"]:  # too few tokens: all pairs, again and again
+        if context == 1500 and tokenizer is TOKENIZERS["bytes"]:  # too few tokens: all pairs, several times
             assert len(pairs) == 127 and set(keys[:127]) == set(keys[127:254]) == set(pairs)
         else:
             assert len(set(keys)) == len(keys) >= len(pairs) - 1
 
 
 def follow(text: str) -> tuple[str, int, int]:
-    """What a row of `variables` asks for, by its text: the value, how many chains there are, and the hops to it."""
-    named = dict(re.findall(r"^VAR ([A-Z]) = (\w+)$", text, re.MULTILINE))
-    asked = re.search(r"What is the value of VAR ([A-Z])\?", text)[1]
-    assert asked not in named.values()  # the last of its chain
-    for new, old in named.items():
-        assert old.isdigit() or text.index(f"VAR {old} =") < text.index(f"VAR {new} =")
-    value, hops = named[asked], 0
+    """Solve a row of `variables` by its text. Returns the value, the number of chains, and the hops to the value."""
+    assignments = dict(re.findall(r"^VAR ([A-Z]) = (\w+)$", text, re.MULTILINE))
+    variable = re.search(r"What is the value of VAR ([A-Z])\?", text)[1]
+    assert variable not in assignments.values()  # the last of its chain
+    for target, source in assignments.items():
+        assert source.isdigit() or text.index(f"VAR {source} =") < text.index(f"VAR {target} =")
+    value, hops = assignments[variable], 0
     while not value.isdigit():
-        value, hops = named[value], hops + 1
-    return value, sum(of.isdigit() for of in named.values()), hops
+        value, hops = assignments[value], hops + 1
+    return value, sum(source.isdigit() for source in assignments.values()), hops
 
 
 @pytest.mark.parametrize(("context", "chains", "hops"), [(200, 2, 1), (257, 2, 1), (512, 3, 3), (1024, 5, 4)])
@@ -172,8 +172,8 @@ def test_questions_are_answered_by_their_text_alone(tokenizer):
         lead = question.split("Complete this sentence of the text:")[1].removesuffix(answer).strip()
         assert question.startswith("\n") and len(lead.split()) >= 5
         assert text.count(lead) == text.count(answer) == 1 and SALES.count(answer) == 1
-        said = text.split(lead)[1]  # what an oracle reads off
-        assert said.strip().startswith(answer) and re.match(r"\W", said.strip().removeprefix(answer))
+        continuation = text.split(lead)[1]  # an oracle's answer
+        assert continuation.strip().startswith(answer) and re.match(r"\W", continuation.strip().removeprefix(answer))
         assert not set(probe.input_ids[row, 1:].tolist()) & set(tokenizer.all_special_ids)
         depths.append(SALES.index(lead) / len(SALES))
     thirds = [sum(low <= depth < low + 1 / 3 for depth in depths) for low in (0, 1 / 3, 2 / 3)]
@@ -181,8 +181,10 @@ def test_questions_are_answered_by_their_text_alone(tokenizer):
 
 
 def test_questions_need_a_text_that_can_be_asked_about(tokenizer):
-    few = tokenizer("It was sold for 12 dollars. " * 99, add_special_tokens=False, return_tensors="pt")["input_ids"]
-    for haystack_ids in (None, few):
+    repetitive_ids = tokenizer("It was sold for 12 dollars. " * 99, add_special_tokens=False, return_tensors="pt")[
+        "input_ids"
+    ]
+    for haystack_ids in (None, repetitive_ids):
         with pytest.raises(
             UserError, match="'questions' finds nothing to ask in .* 300 at a time: give it more real text"
         ):
@@ -196,10 +198,13 @@ CLOZES = [
     ("We spent as much as all of $2.5 trillion, and more.", ["$2.5 trillion"]),
     ("It had been known since the winter of 1776.", ["1776"]),
     ("No one in all the land was as tall as John Smith was.", ["John Smith"]),
-    ("No one in all the land was as tall as Mister John Adam Smith was.", []),  # asked whole or not at all
+    (
+        "No one in all the land was as tall as Mister John Adam Smith was.",
+        [],
+    ),  # a name is asked completely or not at all
     ("No one in all the land was as tall as O'Neil was.", []),
     ("No one in all the land was as old as 1,234,56 or 12th or 3rd-born men.", []),
-    ("It was in 1776.", []),  # too little to know it again by
+    ("It was in 1776.", []),  # too short a lead to recognise
     ("It was never seen again. Then came the year 1776.", []),
     ("It had been known since the winter of 1776, so of 1776 we speak.", []),
     ("It was in the month of 12 men. It was in the month of 13 men.", []),  # one lead, two answers
@@ -208,9 +213,9 @@ CLOZES = [
 
 @pytest.mark.parametrize(("text", "answers"), CLOZES)
 def test_clozes(text, answers):
-    found = clozes(text)
-    assert [cloze.answer for cloze in found] == answers
-    assert all(str(cloze) in text for cloze in found)
+    questions = clozes(text)
+    assert [cloze.answer for cloze in questions] == answers
+    assert all(str(cloze) in text for cloze in questions)
 
 
 def test_a_cloze_quotes_no_more_than_it_needs():
@@ -221,8 +226,8 @@ def test_a_cloze_quotes_no_more_than_it_needs():
 def test_answers_are_scored_without_the_space_before_them(name, tokenizer):
     probe = make_probe(name, tokenizer, 300, 4, seed=0)
     for row in range(4):
-        first = probe.input_ids[row][probe.answer_mask[row]][0]
-        assert tokenizer.decode([first]).strip().isdigit()
+        first_id = probe.input_ids[row][probe.answer_mask[row]][0]
+        assert tokenizer.decode([first_id]).strip().isdigit()
         assert answer_text(tokenizer, probe, row).isdigit()
 
 
@@ -245,8 +250,8 @@ def test_the_depth_is_where_the_answer_is_first_written(name, tokenizer):
     for row, start in enumerate(probe.question_start.tolist()):
         text = tokenizer.decode(probe.input_ids[row, :start]).partition(title)[2]
         answer = answer_text(tokenizer, probe, row)
-        place = text.index(f":{answer}\n" if name == "dictionary" else answer) / len(text)
-        assert place == pytest.approx(probe.depth[row].item(), abs=0.2)
+        position = text.index(f":{answer}\n" if name == "dictionary" else answer) / len(text)
+        assert position == pytest.approx(probe.depth[row].item(), abs=0.2)
     assert torch.equal(probe.rows(slice(2, 5)).depth, probe.depth[2:5])
     assert torch.equal(probe.repeated(2).depth, probe.depth.repeat(2)) and probe.exchanged().depth is None
 
@@ -265,10 +270,10 @@ def test_a_given_haystack_fills_the_room_without_its_separators(name):
 
 @pytest.mark.parametrize("name", [name for name in PROBE_TASKS if name != "questions"])
 def test_too_short_a_context_says_how_long_it_must_be(name, tokenizer):
-    with pytest.raises(UserError, match=f"context of 3 tokens is too short .* '{name}'") as caught:
+    with pytest.raises(UserError, match=f"context of 3 tokens is too short .* '{name}'") as error:
         make_probe(name, tokenizer, 3, 1, seed=0)
     if name not in ("dictionary", "variables"):  # their words differ in length with the context's draw
-        needed = int(str(caught.value).split(" give it ")[1].split()[0])
+        needed = int(str(error.value).split(" give it ")[1].split()[0])
         assert make_probe(name, tokenizer, needed, 1, seed=0).input_ids.shape == (1, needed)
 
 
@@ -288,24 +293,24 @@ def test_bad_requests():
 @pytest.mark.parametrize("name", PROBE_TASKS)
 def test_exchanged_rows_keep_their_questions_and_lose_their_facts(name, tokenizer):
     probe = task_probe(name, tokenizer, 300, 4)
-    other = probe.exchanged()
-    assert torch.equal(other.answer_mask, probe.answer_mask) and other.per_token == probe.per_token
+    exchanged = probe.exchanged()
+    assert torch.equal(exchanged.answer_mask, probe.answer_mask) and exchanged.per_token == probe.per_token
     for row, start in enumerate(probe.question_start.tolist()):
-        assert torch.equal(other.input_ids[row, start:], probe.input_ids[row, start:])
-        assert torch.equal(other.input_ids[row, :start], probe.input_ids[row - 1, :start])
+        assert torch.equal(exchanged.input_ids[row, start:], probe.input_ids[row, start:])
+        assert torch.equal(exchanged.input_ids[row, :start], probe.input_ids[row - 1, :start])
 
 
 def test_a_probe_is_well_formed():
     ids, mask = torch.zeros(1, 4, dtype=torch.long), torch.tensor([[False, False, True, True]])
     Probe(ids, mask, torch.tensor([1]))
-    for wrong, answers, start in (
+    for message, answers, start in (
         ("same shape", mask[:, 1:], [1]),
         ("needs an answer", torch.zeros_like(mask), [1]),
         ("first token", torch.ones_like(mask), [0]),
         ("one question_start", mask, [1, 1]),
         ("belong to its questions", mask, [3]),
     ):
-        with pytest.raises(ValueError, match=wrong):
+        with pytest.raises(ValueError, match=message):
             Probe(ids, answers, torch.tensor(start))
 
 

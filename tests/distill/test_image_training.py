@@ -10,10 +10,10 @@ from PIL import Image
 from transformers import AutoModelForImageClassification, ViTImageProcessorPil
 
 from subquad.data.batch import ImageBatch
-from subquad.data.image_sources import HeldPictures, read_idx
+from subquad.data.image_sources import InMemoryImages, read_idx
 from subquad.data.images import ImageSet, load_images
 from subquad.distill import loop
-from subquad.distill.loop import make_pass, run_stage
+from subquad.distill.loop import StageInputs, make_pass, run_stage
 from subquad.distill.throughput import bare_forward_speed
 from subquad.errors import UserError
 from subquad.model.image_student import ImageStudent
@@ -42,7 +42,7 @@ def picture_set(count=24):
     labels = torch.arange(count) % 4
     noise = torch.randint(0, 60, (count, 3, 32, 32), generator=generator)
     pixels = (noise + 50 * labels[:, None, None, None]).to(torch.uint8)
-    parts = {part: HeldPictures(pixels, labels) for part in ("train", "selection", "test")}
+    parts = {part: InMemoryImages(pixels, labels) for part in ("train", "selection", "test")}
     return ImageSet(parts, list("abcd"), (32, 32))
 
 
@@ -55,10 +55,9 @@ def train(out, objective, teacher, *, corpus=None, student=None, resume=False, *
     torch.manual_seed(1)
     student = student or ImageStudent.from_teacher(teacher, plan)
     student.calibrate(picture_set().heldout(8).pixels_BCHW)
-    result = run_stage(
-        Stage(**{**STAGE, "objective": objective, **changes}), index=0, student=student, teacher_model=teacher,
-        corpus=corpus or picture_set(), seed=0, out=out, accelerator=Accelerator(cpu=True), resume=resume,
-    )  # fmt: skip
+    stage = Stage(**{**STAGE, "objective": objective, **changes})
+    inputs = StageInputs(teacher, corpus or picture_set(), Accelerator(cpu=True))
+    result = run_stage(stage, inputs, student=student, out=out, resume=resume)
     return student, result
 
 

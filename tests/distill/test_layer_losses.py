@@ -19,7 +19,7 @@ from subquad.distill.teacher_forced import TeacherForced
 from subquad.errors import UserError
 from subquad.mixers import MIXERS, HeadGroup, MixerInputs, mixer_options
 from subquad.model.interface import AttentionCall, find_attention, shapes_of, watched_attention
-from subquad.model.mixed_attention import ForwardContext
+from subquad.model.layer_call import ForwardContext
 from subquad.model.student import Student
 from subquad.plan import Plan
 from subquad.recipes.stage import Stage
@@ -108,11 +108,13 @@ def test_the_matrix_stage_compares_with_the_teachers_own_probabilities(family):
     probabilities = teacher(long_BT, output_attentions=True).attentions
     seen = {}
 
-    def inspect(layer, name, inputs):
-        seen[layer.layer] = layer.by_name[name].matrix(inputs)
+    def inspect(call):
+        for name, mixer in call.mixers.items():
+            seen[call.layer] = mixer.matrix(call.inputs(name))
+        return torch.zeros_like(call.all_inputs.q_BHTD)
 
     with torch.no_grad():  # layer 0 sees what the teacher's does; the matrices of others would be of other inputs
-        student.final_hidden(long_BT, forward_context=ForwardContext(inspector=inspect))
+        student.final_hidden(long_BT, forward_context=ForwardContext(around=inspect))
     expected = torch.linalg.matrix_norm(seen[0] - probabilities[0], "fro").mean()
     torch.testing.assert_close(losses["layer 0"], expected, rtol=1e-4, atol=1e-5)
     modules = student.attention_modules()

@@ -31,6 +31,7 @@ from subquad.jobs.run import make_accelerator
 from subquad.model.student import Student
 from subquad.plan import Plan
 from subquad.recipes.stage import Stage
+from subquad.utils import files
 from subquad.utils.progress import StageProgress
 from tests.helpers import (
     ALIGN,
@@ -274,7 +275,7 @@ def test_interrupted_at_any_write_it_ends_with_the_same_bits(tmp_path, settings,
             raise Killed
         return function(*args, **kwargs)
 
-    for module, name in ((os, "replace"), (checkpoint_module, "save_file"), (checkpoint_module, "sync")):
+    for module, name in ((os, "replace"), (checkpoint_module, "save_file"), (files, "sync")):
         monkeypatch.setattr(module, name, partial(dying, getattr(module, name)))
     deaths = 0
     for budget in (1, 2, 3, 5, 6, 7, 8, 9, 10, 12, 15, 18, 19, 20, 21, 22):

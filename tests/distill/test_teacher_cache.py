@@ -23,6 +23,7 @@ from subquad.distill.teacher_cache import FORMAT, TeacherCache
 from subquad.errors import UserError
 from subquad.pretrained.load import load_pretrained
 from subquad.recipes.schema import Recipe
+from subquad.utils import files
 from tests.helpers import RECIPE, make_text, tiny
 
 T, K, V, ROWS, SHARD_ROWS = 12, 8, 97, 7, 3  # three shards, the last one short
@@ -392,7 +393,7 @@ def test_text_shorter_than_a_row_and_logits_that_are_not_finite(teacher, corpus,
 
 
 def test_a_full_disk_leaves_what_was_whole(teacher, corpus, whole, tmp_path, monkeypatch):
-    sync = cache_writer.sync
+    sync = files.sync
 
     def full(path):
         if path.name == "shard-00001.safetensors.tmp":
@@ -400,7 +401,7 @@ def test_a_full_disk_leaves_what_was_whole(teacher, corpus, whole, tmp_path, mon
         sync(path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(cache_writer, "sync", full)
+        patch.setattr(files, "sync", full)
         with pytest.raises(UserError, match="shard-00001.safetensors .*No space left.* free some space and go on with"):
             write_cache(tmp_path, teacher, corpus, **SETTINGS)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["meta.json", "shard-00000.safetensors"]

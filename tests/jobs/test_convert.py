@@ -18,12 +18,15 @@ from subquad.data.text import load_corpus
 from subquad.errors import UserError
 from subquad.evaluate import cache_table
 from subquad.evaluate.retrieval import FLOORS
-from subquad.jobs import conversion, convert, evaluate, select, train
+from subquad.jobs import convert, evaluate, select, train
+from subquad.jobs.conversion import Conversion
 from subquad.jobs.generate import generate
+from subquad.jobs.run import start_run
 from subquad.jobs.train import train_stages
 from subquad.model.interface import shapes_of
 from subquad.model.student import Student
 from subquad.plan import AttentionShape, Plan
+from subquad.pretrained.load import load_pretrained
 from subquad.recipes.load import load_recipe
 from subquad.recipes.schema import Recipe
 from subquad.select import SELECTORS, units_of
@@ -89,13 +92,13 @@ def test_the_teacher_is_left_as_it_was(finished, teacher_folder, text, tmp_path)
     """Training all weights trains the student's own copies."""
     recipe = Recipe(**RECIPE).model_copy(deep=True)
     recipe.stages[1].trainable = "all"
-    source = conversion.load_teacher(teacher_folder)
+    source = load_pretrained(teacher_folder)
     before = {name: parameter.clone() for name, parameter in source.model.named_parameters()}
     plan = Plan.by_layer(shapes_of(source.model), [1], "hedgehog", RECIPE["mixer"]["options"])
-    run = convert.start_run(recipe, tmp_path / "run", resume=False, overwrite=False)
-    corpus = load_corpus(text, source.tokenizer)
     student = Student.from_teacher(source.model, plan)
-    train_stages(run, student, source, corpus, scope="plan")
+    run = start_run(recipe, tmp_path / "run", resume=False, overwrite=False)
+    corpus = load_corpus(text, source.tokenizer)
+    train_stages(Conversion(recipe, run, source, source.model, corpus), student, scope="plan")
     trained = dict(student.backbone.named_parameters())
     assert all(torch.equal(parameter, before[name]) for name, parameter in source.model.named_parameters())
     assert not torch.equal(trained["model.layers.0.mlp.up_proj.weight"], before["model.layers.0.mlp.up_proj.weight"])
@@ -150,7 +153,7 @@ def test_ctrl_c_says_how_to_go_on_and_that_does(teacher_folder, text, tmp_path):
 
 
 def test_a_model_that_cannot_be_written_whole_is_not_left_in_halves(finished, tmp_path):
-    run = convert.start_run(Recipe(**RECIPE), tmp_path / "run", resume=False, overwrite=False)
+    run = start_run(Recipe(**RECIPE), tmp_path / "run", resume=False, overwrite=False)
     with pytest.raises(OSError, match="full"), run.writing() as folder:
         finished[1].save_pretrained(folder)
         raise OSError("full")
@@ -209,12 +212,12 @@ def test_an_interrupted_selection_goes_on(teacher_folder, text, tmp_path, monkey
     select.select(teacher_folder, retraining(), tmp_path / "whole" / "plan.yaml", data=text)
     trained, run_stage = [], train.run_stage
 
-    def counted(stage, **how):
+    def counted(stage, inputs, **how):
         if stage.name == "logits":
             trained.append(how["out"].name)
             if len(trained) == 3:
                 raise KeyboardInterrupt
-        return run_stage(stage, **how)
+        return run_stage(stage, inputs, **how)
 
     monkeypatch.setattr(train, "run_stage", counted)
     with pytest.raises(KeyboardInterrupt):

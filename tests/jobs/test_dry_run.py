@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from subquad.distill.estimate import StageEstimate, TensorBytes, estimate_stage, weights_of
+from subquad.distill.loop import StageInputs
 from subquad.errors import UserError
 from subquad.evaluate.retrieval import FLOORS
 from subquad.jobs import dry_run
@@ -63,8 +64,8 @@ class Rows:
 def tried(stage: Stage, tokens: int, text: Rows, teacher=None) -> tuple[StageEstimate, Student]:
     teacher = tiny("llama") if teacher is None else teacher
     student = Student.from_teacher(teacher, Plan.by_layer(shapes_of(teacher), [1], "hedgehog", {"window": 8}))
-    how = {"index": 0, "student": student, "teacher_model": teacher, "seed": 0, "accelerator": Accelerator(cpu=True)}
-    return estimate_stage(stage, corpus=text, tokens=tokens, **how), student
+    inputs = StageInputs(teacher, text, Accelerator(cpu=True))
+    return estimate_stage(stage, inputs, student=student, tokens=tokens), student
 
 
 @pytest.mark.parametrize(

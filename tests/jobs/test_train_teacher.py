@@ -18,6 +18,7 @@ from subquad.data.probes import FILLER, WORDS, make_probe
 from subquad.data.text import load_corpus
 from subquad.errors import UserError
 from subquad.evaluate import retrieval
+from subquad.jobs import small_teacher
 from subquad.jobs import train_teacher as module
 from subquad.jobs.train_teacher import is_perfect, train_teacher
 from subquad.model.interface import shapes_of
@@ -222,17 +223,17 @@ def test_the_same_seed_gives_the_same_weights_also_after_an_interruption(tmp_pat
     assert same(whole, weights("again"))
     assert not same(whole, weights("other", seed=1))
 
-    run_stage = module.run_stage
+    run_stage = small_teacher.run_stage
 
-    def interrupted(stage, *, index, **options):
-        if index == 1:
+    def interrupted(stage, inputs, **options):
+        if inputs.index == 1:
             raise KeyboardInterrupt
-        return run_stage(stage, index=index, **options)
+        return run_stage(stage, inputs, **options)
 
-    monkeypatch.setattr(module, "run_stage", interrupted)
+    monkeypatch.setattr(small_teacher, "run_stage", interrupted)
     with pytest.raises(KeyboardInterrupt):
         weights("cut")
-    monkeypatch.setattr(module, "run_stage", run_stage)
+    monkeypatch.setattr(small_teacher, "run_stage", run_stage)
     assert same(whole, weights("cut", resume=True))
 
 

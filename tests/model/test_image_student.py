@@ -11,7 +11,7 @@ from subquad.errors import UserError
 from subquad.mixers import MIXERS, mixer_options
 from subquad.model.image_student import ImageStudent
 from subquad.model.interface import shapes_of
-from subquad.model.mixed_attention import ForwardContext, to_front, to_middle
+from subquad.model.layer_call import ForwardContext, attending, to_front, to_middle
 from subquad.model.student import Student
 from subquad.plan import Plan
 from tests.helpers import ENCODERS, encoder, hidden, mixed_plan, tiny
@@ -76,8 +76,13 @@ def test_teacher_forced_passes_are_the_teachers(family):
     teacher = encoder(family)
     student = ImageStudent.from_teacher(teacher, mixed_plan(teacher))
     seen = []
-    restored = student.final_hidden(images(), forward_context=ForwardContext(restored=frozenset(range(3))))
-    observed = student.final_hidden(images(), forward_context=ForwardContext(observer=lambda *what: seen.append(what)))
+
+    def observe(call):
+        seen.extend(call.inputs(name) for name in call.mixers)
+        return call.attention()
+
+    restored = student.final_hidden(images(), forward_context=attending(range(3)))
+    observed = student.final_hidden(images(), forward_context=ForwardContext(around=observe))
     for found in (restored, observed):
         torch.testing.assert_close(found, hidden(teacher, images()), rtol=1e-5, atol=1e-5)
     assert len(seen) == 4  # a mixer, two in the layer where heads differ, and attention

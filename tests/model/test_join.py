@@ -8,9 +8,9 @@ from subquad.errors import UserError
 from subquad.model.conformance import check_student
 from subquad.model.interface import shapes_of
 from subquad.model.join import EPS, RecolouringAdapter, output_projection
-from subquad.model.mixed_attention import ForwardContext
 from subquad.model.student import Student
 from subquad.plan import Plan
+from subquad.select.ablation import scaled
 from tests.helpers import FAMILIES, tiny
 
 
@@ -133,7 +133,7 @@ def test_a_silenced_head_is_silent_in_both_branches():
     tokens = torch.randint(3, 97, (1, 20))
     gain_BH = torch.ones(1, 6)
     gain_BH[0, 4] = 0  # it attends, and the recurrence has it too
-    silent = student.final_hidden(tokens, forward_context=ForwardContext(gains={0: gain_BH}))
+    silent = student.final_hidden(tokens, forward_context=scaled({0: gain_BH}))
     width = student.plan.shapes[0].head_dim
     projection = student.attention_modules()[0].o_proj
     projection.weight.data = projection.weight.data.clone()

@@ -6,7 +6,7 @@ import torch
 from subquad.errors import UserError
 from subquad.model import rotary
 from subquad.model.interface import shapes_of
-from subquad.model.mixed_attention import ForwardContext
+from subquad.model.layer_call import attending
 from subquad.model.rotary import Rotation
 from subquad.model.student import Student
 from subquad.plan import Plan
@@ -37,7 +37,7 @@ def test_attention_in_the_place_of_mixers_without_rotary_embedding_is_the_teache
     tokens_BT = torch.randint(3, 97, (2, 20))
     mask_BT = torch.ones_like(tokens_BT)
     mask_BT[1, :7] = 0  # rows of different positions
-    restored = ForwardContext(restored=frozenset(range(len(shapes))))
+    restored = attending(range(len(shapes)))
     padded = {"attention_mask": mask_BT, "position_ids": mask_BT.cumsum(-1) - 1, "use_cache": False}
     with torch.no_grad():
         theirs = teacher(tokens_BT, **padded).logits

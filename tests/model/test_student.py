@@ -1,13 +1,16 @@
 """Students of every family: exact where nothing is replaced, and conformant where something is."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
 from subquad.errors import UserError
 from subquad.mixers import MIXERS as ALL_MIXERS
+from subquad.model import layer_call
 from subquad.model.conformance import ConformanceError, check_student
 from subquad.model.interface import find_attention, shapes_of
-from subquad.model.mixed_attention import ForwardContext
+from subquad.model.layer_call import ForwardContext, LayerCall, attending
 from subquad.model.student import Student
 from subquad.plan import Plan
 from tests.helpers import FAMILIES, tiny
@@ -97,7 +100,7 @@ def test_restored_and_observed_layers_attend_with_rotary_embedding():
     teacher = tiny("llama")
     student = Student.from_teacher(teacher, Plan.by_layer(shapes_of(teacher), [], "discrete_mamba2"))
     tokens = torch.randint(3, 97, (2, 30))
-    for how in (ForwardContext(restored=frozenset(range(3))), ForwardContext(observer=lambda *args: None)):
+    for how in (attending(range(3)), ForwardContext(around=LayerCall.attention)):
         hidden = student.final_hidden(tokens, forward_context=how)
         torch.testing.assert_close(student.backbone.lm_head(hidden), teacher(tokens).logits)
 
@@ -106,14 +109,31 @@ def test_a_call_leaves_nothing_behind():
     """Nor does one that fails: hidden states held by every layer would be as much memory as the activations."""
     teacher = tiny("llama")
     student = Student.from_teacher(teacher, mixed_plan(shapes_of(teacher)))
-    layers = [module.mixer for module in student.attention_modules()]
+    attributes = [{*vars(module)} for module in student.modules()]
     student(torch.randint(3, 97, (1, 5)))
-    assert all(layer.given.hidden_BTM is None for layer in layers)
-    hook = layers[1].by_name["hedgehog"].register_forward_pre_hook(lambda *_: 1 / 0)
+    assert layer_call._current.get() is None
+    hook = student.mixers(1)["hedgehog"].register_forward_pre_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         student(torch.randint(3, 97, (1, 5)))
     hook.remove()
-    assert all(layer.given.hidden_BTM is None for layer in layers)
+    assert layer_call._current.get() is None
+    assert [{*vars(module)} for module in student.modules()] == attributes
+
+
+@pytest.mark.parametrize("mixer", ["hedgehog", "discrete_mamba2"])  # one with rotary embedding, one without
+def test_threads_share_a_student(mixer):
+    """A student serves several threads at once: no module holds what one call is about."""
+    teacher = tiny("llama")
+    student = Student.from_teacher(teacher, mixed_plan(shapes_of(teacher), mixer))
+    prompts = [torch.randint(3, 97, (1, length)) for length in (5, 9, 14, 20)]
+
+    def write(prompt_1T):
+        return student.generate(prompt_1T, max_new_tokens=12, do_sample=False)
+
+    expected = [write(prompt_1T) for prompt_1T in prompts]
+    with ThreadPoolExecutor(4) as pool:
+        written = [*pool.map(write, prompts * 4)]
+    assert all(torch.equal(row, expected[index % 4]) for index, row in enumerate(written))
 
 
 def test_bidirectional_mixers_are_refused():

@@ -1,4 +1,4 @@
-"""The recurrences and the window: chunked = step by step = the formula, whatever the shape; finite under any decay."""
+"""Recurrences and window: chunked and step-by-step forms equal the formula for any shape, finite under any decay."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ from subquad.ops.products import decayed_products
 
 DOUBLE = torch.float64
 
-# Each recurrence with each kind of decay: its forms, and how to draw its gates for (B, G, T, N).
+# Each recurrence with each kind of decay: its forms, and a function that draws its gates for (B, G, T, N).
 RECURRENCES = {
     "linear": (decay_chunk, decay_loop, decay_step, lambda *shape: [None]),
     "scalar decay": (decay_chunk, decay_loop, decay_step, lambda *shape: [scalar_decay(*shape)]),
@@ -41,7 +41,7 @@ RECURRENCES = {
         lambda *shape: [vector_decay(*shape), unit(*shape), strength(*shape)],
     ),
 }
-each = pytest.mark.parametrize("name", RECURRENCES)
+every_recurrence = pytest.mark.parametrize("name", RECURRENCES)
 lengths = st.sampled_from([1, 2, 31, 32, 33, 63, 64, 65, 131])
 
 
@@ -66,13 +66,13 @@ def strength(B, G, T, N):
 
 
 def draw(name, T, *, B=2, G=2, R=1, N=5, P=4, seed=0, state=True):
-    """All that a form takes, in its order: q, k, v, gates and a state (or None)."""
+    """Draw the arguments of a form in order: q, k, v, gates and a state (or None)."""
     torch.manual_seed(seed)
     start = random(B, G, N, P) if state else None
     return [random(B, G * R, T, N), unit(B, G, T, N), random(B, G, T, P), *RECURRENCES[name][3](B, G, T, N), start]
 
 
-@each
+@every_recurrence
 @settings(max_examples=25, deadline=None)
 @given(
     st.integers(0, 99),
@@ -85,31 +85,31 @@ def draw(name, T, *, B=2, G=2, R=1, N=5, P=4, seed=0, state=True):
 def test_chunk_is_the_loop(name, seed, T, B, R, with_state, precision):
     chunk, loop, *_ = RECURRENCES[name]
     dtype, tolerance = precision
-    drawn = draw(name, T, B=B, R=R, seed=seed, state=with_state)
-    given_to_chunk = [None if x is None else x.to(dtype) for x in drawn]
-    for mine, reference in zip(chunk(*given_to_chunk), loop(*drawn), strict=True):
-        assert mine.dtype == dtype
-        torch.testing.assert_close(mine.to(DOUBLE), reference, rtol=tolerance, atol=tolerance)
+    arguments = draw(name, T, B=B, R=R, seed=seed, state=with_state)
+    chunk_arguments = [None if x is None else x.to(dtype) for x in arguments]
+    for actual, reference in zip(chunk(*chunk_arguments), loop(*arguments), strict=True):
+        assert actual.dtype == dtype
+        torch.testing.assert_close(actual.to(DOUBLE), reference, rtol=tolerance, atol=tolerance)
 
 
-@each
+@every_recurrence
 def test_pieces_with_the_state_carried_are_the_whole(name):
     chunk, _, step, _ = RECURRENCES[name]
     *inputs, state = draw(name, 90, R=3)
-    wanted, wanted_state = chunk(*inputs, state)
+    expected, expected_state = chunk(*inputs, state)
     outputs = []
     for start, stop in ((0, 32), (32, 33), (33, 34), (34, 82), (82, 90)):
         piece = [None if x is None else x[:, :, start:stop] for x in inputs]
         y, state = (step if stop - start == 1 else chunk)(*piece, state)
         outputs.append(y)
-    torch.testing.assert_close(torch.cat(outputs, 2), wanted)
-    torch.testing.assert_close(state, wanted_state)
+    torch.testing.assert_close(torch.cat(outputs, 2), expected)
+    torch.testing.assert_close(state, expected_state)
 
 
-@each
+@every_recurrence
 @pytest.mark.parametrize("T", [1, 16, 70])
 def test_gradients_are_the_loops(name, T):
-    """Of everything, the initial state included; through the outputs and the final state."""
+    """Gradients of all inputs including the initial state, through the outputs and the final state."""
     chunk, loop, *_ = RECURRENCES[name]
     inputs = [None if x is None else x.requires_grad_() for x in draw(name, T, R=2)]
     leaves = [x for x in inputs if x is not None]
@@ -119,13 +119,13 @@ def test_gradients_are_the_loops(name, T):
         torch.manual_seed(1)
         return torch.autograd.grad((y * random(*y.shape)).sum() + (state * random(*state.shape)).sum(), leaves)
 
-    for mine, reference in zip(gradients(chunk), gradients(loop), strict=True):
-        torch.testing.assert_close(mine, reference)
+    for actual, reference in zip(gradients(chunk), gradients(loop), strict=True):
+        torch.testing.assert_close(actual, reference)
 
 
-@each
+@every_recurrence
 def test_gradcheck(name):
-    """Against finite differences, across a chunk's border."""
+    """Comparison with finite differences, across a chunk boundary."""
     chunk, *_ = RECURRENCES[name]
     inputs = [None if x is None else x.requires_grad_() for x in draw(name, 34, B=1, G=1, R=2, N=2, P=2)]
     assert torch.autograd.gradcheck(lambda *x: chunk(*x), inputs, fast_mode=True)
@@ -135,14 +135,14 @@ def test_decayed_products_are_their_formula():
     torch.manual_seed(0)
     L, R, S, C, N = 3, 2, 2, 16, 4
     x, y, c = random(L, R, C, N), random(L, S, C, N), vector_decay(L, 1, C, N)[:, 0].cumsum(1)
-    wanted = torch.einsum("lrin,lijn,lsjn->lrsij", x, (c.unsqueeze(2) - c.unsqueeze(1)).clamp_max(0).exp(), y).tril()
-    torch.testing.assert_close(decayed_products(x, c, y, c), wanted)
+    expected = torch.einsum("lrin,lijn,lsjn->lrsij", x, (c.unsqueeze(2) - c.unsqueeze(1)).clamp_max(0).exp(), y).tril()
+    torch.testing.assert_close(decayed_products(x, c, y, c), expected)
     leaves = [leaf.detach().requires_grad_() for leaf in (x, c, y)]
     assert torch.autograd.gradcheck(lambda x, c, y: decayed_products(x, c, y, c), leaves)
 
 
 def test_decay_is_the_equation():
-    """The loop itself, against S_t = diag(a_t) S_{t-1} + k_t v_t^T written out for one head."""
+    """The loop equals S_t = diag(a_t) S_{t-1} + k_t v_t^T written out for one head."""
     q, k, v, log_a, _ = (None if x is None else x[0, 0] for x in draw("vector decay", 7, N=3, P=2, state=False))
     state = torch.zeros(3, 2, dtype=DOUBLE)
     y, _ = decay_loop(*draw("vector decay", 7, N=3, P=2, state=False))
@@ -171,7 +171,7 @@ def test_dplr_is_the_equation():
         torch.testing.assert_close(y[0, 0, t], q[t] @ state)
 
 
-# Erasing along another key than was read is stable only under decay, so dplr gets no weak one.
+# Erasing along a key other than the one read is stable only under decay, so dplr gets no weak decay.
 WEAK = [
     (name, decay) for name in RECURRENCES if name not in ("linear", "dplr", "dplr, one key") for decay in (0.0, 1e-6)
 ]
@@ -181,34 +181,34 @@ STRONG = [(name, 1e4) for name in RECURRENCES if name != "linear"]
 @pytest.mark.parametrize(("name", "decay"), WEAK + STRONG)
 def test_strong_and_weak_decay_stay_finite_over_64k_tokens(name, decay):
     chunk, *_ = RECURRENCES[name]
-    drawn = [None if x is None else x.float() for x in draw(name, 65_536, B=1, G=1, state=False)]
-    drawn[3] = torch.full_like(drawn[3], -decay).requires_grad_()
-    y, state = chunk(*drawn)
-    (gradient,) = torch.autograd.grad(y.square().mean(), drawn[3])
+    arguments = [None if x is None else x.float() for x in draw(name, 65_536, B=1, G=1, state=False)]
+    arguments[3] = torch.full_like(arguments[3], -decay).requires_grad_()
+    y, state = chunk(*arguments)
+    (gradient,) = torch.autograd.grad(y.square().mean(), arguments[3])
     assert y.isfinite().all() and state.isfinite().all() and gradient.isfinite().all()
 
 
-@each
+@every_recurrence
 def test_states_stay_float32_under_autocast(name):
     chunk, _, step, _ = RECURRENCES[name]
-    drawn = [None if x is None else x.float() for x in draw(name, 20, state=False)]
-    wanted, _ = chunk(*drawn)
-    half = [x.bfloat16() for x in drawn[:3]] + drawn[3:]
+    arguments = [None if x is None else x.float() for x in draw(name, 20, state=False)]
+    expected, _ = chunk(*arguments)
+    half_arguments = [x.bfloat16() for x in arguments[:3]] + arguments[3:]
     with torch.autocast("cpu", torch.bfloat16):
-        y, state = chunk(*half)
-        _, after = step(*(None if x is None else x[:, :, -1:] for x in half[:-1]), state)
-    assert y.dtype == torch.bfloat16 and state.dtype == after.dtype == torch.float32
-    torch.testing.assert_close(y.float(), wanted, rtol=0.05, atol=0.05)
+        y, state = chunk(*half_arguments)
+        _, step_state = step(*(None if x is None else x[:, :, -1:] for x in half_arguments[:-1]), state)
+    assert y.dtype == torch.bfloat16 and state.dtype == step_state.dtype == torch.float32
+    torch.testing.assert_close(y.float(), expected, rtol=0.05, atol=0.05)
 
 
-def window_reference(q, k, v, window, sinks, scale, real):
-    """Masked softmax over all keys: those in the window and the row's first real tokens."""
+def window_reference(q, k, v, window, sinks, scale, real_BT):
+    """Softmax over all keys, masked to the window and the row's first real tokens."""
     groups = q.shape[1] // k.shape[1]
     k, v, T = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), q.shape[2]
     query, key = torch.arange(T)[:, None], torch.arange(T)[None, :]
-    start = real.int().argmax(-1)[:, None, None]
-    seen = ((key > query - window) | ((key >= start) & (key < start + sinks))) & (key <= query) & real[:, None]
-    scores = (q @ k.transpose(-1, -2) * scale).masked_fill(~seen[:, None], torch.finfo(q.dtype).min)
+    start = real_BT.int().argmax(-1)[:, None, None]
+    visible = ((key > query - window) | ((key >= start) & (key < start + sinks))) & (key <= query) & real_BT[:, None]
+    scores = (q @ k.transpose(-1, -2) * scale).masked_fill(~visible[:, None], torch.finfo(q.dtype).min)
     return scores.softmax(-1) @ v
 
 
@@ -221,26 +221,26 @@ def window_reference(q, k, v, window, sinks, scale, real):
     st.integers(0, 12),
     st.integers(1, 40),
 )
-def test_window_is_masked_attention_in_any_pieces(seed, T, window, sinks, pads, first):
+def test_window_is_masked_attention_in_any_pieces(seed, T, window, sinks, pads, first_piece):
     torch.manual_seed(seed)
     q, k, v = random(2, 4, T, 3), random(2, 2, T, 3), random(2, 2, T, 3)
-    real = torch.ones(2, T, dtype=torch.bool)
-    real[1, : min(pads, T - 1)] = False
-    wanted = window_reference(q, k, v, window, sinks, 0.7, real)
+    real_BT = torch.ones(2, T, dtype=torch.bool)
+    real_BT[1, : min(pads, T - 1)] = False
+    expected = window_reference(q, k, v, window, sinks, 0.7, real_BT)
     outputs, state, past = [], None, 0
     while past < T:
-        new = slice(past, min(T, past + (first if past == 0 else 1)))
+        new_range = slice(past, min(T, past + (first_piece if past == 0 else 1)))
         part = window_sum(
-            *(x[:, :, new] for x in (q, k, v)),
+            *(x[:, :, new_range] for x in (q, k, v)),
             window=window,
             sinks=sinks,
             scale=0.7,
             state=state,
             past=past,
-            padding_BL=real[:, : new.stop],
+            padding_BL=real_BT[:, : new_range.stop],
         )
         outputs.append(part.normalised())
-        state, past = part.state, new.stop
-    got = torch.cat(outputs, 2)
-    assert got.isfinite().all()
-    torch.testing.assert_close(got * real[:, None, :, None], wanted * real[:, None, :, None])
+        state, past = part.state, new_range.stop
+    actual = torch.cat(outputs, 2)
+    assert actual.isfinite().all()
+    torch.testing.assert_close(actual * real_BT[:, None, :, None], expected * real_BT[:, None, :, None])

@@ -1,4 +1,4 @@
-"""Recipes: what is read, what overrides and `extends` do, and what people are told who mistype."""
+"""Recipes: loading, overrides, `extends`, and the error messages for mistakes."""
 
 import pytest
 import yaml
@@ -14,7 +14,7 @@ STAGE = {"name": "align", "tokens": "4k"}
 
 @pytest.fixture
 def write(tmp_path):
-    """write(recipe as a mapping or text, name) -> the file"""
+    """Return a function that writes a recipe, a mapping or a text, and returns its file."""
 
     def write(recipe, name="mine.yaml"):
         path = tmp_path / name
@@ -55,10 +55,10 @@ def test_kl_guided_has_the_published_settings():
 
 
 @pytest.mark.parametrize(
-    ("written", "count"), [("50k", 50_000), ("1.5M", 1_500_000), ("2B", 2_000_000_000), ("0.5K", 500), (7, 7), ("7", 7)]
+    ("text", "count"), [("50k", 50_000), ("1.5M", 1_500_000), ("2B", 2_000_000_000), ("0.5K", 500), (7, 7), ("7", 7)]
 )
-def test_token_counts(written, count):
-    assert Stage(name="a", tokens=written).tokens == count
+def test_token_counts(text, count):
+    assert Stage(name="a", tokens=text).tokens == count
 
 
 @given(st.integers(1, 10**6), st.sampled_from([("k", 10**3), ("M", 10**6)]))
@@ -94,9 +94,11 @@ def test_scientific_notation_is_a_number_in_free_form_options_too():
 def test_another_mixer_drops_the_options_of_the_former():
     assert load_recipe("quick", ["mixer.name=gla"]).mixer.options == {}
     assert load_recipe("quick", ["mixer.name=hedgehog"]).mixer.options == load_recipe("quick").mixer.options != {}
-    both = ["mixer.options.gate_rank=8", "mixer.name=gla"]
+    overrides = ["mixer.options.gate_rank=8", "mixer.name=gla"]
     assert (
-        load_recipe("quick", both).mixer.options == load_recipe("quick", both[::-1]).mixer.options == {"gate_rank": 8}
+        load_recipe("quick", overrides).mixer.options
+        == load_recipe("quick", overrides[::-1]).mixer.options
+        == {"gate_rank": 8}
     )
 
 
@@ -125,8 +127,8 @@ def test_a_mapping_of_stages_changes_those_it_names(write):
 def test_extending_with_another_mixer_drops_the_options_of_the_base(write):
     recipe = load_recipe(write({"extends": "quick", "mixer": {"name": "sliding_window", "options": {"window": 8}}}))
     assert recipe.mixer.options == {"window": 8}
-    summed = {"extends": "cab", "stages": {"logits": {"objective": {"features": 2.0}}}}
-    assert load_recipe(write(summed)).stages[1].objective == {"features": 2.0}  # one value, not a section
+    changes = {"extends": "cab", "stages": {"logits": {"objective": {"features": 2.0}}}}
+    assert load_recipe(write(changes)).stages[1].objective == {"features": 2.0}  # one value, not a section
     assert load_recipe(write({"extends": "quick", "mixer": {"name": "gla"}})).mixer.options == {}
 
 
@@ -140,7 +142,7 @@ def stage(**changes):
     return {"stages": [{**STAGE, **changes}]}
 
 
-# What is wrong with a recipe -> what the sentence must say.
+# Invalid recipe, pattern of the error message.
 MISTAKES = [
     ({"stags": []}, "unknown key 'stags'.*did you mean 'stages'"),
     (stage(tokenz=3), r"unknown key 'stages\.0\.tokenz'.*did you mean 'tokens'"),
@@ -180,9 +182,9 @@ MISTAKES = [
 
 @pytest.mark.parametrize(("recipe", "sentence"), MISTAKES)
 def test_mistakes_are_named_in_one_sentence(recipe, sentence, write):
-    with pytest.raises(UserError, match=sentence) as caught:
+    with pytest.raises(UserError, match=sentence) as error:
         load_recipe(write(recipe))
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,10 @@ from subquad.errors import UserError
 from subquad.evaluate.retrieval import answers
 from subquad.model.interface import find_attention, shapes_of
 from subquad.model.join import output_projection
-from subquad.model.mixed_attention import ForwardContext
 from subquad.model.student import Student
 from subquad.plan import Plan
 from subquad.select import Budget, Ranking, SelectionWork, choose_plan, retrieval_scores, units_of
-from subquad.select.ablation import Ablation, ablation_cost
+from subquad.select.ablation import Ablation, ablation_cost, scaled
 from subquad.select.retrieval_heads import _role, _sources
 from tests.helpers import FAMILIES, byte_tokenizer, tiny
 
@@ -169,10 +168,10 @@ def test_gains_scale_what_heads_put_out():
     tokens = torch.randint(3, 97, (2, 9))
     ones = {layer: torch.ones(2, 6) for layer in range(3)}
     plain = student.final_hidden(tokens)
-    assert torch.equal(student.final_hidden(tokens, forward_context=ForwardContext(gains=ones)), plain)
+    assert torch.equal(student.final_hidden(tokens, forward_context=scaled(ones)), plain)
     ones[1][1, 3] = 0
-    scaled = student.final_hidden(tokens, forward_context=ForwardContext(gains=ones))
-    assert torch.equal(scaled[0], plain[0]) and not torch.allclose(scaled[1], plain[1])
+    hidden = student.final_hidden(tokens, forward_context=scaled(ones))
+    assert torch.equal(hidden[0], plain[0]) and not torch.allclose(hidden[1], plain[1])
 
 
 @pytest.mark.parametrize("unit", ["layer", 2])
@@ -184,9 +183,7 @@ def test_larger_units_are_silenced_as_a_whole(unit):
     student, baseline = all_attention(teacher), answers(teacher, probe)
     for index, heads in enumerate(ablation.units):
         gains = {layer: torch.zeros(6, 6) for layer, _ in heads}
-        ablated = answers(
-            student, probe, lambda m, ids, g=gains: m.final_hidden(ids, forward_context=ForwardContext(gains=g))
-        )
+        ablated = answers(student, probe, lambda m, ids, g=gains: m.final_hidden(ids, forward_context=scaled(g)))
         expected = ((baseline.logprob_N - ablated.logprob_N) / baseline.tokens_N).mean()
         assert ablation.mean("logprob")[index] == pytest.approx(float(expected), abs=2e-5)
 

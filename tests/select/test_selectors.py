@@ -8,7 +8,6 @@ import torch
 from subquad.errors import UserError
 from subquad.evaluate import likelihood
 from subquad.model.interface import find_attention, shapes_of
-from subquad.model.mixed_attention import ForwardContext
 from subquad.model.student import Student
 from subquad.plan import Plan
 from subquad.recipes.schema import Recipe, SelectorConfig
@@ -29,6 +28,7 @@ from subquad.select import (
 )
 from subquad.select import gates as gating
 from subquad.select.alignment import alignment_losses
+from subquad.select.gates import gated
 from subquad.select.greedy import greedy_path
 from subquad.select.halo import halo_scores
 from subquad.select.kl import candidates, gains_of, kl_without_training, round_tokens
@@ -242,10 +242,10 @@ def test_gates_lead_from_the_student_to_the_teacher(family):
     tokens = text(rows=1)
     shut, open_ = ({layer: torch.full((6,), share) for layer in range(3)} for share in (0.0, 1.0))
     plain = student.final_hidden(tokens)
-    torch.testing.assert_close(student.final_hidden(tokens, forward_context=ForwardContext(gates=shut)), plain)
+    torch.testing.assert_close(student.final_hidden(tokens, forward_context=gated(shut)), plain)
     teacher_hidden = teacher.base_model(tokens).last_hidden_state
     torch.testing.assert_close(
-        student.final_hidden(tokens, forward_context=ForwardContext(gates=open_)), teacher_hidden, rtol=0, atol=1e-5
+        student.final_hidden(tokens, forward_context=gated(open_)), teacher_hidden, rtol=0, atol=1e-5
     )
 
 
