@@ -236,7 +236,7 @@ def test_interrupted_says_how_to_go_on(already, run, called):
 @pytest.mark.parametrize(
     "command, name, module",
     [
-        (["generate", "folder", "Once"], "generate", "subquad.jobs.evaluate"),
+        (["generate", "folder", "Once"], "generate", "subquad.jobs.generate"),
         (["eval", "folder"], "evaluate_model", "subquad.jobs.evaluate"),
         (["bench", "folder"], "bench", "subquad.bench.measure"),
     ],
