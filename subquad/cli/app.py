@@ -20,6 +20,7 @@ from subquad.cli.bench import bench
 from subquad.cli.convert import convert, distill, select
 from subquad.cli.evaluate import evaluate, generate, report
 from subquad.cli.inspect import compare, plans
+from subquad.cli.recipes import recipes
 from subquad.cli.teachers import cache_teacher, train_teacher, train_vit
 from subquad.errors import UserError
 from subquad.utils.files import is_disk_full
@@ -105,6 +106,7 @@ app.command("report")(report)
 app.add_typer(plans, name="plan")
 app.command("compare")(compare)
 app.command("bench")(bench)
+app.add_typer(recipes, name="recipe")
 app.command("cache-teacher")(cache_teacher)
 app.command("train-teacher")(train_teacher)
 app.command("train-vit")(train_vit)
