@@ -19,7 +19,7 @@ from typer.core import TyperGroup
 from subquad.cli.bench import bench
 from subquad.cli.convert import convert, distill, select
 from subquad.cli.evaluate import evaluate, generate, report
-from subquad.cli.inspect import compare, plans
+from subquad.cli.inspect import compare, env, plans
 from subquad.cli.recipes import recipes
 from subquad.cli.teachers import cache_teacher, train_teacher, train_vit
 from subquad.errors import UserError
@@ -110,3 +110,4 @@ app.add_typer(recipes, name="recipe")
 app.command("cache-teacher")(cache_teacher)
 app.command("train-teacher")(train_teacher)
 app.command("train-vit")(train_vit)
+app.command("env")(env)

@@ -1,4 +1,4 @@
-"""The commands that only look: at a plan, and at what differs between two runs."""
+"""The read-only commands: `plan show`, `compare` and `env`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -66,3 +66,19 @@ def compare(
     from subquad.report.compare import compare_runs, print_comparison
 
     print_comparison(compare_runs(run_a, run_b, json_path=json_path), Console())
+
+
+def env() -> None:
+    """Print versions, hardware and settings to paste into a bug report.
+
+    Of the environment variables, only those that change results, speed or what is loaded are printed; access tokens
+    never are.
+
+    Examples:
+
+        subquad env
+    """
+    from subquad.utils.environment import environment_report
+
+    for label, value in environment_report().items():
+        print(f"{label + ':':<24}{value}")
