@@ -22,6 +22,7 @@ from subquad.cli.options import (
     TaskOption,
     TeacherArgument,
     command_line,
+    parameters_of,
     recipe_of,
 )
 
@@ -168,24 +169,13 @@ def select(
     )
 
 
+@parameters_of(convert, without=("mixer", "budget"))
 def distill(
     plan: Annotated[
         Path,
         typer.Option("--plan", metavar="FILE", help="The plan to train, from `subquad select` or written by hand."),
     ],
-    teacher: TeacherArgument = None,
-    recipe: RecipeOption = None,
-    out: OutOption = None,
-    task: TaskOption = None,
-    data: DataOption = None,
-    changes: SetOption = None,
-    tokens_scale: ScaleOption = 1.0,
-    seed: SeedOption = None,
-    dry_run: DryRunOption = False,
-    resume: ResumeOption = False,
-    overwrite: OverwriteOption = False,
-    allow_pickle: PickleOption = False,
-    trust_remote_code: RemoteCodeOption = False,
+    **options: Any,
 ) -> None:
     """Train a student for an existing plan: `convert` without the selection.
 
@@ -197,19 +187,4 @@ def distill(
 
         subquad distill Qwen/Qwen2.5-1.5B --plan plan.yaml --recipe kl-guided --out runs/qwen --resume
     """
-    convert(
-        teacher=teacher,
-        recipe=recipe,
-        out=out,
-        task=task,
-        data=data,
-        plan=plan,
-        changes=changes,
-        tokens_scale=tokens_scale,
-        seed=seed,
-        dry_run=dry_run,
-        resume=resume,
-        overwrite=overwrite,
-        allow_pickle=allow_pickle,
-        trust_remote_code=trust_remote_code,
-    )
+    convert(plan=plan, **options)

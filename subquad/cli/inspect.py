@@ -25,9 +25,7 @@ def show(
     ],
     dtype: Annotated[
         str,
-        typer.Option(
-            "--dtype", help="Data type of the cached keys and values: float32, bfloat16, float16 or float64."
-        ),
+        typer.Option("--dtype", help="Data type of the cached keys and values: float32, bfloat16, float16 or float64."),
     ] = "float32",
 ) -> None:
     """Draw a plan: its layers and heads, its mixers with their options, and its cache bytes.

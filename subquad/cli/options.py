@@ -1,7 +1,9 @@
 """Arguments and options that several commands share, with their help; the recipe they name; the command line."""
 
+import inspect
 import shlex
 import sys
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -124,6 +126,25 @@ PickleOption = Annotated[
 RemoteCodeOption = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run modelling code that comes with the checkpoint.")
 ]
+
+
+def parameters_of(
+    command: Callable[..., None], *, without: Collection[str] = ()
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorator: typer reads a function's `**options` as the parameters of `command`, except those named `without`.
+
+    Parameters that the function declares itself come first and take precedence.
+    """
+    shared = inspect.signature(command).parameters
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        *declared, _options = inspect.signature(function).parameters.values()
+        left_out = {*without, *(parameter.name for parameter in declared)}
+        inherited = [parameter for name, parameter in shared.items() if name not in left_out]
+        function.__signature__ = inspect.Signature([*declared, *inherited])  # type: ignore[attr-defined]
+        return function
+
+    return decorate
 
 
 def command_line() -> str:
