@@ -18,7 +18,7 @@ from subquad.evaluate import likelihood
 from subquad.model.interface import shapes_of
 from subquad.pretrained.load import load_pretrained
 from subquad.recipes.stage import Stage
-from subquad.select import SELECTORS, Budget, SelectorInputs, choose_plan
+from subquad.select import Budget, SelectorInputs, choose_plan, make_selector
 
 MIXER, OPTIONS = "hedgehog", {"window": 128, "sinks": 4, "feature_dim": 16}
 BUDGET = Budget.parse("50%")  # of the layers keep attention; or cache bytes at a context length: 64MiB@32k
@@ -47,7 +47,7 @@ def convert(teacher_name: str, sources: list[str] | None, out: Path) -> Student:
 
     # Select: restore the attention of one layer at a time, and keep it where it reduces the KL to the teacher most.
     selection_BT = corpus.heldout_batch(1, LENGTH, part="selection")
-    ranking = SELECTORS["kl"].choose(SelectorInputs(linear, teacher, selection_BT, BUDGET))
+    ranking = make_selector("kl", {}).run(SelectorInputs(linear, teacher, selection_BT, BUDGET))
     plan, _ = choose_plan(linear, BUDGET, ranking)
     print(f"plan: {plan.pattern()}")
 

@@ -98,7 +98,7 @@ def copy(
     import yaml
 
     from subquad.recipes.load import RECIPES, recipe_names
-    from subquad.utils.files import make_room
+    from subquad.utils.files import make_room, write_aside
 
     if name not in recipe_names():
         raise UserError(f"unknown recipe '{name}': {nearest(name, recipe_names())}")
@@ -110,7 +110,8 @@ def copy(
     make_room(file)
     text = (RECIPES / f"{name}.yaml").read_text(encoding="utf-8")
     named = yaml.safe_dump({"name": file.stem}, allow_unicode=True, width=1000).strip()
-    file.write_text(re.sub(r"^name: .*$", lambda _: named, text, count=1, flags=re.MULTILINE), encoding="utf-8")
+    with write_aside(file) as aside:
+        aside.write_text(re.sub(r"^name: .*$", lambda _: named, text, count=1, flags=re.MULTILINE), encoding="utf-8")
     print(file)
 
 
