@@ -6,7 +6,7 @@ The teacher is the small vision transformer that `subquad train-vit --out runs/s
 Fashion-MNIST's.
 
 Parts:
-- stages: with 1, 5, 10, 20 and 100 % of the images and as many steps, a student that is trained from nothing on labels,
+- stages: with 1, 5, 10, 20 and 100% of the images and as many steps, a student that is trained from nothing on labels,
   by soft distillation, by soft distillation from the teacher's weights (weight reuse), with MOHAWK's stages, and with
   the bridge (CAB), from fresh weights and from the teacher's.
 - sides: the bridge to queries only, to keys only, to both; decays that begin near 1, or spread as Mamba-2's own.

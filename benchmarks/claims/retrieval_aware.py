@@ -59,7 +59,7 @@ class Setup:
     context: int = 256  # of the probes
     probe_rows: int = 64
     score_rows: int = 64
-    counts: tuple[int, ...] = (0, 1, 3, 5, 8)  # heads kept, of 32: 3 % is the least there is, then 10, 16 and 25 %
+    counts: tuple[int, ...] = (0, 1, 3, 5, 8)  # heads kept, of 32: 3% is the least there is, then 10, 16 and 25%
     layers: tuple[int, ...] = (1, 2)  # whole layers kept
     joined: tuple[int, ...] = (5, 8)
     states: tuple[int, ...] = (32, 16, 8, 4)

@@ -3,7 +3,7 @@
 Where one fact answers a question, its depth is known, and scores are also given by it (`by_depth`): with the context
 length, the two axes of the needle-in-a-haystack test.
 
-Accuracy alone says little of a small model (0 % and 0 % look equal, whatever was lost), so the log-probability of the
+Accuracy alone says little of a small model (0% and 0% look equal, whatever was lost), so the log-probability of the
 answer stands beside it. Decoders run over whole rows; heads only see the positions that predict answer tokens.
 
 A probe that the teacher itself fails measures nothing in a student: `usable` says so before it is used.

@@ -67,7 +67,7 @@ def _table(report: Report, batch: int) -> Table:
 def _cell(row: Row, text: str) -> str:
     if row["seconds"] is None:
         return fmt.DASH
-    return f"{'' if row['measured'] else '~'}{text} [not bold dim]{fmt.percent(row['roofline']['share'], 0):>5}[/]"
+    return f"{'' if row['measured'] else '~'}{text} [not bold dim]{fmt.percent(row['roofline']['share'], 0):>4}[/]"
 
 
 def _seconds(value: float) -> str:

@@ -1,7 +1,7 @@
 """Numbers as people read them; shared by the page, the model card, the pictures and the terminal table.
 
-Every function takes a plain number (NaN where a file had none) and returns text. A number and its unit are held
-together by a no-break space, and what is not a number is shown as a dash, so that no table ever breaks or lies.
+Every function takes a plain number (NaN where a file had none) and returns text. A no-break space joins a
+number to its unit, but for the percent sign, which follows at once. NaN is a dash, so that no table breaks or lies.
 """
 
 import math
@@ -44,7 +44,7 @@ def perplexity(value: float) -> str:
 
 def percent(value: float, digits: int = 1) -> str:
     """A fraction as a percentage."""
-    return f"{100 * value:.{digits}f}{NBSP}%" if math.isfinite(value) else DASH
+    return f"{100 * value:.{digits}f}%" if math.isfinite(value) else DASH
 
 
 def of_image(measure: str, value: float) -> str:
@@ -104,8 +104,8 @@ def context(tokens: int) -> str:
 
 
 def band(index: int, bands: int) -> str:
-    """One of equal parts of a whole: `20–40 %`."""
-    return f"{100 * index / bands:.0f}–{100 * (index + 1) / bands:.0f}{NBSP}%"
+    """One of equal parts of a whole: `20–40%`."""
+    return f"{100 * index / bands:.0f}–{100 * (index + 1) / bands:.0f}%"
 
 
 def duration(seconds: float) -> str:
