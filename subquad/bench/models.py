@@ -8,7 +8,6 @@ Notable:
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -21,7 +20,7 @@ from subquad.model.base import plan_of
 from subquad.model.student import Student, cache_after
 from subquad.plan import ATTENTION, Plan
 from subquad.pretrained.load import load_pretrained
-from subquad.recipes.load import load_recipe
+from subquad.recipes.load import recipe_of
 
 
 @dataclass(frozen=True)
@@ -100,10 +99,9 @@ def open_subjects(
 
     Raises UserError where one cannot be loaded, or their vocabularies differ.
     """
-    recipe_file = Path(model) / "recipe.yaml"
-    recipe = load_recipe(recipe_file if recipe_file.is_file() else "quick")
-    if against is None and recipe_file.is_file():
-        against = recipe.teacher
+    recipe, own_teacher = recipe_of(model)
+    if against is None:
+        against = own_teacher
     dtype, device = dtype or recipe.dtype, device or ("cuda" if torch.cuda.is_available() else "cpu")
     sources = {"model": model} | ({} if against in (None, "none") else {"teacher": str(against)})
     subjects = []

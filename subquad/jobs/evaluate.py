@@ -14,7 +14,7 @@ from subquad.jobs.conversion import checked_recipe, read_data
 from subquad.model.base import plan_of
 from subquad.model.output_head import check_head
 from subquad.pretrained.load import load_pretrained
-from subquad.recipes.load import load_recipe
+from subquad.recipes.load import recipe_of
 from subquad.utils.environment import environment
 from subquad.utils.files import write_json
 
@@ -37,25 +37,31 @@ def evaluate_model(
     which `changes` (`evaluate.retrieval.count=20`) changes the rest. The model, whatever it is, is the row `student`.
     Progress is shown on `console`, if there is one. Raises UserError where anything of this is unknown.
     """
-    recipe_file = Path(model) / "recipe.yaml"
-    if teacher is None and not recipe_file.is_file():
-        raise UserError(f"{model} does not say what its teacher is: give --teacher")
-    recipe = load_recipe(recipe_file if recipe_file.is_file() else "quick", changes or [])
-    given = {key: value for key, value in {"tasks": tasks, "task_limit": limit}.items() if value is not None}
-    recipe.evaluate = recipe.evaluate.model_copy(update=given)
-    recipe = checked_recipe(recipe, teacher or recipe.teacher, data)
+    # Settings: those of the recipe that made the model, with the caller's changes
+    recipe, own_teacher = recipe_of(model, changes or [])
+    teacher = teacher or own_teacher
+    if teacher is None:
+        raise UserError(f"{model} has no recipe.yaml that names its teacher: give --teacher")
+    changed = {key: value for key, value in {"tasks": tasks, "task_limit": limit}.items() if value is not None}
+    recipe.evaluate = recipe.evaluate.model_copy(update=changed)
+    recipe = checked_recipe(recipe, teacher, data)
+    settings = recipe.evaluate
+
+    # The two models and the data
     source = load_pretrained(recipe.teacher, task=recipe.task, dtype=recipe.dtype)
-    measured = load_pretrained(str(model), task=recipe.task, dtype=recipe.dtype).model
-    for one in (source.model, measured):
-        check_head(one)
+    student = load_pretrained(str(model), task=recipe.task, dtype=recipe.dtype).model
+    for loaded in (source.model, student):
+        check_head(loaded)
     corpus = read_data(recipe, source)
-    plans, settings = {"teacher": plan_of(source.model), "student": plan_of(measured)}, recipe.evaluate
-    metrics = evaluate_models({"student": measured}, source, corpus, plans, settings, recipe.dtype, console)
+
+    # Their measures, and what both write after the recipe's prompts
+    plans = {"teacher": plan_of(source.model), "student": plan_of(student)}
+    metrics = evaluate_models({"student": student}, source, corpus, plans, settings, recipe.dtype, console)
     if isinstance(corpus, Corpus):
         prompts, length = settings.prompts, settings.max_new_tokens
-        metrics["samples"] = paired_samples(source.model, measured, source.tokenizer, prompts, length)
+        metrics["samples"] = paired_samples(source.model, student, source.tokenizer, prompts, length)
     metrics |= {"teacher_name": source.name, "teacher_fingerprint": source.fingerprint}
-    metrics |= environment(measured.device, command)
+    metrics |= environment(student.device, command)
     if json_path is not None:
         write_json(Path(json_path), metrics)
     return dict(json.loads(json.dumps(metrics)))
