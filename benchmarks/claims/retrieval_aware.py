@@ -35,7 +35,8 @@ from benchmarks.claims.runs import Result, Settings, Store
 from benchmarks.common import wide_console
 from subquad.evaluate import likelihood
 from subquad.model.mixed_attention import ForwardContext
-from subquad.model.student import Student, cache_after
+from subquad.model.random_cache import random_cache
+from subquad.model.student import Student
 from subquad.plan import Join, Plan
 from subquad.recipes.stage import Stage
 from subquad.select import Work, retrieval_scores, uniform_layers
@@ -299,7 +300,7 @@ class RetrievalAware(Bench):
             count = largest_within(len(self.order), lambda k: self.plan(self.order[:k]), cost, cost(of_layers))
             plans = {"layers": of_layers, "heads": self.plan(self.order[:count])}
             students = {name: self.student(plan, 0) for name, plan in plans.items()}
-            caches = {name: cache_after(student, context) for name, student in students.items()}
+            caches = {name: random_cache(student, student.plan, context) for name, student in students.items()}
             token = torch.ones(1, 1, dtype=torch.long, device=self.device)
             seconds: dict[str, list[float]] = {name: [] for name in students}
             for _ in range(self.setup.serving_steps):

@@ -36,11 +36,12 @@ from subquad.bench.extrapolate import (
     overtaking,
     spread,
 )
-from subquad.bench.models import BenchModel, cache_of, max_positions, open_subjects, within_positions
+from subquad.bench.models import BenchModel, max_positions, open_subjects, within_positions
 from subquad.bench.roofline import Roof, measure_roof
 from subquad.errors import UserError
 from subquad.evaluate import held_cache_bytes
 from subquad.model.cache import CACHE
+from subquad.model.random_cache import random_cache
 from subquad.utils.environment import environment
 from subquad.utils.logging import quiet
 from subquad.utils.memory import available_bytes, held_bytes, peak_memory_bytes, release_free_memory, reset_peak_memory
@@ -61,7 +62,8 @@ Turn: TypeAlias = Callable[[], tuple[dict[str, float], Cache | None]]
 
 def decode(subject: BenchModel, tokens_BT: Tensor) -> Turn:
     """A few steps, one token for each sequence. The cache is that many tokens longer after each turn."""
-    cache, last_B1 = cache_of(subject, *tokens_BT.shape), tokens_BT[:, -1:]
+    batch, context = tokens_BT.shape
+    cache, last_B1 = random_cache(subject.model, subject.plan, context, batch), tokens_BT[:, -1:]
 
     def turn() -> tuple[dict[str, float], None]:
         start = clock(tokens_BT.device)

@@ -1,23 +1,21 @@
 """What is benchmarked: a model and the one it is compared with, loaded, with what their work grows by.
 
-Notable:
-- The other model of a student is the teacher that its recipe.yaml names, unless another one is given.
-- Caches of any length are made without reading so many tokens.
+A student is compared with the teacher that its recipe.yaml names, unless another model is given.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import nn
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from subquad.bench.roofline import Costs
 from subquad.errors import UserError
 from subquad.model.base import plan_of
-from subquad.model.student import Student, cache_after
+from subquad.model.student import Student
 from subquad.plan import ATTENTION, Plan
 from subquad.pretrained.load import load_pretrained
 from subquad.recipes.load import recipe_of
@@ -68,28 +66,6 @@ class BenchModel:
         """The same for the bytes that a pass takes: eager attention holds all its probabilities."""
         base = self.model.backbone if isinstance(self.model, Student) else self.model
         return (0, 2) if "eager" in base.config._attn_implementation else (0, 1)
-
-
-def cache_of(subject: BenchModel, batch: int, context: int) -> Cache:
-    """The cache of `batch` sequences of `context` tokens, of the right size and with anything in it."""
-    model = subject.model
-    if isinstance(model, Student):
-        cache: Cache = cache_after(model, context)
-    else:
-        cache = DynamicCache(config=model.config)
-        generator = torch.Generator().manual_seed(0)
-        layer: Any
-        for index, layer in enumerate(cache.layers):
-            held = subject.plan.groups(index)[ATTENTION]
-            tokens = context if held.window is None else min(context, held.window - 1)
-            shape = (1, len(held.kv_heads), tokens, held.head_dim)
-            keys, values = (torch.rand(shape, generator=generator).to(model.device, model.dtype) for _ in "kv")
-            layer.update(keys, values)
-            if held.window is not None:
-                layer.cumulative_length = context
-    if batch > 1:
-        cache.batch_repeat_interleave(batch)
-    return cache
 
 
 def open_subjects(

@@ -24,13 +24,14 @@ from subquad.bench.extrapolate import (
     overtaking,
     spread,
 )
-from subquad.bench.models import BenchModel, cache_of, within_positions
+from subquad.bench.models import BenchModel, within_positions
 from subquad.bench.roofline import Costs, PassCost, Roof, mixing_flops
 from subquad.cli.app import app
 from subquad.cli.bench import numbers
 from subquad.evaluate import held_cache_bytes
 from subquad.model.cache import CACHE
 from subquad.model.interface import shapes_of
+from subquad.model.random_cache import random_cache
 from subquad.report import draw_bench, print_bench
 from subquad.report.bench_tables import findings
 from subquad.utils import memory
@@ -298,7 +299,7 @@ def test_without_a_recipe_there_is_no_other_model(folders):
 def test_a_made_cache_is_like_one_that_was_read(family, context):
     subject = subject_of(tiny(family))
     tokens = torch.zeros(2, context, dtype=torch.long)
-    read, made = subject.model(tokens, use_cache=True)[CACHE], cache_of(subject, 2, context)
+    read, made = subject.model(tokens, use_cache=True)[CACHE], random_cache(subject.model, subject.plan, context, 2)
     for cache in (read, made):
         subject.model(tokens[:, :1], use_cache=True, **{CACHE: cache})
     assert made.get_seq_length() == read.get_seq_length() == context + 1
@@ -311,7 +312,7 @@ def test_a_made_cache_of_a_student_is_like_one_that_was_read():
     teacher = tiny("llama")
     plan = Plan.by_layer(shapes_of(teacher), [0], "hedgehog", {"window": 8})
     subject = subject_of(Student.from_teacher(teacher, plan), plan)
-    made = cache_of(subject, 2, 20)
+    made = random_cache(subject.model, subject.plan, 20, 2)
     assert held_cache_bytes(made) == subject.costs.cache_bytes(20, 2)
     subject.model(torch.zeros(2, 1, dtype=torch.long), past_key_values=made, use_cache=True)
     assert made.get_seq_length() == 21 and made.nbytes() == subject.costs.cache_bytes(21, 2)
