@@ -13,7 +13,6 @@ Notable:
 """
 
 import argparse
-import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -37,6 +36,7 @@ from subquad.report.plots import STYLE, save_png
 from subquad.utils import format as fmt
 from subquad.utils.files import write_json
 from subquad.utils.memory import held_bytes, peak_memory_bytes, release_free_memory, reset_peak_memory
+from subquad.utils.timing import seconds_of, take_turns
 
 PATCH = 14
 SIDES = (16, 32, 64, 128)  # patches
@@ -64,7 +64,6 @@ def models(device: torch.device) -> dict[str, Any]:
 def measured(everyone: Mapping[str, Any], side: int, rounds: int, device: torch.device) -> list[dict[str, Any]]:
     """A row for each model at one resolution."""
     pixels = torch.randn(1, 3, PATCH * side, PATCH * side, device=device)
-    seconds: dict[str, list[float]] = {name: [] for name in everyone}
     bytes_of = {}
     for name, model in everyone.items():
         release_free_memory()
@@ -72,12 +71,9 @@ def measured(everyone: Mapping[str, Any], side: int, rounds: int, device: torch.
         before = held_bytes(device)
         model(pixels)
         bytes_of[name] = peak_memory_bytes(device) - before
-    for number in range(rounds):
-        names = [*everyone] if number % 2 else [*everyone][::-1]
-        for name in names:
-            started = _now(device)
-            everyone[name](pixels)
-            seconds[name].append(_now(device) - started)
+    calls = {name: partial(seconds_of, partial(model, pixels), device) for name, model in everyone.items()}
+    results = take_turns(calls, (rounds, rounds))
+    seconds = {name: [result[name] for result in results] for name in everyone}
     return [
         {
             "model": name,
@@ -90,12 +86,6 @@ def measured(everyone: Mapping[str, Any], side: int, rounds: int, device: torch.
         }
         for name, found in seconds.items()
     ]
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def print_report(report: Mapping[str, Any], console: Console) -> None:

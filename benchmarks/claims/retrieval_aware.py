@@ -24,6 +24,7 @@ import random
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from operator import methodcaller
 from typing import Any
 
@@ -42,7 +43,7 @@ from subquad.recipes.stage import Stage
 from subquad.select import Work, retrieval_scores, uniform_layers
 from subquad.select.ablation import Kind
 from subquad.select.budget import largest_within
-from subquad.utils.timing import clock
+from subquad.utils.timing import seconds_of, take_turns
 
 PARTS = ("ablation", "heads", "join", "state", "serving")
 Heads = list[tuple[int, int]]
@@ -302,12 +303,13 @@ class RetrievalAware(Bench):
             students = {name: self.student(plan, 0) for name, plan in plans.items()}
             caches = {name: random_cache(student, student.plan, context) for name, student in students.items()}
             token = torch.ones(1, 1, dtype=torch.long, device=self.device)
-            seconds: dict[str, list[float]] = {name: [] for name in students}
-            for _ in range(self.setup.serving_steps):
-                for name, student in students.items():
-                    started = clock(token.device)
-                    student(token, past_key_values=caches[name], use_cache=True)
-                    seconds[name].append(clock(token.device) - started)
+            steps = {
+                name: partial(student, token, past_key_values=caches[name], use_cache=True)
+                for name, student in students.items()
+            }
+            calls = {name: partial(seconds_of, step, token.device) for name, step in steps.items()}
+            results = take_turns(calls, (self.setup.serving_steps, self.setup.serving_steps))
+            seconds = {name: [result[name] for result in results] for name in students}
             for name, plan in plans.items():
                 quartiles = statistics.quantiles(seconds[name], n=4)
                 row = {"context": context, "plan": name, "attention_heads": len(plan.attention_heads)}

@@ -7,10 +7,8 @@ import functools
 import json
 import math
 import os
-import random
 import subprocess
 import sys
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -22,7 +20,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.ops.contenders import COMPILED, MODES, Contender, Settings, make_inputs, useful_flops
+from subquad.utils import timing
 from subquad.utils.memory import held_bytes, peak_memory_bytes, reset_peak_memory
+from subquad.utils.timing import take_turns
 
 GROWTH_STEPS = 1000
 MATMUL = "matmul"
@@ -59,32 +59,16 @@ def expected_seconds(known: Mapping[int, float], length: int) -> float:
     return seconds * (length / last) ** power
 
 
-def race(calls: Mapping[str, Callable[[], Any]], rounds: Sequence[int], seconds: float) -> dict[str, list[float]]:
-    """Seconds of every call in every round; after `seconds` no more than the least number of rounds."""
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    least, most = rounds
-    started = time.perf_counter()
-    for turn in range(most):
-        if turn >= least and time.perf_counter() - started > seconds:
-            break
-        for name in random.Random(turn).sample(list(calls), len(calls)):
-            samples[name].append(seconds_of(calls[name]))
-    return samples
+def race(calls: Mapping[str, Callable[[], Any]], rounds: tuple[int, int], seconds: float) -> dict[str, list[float]]:
+    """Seconds of every call in every round, in an order shuffled anew each time; see `take_turns`."""
+    timed = {name: functools.partial(seconds_of, call) for name, call in calls.items()}
+    results = take_turns(timed, rounds, seconds, shuffle=True)
+    return {name: [result[name] for result in results] for name in calls}
 
 
 def seconds_of(call: Callable[[], Any]) -> float:
-    """Wall-clock time of one call, all work on a GPU included."""
-    synchronize()
-    started = time.perf_counter()
-    call()
-    synchronize()
-    return time.perf_counter() - started
-
-
-def synchronize() -> None:
-    """Waits for the GPU, where there is one."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    """Wall-clock seconds of one call, all work on a GPU included."""
+    return timing.seconds_of(call, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def prepared(contender: Contender, inputs: Mapping[str, Tensor], mode: str) -> Callable[[], Any]:

@@ -17,6 +17,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -45,7 +46,7 @@ from subquad.model.random_cache import random_cache
 from subquad.utils.environment import environment
 from subquad.utils.logging import quiet
 from subquad.utils.memory import available_bytes, held_bytes, peak_memory_bytes, release_free_memory, reset_peak_memory
-from subquad.utils.timing import clock
+from subquad.utils.timing import clock, take_turns
 
 CONTEXTS = tuple(1024 << power for power in range(8))
 STEPS = 4  # decoding steps of one turn
@@ -212,20 +213,19 @@ def warmed_up(
 def race(
     turns: Mapping[str, Turn], rounds: tuple[int, int], seconds: float
 ) -> tuple[list[list[str]], dict[tuple[str, str], list[float]]]:
-    """Rounds in which every model has a turn: their order, and the seconds by model and measure.
-
-    After `seconds` no more than the least number of rounds.
-    """
-    least, most = rounds
-    order: list[list[str]] = []
+    """Order of the models in every round, and seconds by model and measure; see `take_turns`."""
+    results = take_turns({name: partial(_seconds_alone, turn) for name, turn in turns.items()}, rounds, seconds)
     samples: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
-    started = time.perf_counter()
-    while len(order) < most and (len(order) < least or time.perf_counter() - started < seconds):
-        order.append([*turns] if len(order) % 2 == 0 else [*turns][::-1])
-        for name in order[-1]:
-            for measured, took in turns[name]()[0].items():
-                samples[name, measured].append(took)
-    return order, dict(samples)
+    for result in results:
+        for name, took in result.items():
+            for measured, sample in took.items():
+                samples[name, measured].append(sample)
+    return [[*result] for result in results], dict(samples)
+
+
+def _seconds_alone(turn: Turn) -> dict[str, float]:
+    """Seconds of a turn; its cache is freed before the next turn."""
+    return turn()[0]
 
 
 def needed_bytes(

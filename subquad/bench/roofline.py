@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from subquad.mixers import mixer_class, mixer_options
 from subquad.plan import Plan, dtype_name
-from subquad.utils.timing import clock
+from subquad.utils.timing import seconds_of
 
 _ROUNDS = 7
 _SAMPLES = 64  # contexts at which the mixing of a prefill is counted
@@ -51,12 +51,7 @@ def measure_roof(device: torch.device, dtype: torch.dtype) -> Roof:
     left, right, out = (torch.ones(n, n, dtype=dtype, device=device) for _ in range(3))
 
     def best(call: Callable[[], Any]) -> float:
-        def seconds() -> float:
-            start = clock(device)
-            call()
-            return clock(device) - start
-
-        return min(seconds() for _ in range(_ROUNDS))
+        return min(seconds_of(call, device) for _ in range(_ROUNDS))
 
     copying, multiplying = best(lambda: target.copy_(source)), best(lambda: torch.mm(left, right, out=out))
     return Roof(2 * source.nbytes / copying, 2 * n**3 / multiplying)

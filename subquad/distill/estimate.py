@@ -7,6 +7,7 @@ pass makes are counted.
 
 import weakref
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from subquad.distill.loop import micro_rows, prepared
 from subquad.distill.passes import LogitsStore
 from subquad.model.base import BaseStudent
 from subquad.recipes.stage import Stage
-from subquad.utils.timing import clock
+from subquad.utils.timing import seconds_of
 
 SHORTEST = 64  # tokens of a row: shorter ones tell little of longer ones
 
@@ -70,16 +71,13 @@ def estimate_stage(
         input_ids_BT = run.my_slice(corpus)
         with TensorBytes() as made, run.autocast():
             run.training_pass(input_ids_BT, 1.0)
-        start = clock(run.training_pass.device)
-        run.step(corpus)
-        stepped = clock(run.training_pass.device)
-        run.optimizer.step()
-        update = clock(run.training_pass.device) - stepped
+        step = seconds_of(partial(run.step, corpus), run.training_pass.device)
+        update = seconds_of(run.optimizer.step, run.training_pass.device)
         more = rows * longest / (tried * length)
         return StageEstimate(
             tokens=tried * length,
             whole=rows * longest,
-            pass_seconds=more * max(0.0, stepped - start - update),
+            pass_seconds=more * max(0.0, step - update),
             update_seconds=update,
             trained=sum(parameter.numel() for parameter in run.parameters.values()),
             trained_bytes=sum(parameter.nbytes for parameter in run.parameters.values()),

@@ -34,7 +34,7 @@ from subquad.model.interface import shapes_of
 from subquad.model.random_cache import random_cache
 from subquad.report import draw_bench, print_bench
 from subquad.report.bench_tables import findings
-from subquad.utils import memory
+from subquad.utils import memory, timing
 from subquad.utils.files import make_room, write_json
 from tests.helpers import make_teacher, tiny
 
@@ -463,7 +463,7 @@ def test_mixing_by_states_costs_the_same_at_every_context():
 
 def test_the_machine_is_measured(monkeypatch):
     ticks = itertools.count()
-    monkeypatch.setattr(roofline, "clock", lambda _: next(ticks))  # every copy and product takes a second
+    monkeypatch.setattr(timing, "clock", lambda _: next(ticks))  # every copy and product takes a second
     roof = roofline.measure_roof(torch.device("cpu"), torch.float32)
     assert (roof.bytes_per_second, roof.flops_per_second) == (2 * 2**28, 2 * 1024**3)
 
