@@ -19,9 +19,9 @@ from subquad.evaluate import paired_gain
 from subquad.mixers import mixer_options
 from subquad.plan import Plan
 from subquad.report.console import make_table
-from subquad.report.metrics import Answer, Measure, Metrics, StageRecord, Variant
 from subquad.report.plan_table import CONTEXTS
 from subquad.report.run_files import RunFiles, read_run
+from subquad.results.metrics import Answer, Measure, Metrics, StageRecord, Variant
 from subquad.utils import format as fmt
 from subquad.utils.files import write_json
 from subquad.utils.format import NAN

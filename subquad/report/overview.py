@@ -7,9 +7,9 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from subquad.report.metrics import Variant
 from subquad.report.plots import STUDENT, TEACHER, in_bytes, legend_above
 from subquad.report.run_files import RunFiles
+from subquad.results.metrics import Variant
 from subquad.utils import format as fmt
 from subquad.utils.format import NAN
 

@@ -16,11 +16,11 @@ from matplotlib.figure import Figure
 from subquad.errors import UserError
 from subquad.report import plots, score_plots
 from subquad.report.bench_tables import draw_speed
-from subquad.report.metrics import VARIANTS, Metrics
 from subquad.report.overview import Overview, draw_overview, overview
 from subquad.report.retrieval_plots import depth_picture
 from subquad.report.run_files import RunFiles, read_run
-from subquad.report.scores import Scores
+from subquad.results.metrics import VARIANTS, Metrics
+from subquad.results.scores import Scores
 from subquad.utils import format as fmt
 from subquad.utils.files import write_aside
 from subquad.utils.format import NAN

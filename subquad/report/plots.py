@@ -23,8 +23,8 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocat
 
 from subquad.errors import UserError
 from subquad.plan import Plan
-from subquad.report.metrics import Metrics
 from subquad.report.run_files import LossPoint, RunFiles, read_run
+from subquad.results.metrics import Metrics
 from subquad.utils import format as fmt
 from subquad.utils.files import write_aside
 from subquad.utils.format import NAN

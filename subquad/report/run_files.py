@@ -15,8 +15,8 @@ from pydantic import BaseModel
 
 from subquad.errors import UserError
 from subquad.plan import Plan
-from subquad.report.metrics import AGAIN, Bench, ImageFidelity, Metrics, check, check_metrics
-from subquad.report.scores import Scores
+from subquad.results.metrics import AGAIN, Bench, ImageFidelity, Metrics, check, check_metrics
+from subquad.results.scores import Scores
 from subquad.utils import format as fmt
 from subquad.utils.format import NAN, Number
 

@@ -20,7 +20,7 @@ from subquad.report.plots import (
     legend_above,
     picture,
 )
-from subquad.report.scores import Picked, ReplacementPath, Scores
+from subquad.results.scores import Picked, ReplacementPath, Scores
 from subquad.utils import format as fmt
 from subquad.utils.format import NAN
 

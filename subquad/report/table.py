@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from subquad.report.console import make_table, style_of
-from subquad.report.metrics import Answer, Band, ImageFidelity, Measure, Metrics, Sample, Variant, check_metrics
+from subquad.results.metrics import Answer, Band, ImageFidelity, Measure, Metrics, Sample, Variant, check_metrics
 from subquad.utils import format as fmt
 from subquad.utils.format import NAN
 

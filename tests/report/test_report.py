@@ -17,7 +17,7 @@ from subquad.report import plan_picture, print_table, write_model_card, write_pi
 from subquad.report.plots import picture
 from subquad.report.run_files import read_run
 from subquad.report.score_plots import draw_front, draw_path, scores_picture
-from subquad.report.scores import ReplacementPath, Scores
+from subquad.results.scores import ReplacementPath, Scores
 from subquad.select.budget import Budget
 from subquad.utils import format as fmt
 from tests.report.made_up import VARIANT_KL, Page, make_metrics, make_plan, make_run
