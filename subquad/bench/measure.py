@@ -43,6 +43,8 @@ from subquad.errors import UserError
 from subquad.evaluate import held_cache_bytes
 from subquad.model.cache import CACHE
 from subquad.model.random_cache import random_cache
+from subquad.results.bench import Bench
+from subquad.results.record import check_written
 from subquad.utils.environment import environment
 from subquad.utils.logging import quiet
 from subquad.utils.memory import available_bytes, held_bytes, peak_memory_bytes, release_free_memory, reset_peak_memory
@@ -298,7 +300,7 @@ def bench(
             cells, missing = measure(kind, subjects, contexts, batch, left, seed, say)
             for subject in subjects:
                 rows += rows_of(kind, subject, cells, contexts, batch, roof, missing, rows)
-    return {
+    report = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         **environment(place, command),
         "seed": seed,
@@ -310,6 +312,8 @@ def bench(
         "cells": rows,
         "overtakes": overtakes(rows, [subject.name for subject in subjects]),
     }
+    check_written(Bench, report)
+    return report
 
 
 def _about(subject: BenchModel) -> dict[str, Any]:

@@ -18,6 +18,8 @@ from subquad.evaluate.harness import load_tasks
 from subquad.plan import Plan
 from subquad.pretrained.load import Teacher
 from subquad.recipes.schema import EvaluateConfig
+from subquad.results.metrics import Variant
+from subquad.results.record import check_written
 from subquad.utils.progress import StageProgress
 from subquad.utils.token_cost import TokenCost
 
@@ -54,6 +56,7 @@ def evaluate_models(
         if isinstance(data, Corpus):
             row["cache_bytes"] = cache_table(plans[name], config.cache_contexts, dtype)
         row |= {"attention_layers": plans[name].attention_layers, "plan_pattern": plans[name].pattern()}
+        check_written(Variant, row)
     return rows
 
 

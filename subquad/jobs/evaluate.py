@@ -15,6 +15,8 @@ from subquad.model.base import plan_of
 from subquad.model.output_head import check_head
 from subquad.pretrained.load import load_pretrained
 from subquad.recipes.load import recipe_of
+from subquad.results.metrics import Metrics
+from subquad.results.record import check_written
 from subquad.utils.environment import environment
 from subquad.utils.files import write_json
 
@@ -62,6 +64,7 @@ def evaluate_model(
         metrics["samples"] = paired_samples(source.model, student, source.tokenizer, prompts, length)
     metrics |= {"teacher_name": source.name, "teacher_fingerprint": source.fingerprint}
     metrics |= environment(student.device, command)
+    check_written(Metrics, metrics)
     if json_path is not None:
         write_json(Path(json_path), metrics)
     return dict(json.loads(json.dumps(metrics)))

@@ -15,7 +15,9 @@ from pydantic import BaseModel
 
 from subquad.errors import UserError
 from subquad.plan import Plan
-from subquad.results.metrics import AGAIN, Bench, ImageFidelity, Metrics, check, check_metrics
+from subquad.results.bench import Bench
+from subquad.results.metrics import ImageFidelity, Metrics, check_metrics
+from subquad.results.record import AGAIN, check
 from subquad.results.scores import Scores
 from subquad.utils import format as fmt
 from subquad.utils.format import NAN, Number

@@ -4,15 +4,16 @@ import math
 from itertools import chain
 from typing import Literal, NamedTuple, TypeAlias
 
-from pydantic import AliasChoices, BaseModel, Field
+from pydantic import AliasChoices, Field
 
+from subquad.results.record import Record
 from subquad.utils import format as fmt
 from subquad.utils.format import NAN, Number
 
 Table: TypeAlias = list[Number] | list[list[Number]]
 
 
-class Step(BaseModel):
+class ReplacementStep(Record):
     """One unit replaced by its mixer, and what the task's validation documents score since."""
 
     unit: int
@@ -28,13 +29,13 @@ class Picked(NamedTuple):
     test: float
 
 
-class ReplacementPath(BaseModel):
+class ReplacementPath(Record):
     """The greedy selector's path from the teacher. `best`, `opt`: numbers of steps. `test`: on other documents."""
 
     task: str
     floor: Number = NAN
     base: Number = NAN  # the teacher's score
-    steps: list[Step] = []
+    steps: list[ReplacementStep] = []
     best: int
     opt: int
     test: dict[str, Number] = {}
@@ -51,14 +52,14 @@ class ReplacementPath(BaseModel):
         return [Picked(name, steps, self.scores[steps], self.test.get(key, NAN)) for name, steps, key in plans]
 
 
-class FrontPoint(BaseModel):
+class FrontPoint(Record):
     """The most of the measured worth (a share of it) that a cache of `cost` bytes can keep."""
 
     cost: float
     value: float
 
 
-class Scores(BaseModel):
+class Scores(Record):
     """scores.json: one score a unit, higher for one that should rather keep its attention.
 
     Of layers, or groups of them, one list; of heads, a list for each layer. `low` and `high`, the bounds of the scores,
