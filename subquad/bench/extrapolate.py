@@ -49,8 +49,8 @@ def fit(
         return base, []
     longest = max(measured)  # contexts count in units of it, or their powers would be too far apart for exact sums
     rows = [[(context / longest) ** power / value for power in powers] for context, value in measured.items()]
-    wanted = [(value - base(context)) / value for context, value in measured.items()]
-    factors = np.linalg.lstsq(np.array(rows), np.array(wanted), rcond=None)[0].tolist()
+    targets = [(value - base(context)) / value for context, value in measured.items()]
+    factors = np.linalg.lstsq(np.array(rows), np.array(targets), rcond=None)[0].tolist()
     if min(factors) < 0:
         worst = factors.index(min(factors))
         return fit(measured, [power for index, power in enumerate(powers) if index != worst], base)
@@ -76,16 +76,16 @@ def forecast(measured: Mapping[int, Spread], powers: Sequence[int]) -> Forecast 
     Those go through one quartile at the longest measured context and through the other one at the rest. None where
     there are fewer measurements than powers.
     """
-    fitted = fit({context: found.median for context, found in measured.items()}, powers)
+    fitted = fit({context: quartiles.median for context, quartiles in measured.items()}, powers)
     if fitted is None:
         return None
     longest = max(measured)
-    up = {context: found.high if context == longest else found.low for context, found in measured.items()}
-    down = {context: found.low if context == longest else found.high for context, found in measured.items()}
-    fits = [fitted[0], *(other[0] for other in (fit(up, powers), fit(down, powers)) if other is not None)]
+    up = {context: quartiles.high if context == longest else quartiles.low for context, quartiles in measured.items()}
+    down = {context: quartiles.low if context == longest else quartiles.high for context, quartiles in measured.items()}
+    fits = [fitted[0], *(tilted[0] for tilted in (fit(up, powers), fit(down, powers)) if tilted is not None)]
 
     def at(context: int) -> Spread:
-        values = [one(context) for one in fits]
+        values = [fit_at(context) for fit_at in fits]
         return Spread(min(values), values[0], max(values))
 
     return Forecast(at, formula(fitted[1]))
@@ -93,14 +93,14 @@ def forecast(measured: Mapping[int, Spread], powers: Sequence[int]) -> Forecast 
 
 def forecast_beside(measured: Mapping[int, Spread], base: Callable[[int], Spread], name: str) -> Forecast:
     """As much as `base`, whose name is `name`, and a constant more, fitted to the medians."""
-    medians = {context: found.median for context, found in measured.items()}
+    medians = {context: quartiles.median for context, quartiles in measured.items()}
     fitted = fit(medians, [0] if medians else [], lambda context: base(context).median)
     assert fitted is not None  # there is no power without a measurement
     at_median, powers = fitted
 
     def at(context: int) -> Spread:
-        more = at_median(context) - base(context).median
-        return Spread(*(value + more for value in base(context)))
+        extra = at_median(context) - base(context).median
+        return Spread(*(value + extra for value in base(context)))
 
     return Forecast(at, " + ".join([name, *filter(None, [formula(powers)])]))
 
@@ -130,18 +130,18 @@ class Overtaking:
     extrapolated: bool  # whether a point that this rests on is
 
 
-def overtaking(mine: Curve, theirs: Curve) -> Overtaking | None:
-    """The context from which on, up to the longest, `mine` takes less time; between two points on a line in log scales.
+def overtaking(first: Curve, second: Curve) -> Overtaking | None:
+    """Context from which `first` takes less time, up to the longest; interpolated linearly in log scales.
 
     None where they share no context.
     """
-    contexts = sorted(mine.keys() & theirs.keys())
+    contexts = sorted(first.keys() & second.keys())
     if not contexts:
         return None
-    gains = [math.log(theirs[context].seconds / mine[context].seconds) for context in contexts]
+    gains = [math.log(second[context].seconds / first[context].seconds) for context in contexts]
 
-    def extrapolated(some: Sequence[int]) -> bool:
-        return not all(curve[context].measured for curve in (mine, theirs) for context in some)
+    def extrapolated(contexts_used: Sequence[int]) -> bool:
+        return not all(model[context].measured for model in (first, second) for context in contexts_used)
 
     if gains[-1] <= 0:
         return Overtaking("never", None, extrapolated(contexts))

@@ -106,8 +106,8 @@ def generate(subject: BenchModel, tokens_BT: Tensor) -> Turn:
             pad_token_id=0,
             streamer=times,
         )
-        _, first, *others = times.seen  # the prompt is handed on, too
-        gaps = [after - before for before, after in zip([first, *others], others, strict=False)]
+        _, first, *later = times.seen  # the prompt is handed on, too
+        gaps = [after - before for before, after in zip([first, *later], later, strict=False)]
         return {"first_token": first - start, "generate": statistics.median(gaps)}, None
 
     return turn
@@ -296,8 +296,8 @@ def bench(
         rows: list[dict[str, Any]] = []
         jobs = [(batch, kind) for batch in batches for kind in KINDS]
         for index, (batch, kind) in enumerate(jobs):
-            left = max(0.0, seconds - (time.perf_counter() - started)) / (len(jobs) - index)
-            cells, missing = measure(kind, subjects, contexts, batch, left, seed, say)
+            seconds_left = max(0.0, seconds - (time.perf_counter() - started)) / (len(jobs) - index)
+            cells, missing = measure(kind, subjects, contexts, batch, seconds_left, seed, say)
             for subject in subjects:
                 rows += rows_of(kind, subject, cells, contexts, batch, roof, missing, rows)
     report = {
@@ -343,26 +343,26 @@ def rows_of(
     rows = []
     for measured in ("first_token", "generate") if kind == "generate" else (kind,):
         work_of = subject.costs.prefill if measured in AS_PREFILL else subject.costs.decode
-        found = {context: spread(cell.samples[subject.name, measured]) for context, cell in cells.items()}
-        expected_at = forecast_of(measured, subject, found, batch, before)
+        spreads = {context: spread(cell.samples[subject.name, measured]) for context, cell in cells.items()}
+        expected_at = forecast_of(measured, subject, spreads, batch, before)
         for context in contexts:
             cell = cells.get(context)
             row: dict[str, Any] = {"measure": measured, "model": subject.name, "context": context, "batch": batch}
             row["measured"] = cell is not None
             if cell is not None:
-                took: Spread | None = found[context]
+                quartiles: Spread | None = spreads[context]
                 row |= {"samples": len(cell.order), "order": cell.order}
             else:
-                took = None if expected_at is None else expected_at.at(context)
+                quartiles = None if expected_at is None else expected_at.at(context)
                 row |= {"samples": 0, "too_little": missing, "fitted_to": [*cells]}
                 row["formula"] = None if expected_at is None else expected_at.formula
-            row |= dict(zip(("low", "seconds", "high"), took or (None, None, None), strict=True))
+            row |= dict(zip(("low", "seconds", "high"), quartiles or (None, None, None), strict=True))
             work = work_of(context, batch)
             least = roof.seconds(work)
-            row["roofline"] = {**work._asdict(), "seconds": least, "share": took and least / took.median}
+            row["roofline"] = {**work._asdict(), "seconds": least, "share": quartiles and least / quartiles.median}
             if measured != "first_token":
                 tokens = batch * (context if measured == "prefill" else 1)
-                row["tokens_per_second"] = took and tokens / took.median
+                row["tokens_per_second"] = quartiles and tokens / quartiles.median
             row["peak_bytes"] = peak_at(subject, cells, context) or None
             row["cache_bytes"] = subject.costs.cache_bytes(context, batch)
             if cell is not None and subject.name in cell.held:
@@ -372,18 +372,18 @@ def rows_of(
 
 
 def forecast_of(
-    measured: str, subject: BenchModel, found: Mapping[int, Spread], batch: int, before: Sequence[Mapping[str, Any]]
+    measured: str, subject: BenchModel, spreads: Mapping[int, Spread], batch: int, before: Sequence[Mapping[str, Any]]
 ) -> Forecast | None:
     """What to expect of the contexts that were not measured; None where too few were."""
     if measured in KINDS and measured != "generate":
-        return forecast(found, subject.powers(measured, len(found)))
+        return forecast(spreads, subject.powers(measured, len(spreads)))
     like = "prefill" if measured in AS_PREFILL else "decode"
     base = {
         row["context"]: Spread(row["low"], row["seconds"], row["high"])
         for row in before
         if (row["measure"], row["model"], row["batch"]) == (like, subject.name, batch) and row["seconds"]
     }
-    return forecast_beside(found, base.__getitem__, like) if base else None
+    return forecast_beside(spreads, base.__getitem__, like) if base else None
 
 
 def overtakes(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[dict[str, Any]]:
@@ -398,10 +398,10 @@ def overtakes(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[d
             if (row["model"], row["measure"], row["batch"]) == (name, measured, batch) and row["seconds"]
         }
 
-    found = []
+    crossings = []
     for batch in dict.fromkeys(row["batch"] for row in rows):
         for measured in MEASURES:
             result = overtaking(*(curve(name, measured, batch) for name in names))
             if result is not None:
-                found.append({"measure": measured, "batch": batch, **asdict(result)})
-    return found
+                crossings.append({"measure": measured, "batch": batch, **asdict(result)})
+    return crossings

@@ -110,7 +110,7 @@ def within_positions(
 
     Rotary positions have no end, so such models run on past the longest context they were made for. Learned ones do.
     """
-    kept, notes = [*contexts], []
+    usable, notes = [*contexts], []
     outrun: dict[int, list[str]] = {}
     for subject in subjects:
         limit = max_positions(subject.model)
@@ -118,17 +118,17 @@ def within_positions(
             continue
         if learned_positions(subject.model, limit):
             room = limit - written
-            kept = [context for context in kept if context <= room]
+            usable = [context for context in usable if context <= room]
             if max(contexts) > room:
                 notes.append(f"the {subject.name} has {limit:,} positions: contexts above {room:,} are left out")
         elif max(contexts) > limit:
             outrun.setdefault(limit, []).append(subject.name)
     for limit, names in outrun.items():
-        who = f"{' and '.join(names)} {'were' if len(names) > 1 else 'was'} made for {limit:,} tokens"
-        notes.append(f"{who}: beyond them the speed is real, but the text would not be good")
-    if not kept:
+        models = f"{' and '.join(names)} {'were' if len(names) > 1 else 'was'} made for {limit:,} tokens"
+        notes.append(f"{models}: beyond them the speed is real, but the text would not be good")
+    if not usable:
         raise UserError(f"no context is left, for {notes[-1]}: give shorter ones with --contexts")
-    return kept, notes
+    return usable, notes
 
 
 def learned_positions(model: PreTrainedModel, limit: int) -> bool:

@@ -122,29 +122,29 @@ def write_cache(
     with bar, interrupt_waits() as interrupted:
         while done < rows and not interrupted():
             start, stop = done, min(rows, done + shard_rows)
-            began = time.perf_counter()
+            shard_started = time.perf_counter()
             parts = []
-            for at in range(start, stop, batch):
-                ids_BT = _rows(corpus, at, min(stop, at + batch), sequence_length)
-                parts.append(_answers(teacher, ids_BT, top_k, first_row=at))
-                done = at + len(ids_BT)
-                speed = (done - start) * sequence_length / (time.perf_counter() - began)
+            for row in range(start, stop, batch):
+                ids_BT = _rows(corpus, row, min(stop, row + batch), sequence_length)
+                parts.append(_answers(teacher, ids_BT, top_k, first_row=row))
+                done = row + len(ids_BT)
+                speed = (done - start) * sequence_length / (time.perf_counter() - shard_started)
                 bar.update(done, f"{speed:,.0f} tokens/s")
                 if interrupted():
                     break
             file = folder / f"shard-{len(shards):05d}.safetensors"
             data = save({name: torch.cat([stored[name] for stored, _ in parts]) for name in parts[0][0]})
             _write(file, data)
-            lost, kept = np.sum([sums for _, sums in parts], axis=0) / ((done - start) * sequence_length)
+            kl_lost, mass_kept = np.sum([sums for _, sums in parts], axis=0) / ((done - start) * sequence_length)
             shards.append(
                 {
                     "file": file.name,
                     "rows": done - start,
                     "bytes": len(data),
                     "sha256": hashlib.sha256(data).hexdigest(),
-                    "kl_lost": float(lost),
-                    "mass_kept": float(kept),
-                    "seconds": time.perf_counter() - began,
+                    "kl_lost": float(kl_lost),
+                    "mass_kept": float(mass_kept),
+                    "seconds": time.perf_counter() - shard_started,
                 }
             )
             written = write_meta()
@@ -153,22 +153,22 @@ def write_cache(
 
 def _whole_shards(folder: Path, meta: Meta, corpus: Corpus) -> list[Meta]:
     """The shards of the cache that is in `folder`, if there is one and it is what `meta` and `corpus` would give."""
-    before = read_meta(folder)
-    if before is None:
+    earlier = read_meta(folder)
+    if earlier is None:
         return []
-    shards: list[Meta] = before["shards"]
-    other = [name for key, name in SETTINGS.items() if before[key] != meta[key]]
-    if not other:
+    shards: list[Meta] = earlier["shards"]
+    differing = [name for key, name in SETTINGS.items() if earlier[key] != meta[key]]
+    if not differing:
         keys = np.concatenate([np.empty(0, "<i8"), *(shard_keys(folder, shard) for shard in shards)])
         length = meta["sequence_length"]
         # Hashes of the rows and not of the sources: a longer text may well begin as the shorter one did.
         rows = len(keys) if len(keys) <= len(corpus.train) // length else 0
         if not np.array_equal(keys, _corpus_keys(corpus, rows, length)):
-            other = ["text"]
-    if other:
+            differing = ["text"]
+    if differing:
         raise UserError(
-            f"cannot resume: the cache in '{folder}' was made with another {' and another '.join(other)}; resume with "
-            "the same settings, or replace it by --overwrite"
+            f"cannot resume: the cache in '{folder}' was made with another {' and another '.join(differing)}; resume "
+            "with the same settings, or replace it by --overwrite"
         )
     return shards
 

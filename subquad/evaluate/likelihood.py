@@ -70,18 +70,18 @@ def likelihood(
             ids_1T = heldout_BT[row : row + 1, :longest].to(teacher.device)
             hidden = {name: final_hidden(model, ids_1T.to(model.device)) for name, model in everyone.items()}
             for start in range(0, longest, chunk):
-                here = slice(start, min(start + chunk, longest))
-                targets_C = ids_1T[0, start + 1 : here.stop + 1]  # one less at the end of the row
+                positions = slice(start, min(start + chunk, longest))
+                targets_C = ids_1T[0, start + 1 : positions.stop + 1]  # one less at the end of the row
                 after = slice(start + 1, start + 1 + len(targets_C))
-                teacher_CV = _log_probabilities(teacher, hidden["teacher"][:, here])
+                teacher_CV = _log_probabilities(teacher, hidden["teacher"][:, positions])
                 p_CV, best_C = teacher_CV.exp(), teacher_CV.argmax(-1)
                 surprise["teacher"][row, after] = -_of_targets(teacher_CV, targets_C)
                 for name, model in models.items():
-                    logp_CV = _log_probabilities(model, hidden[name][:, here]).to(teacher_CV.device)
+                    logp_CV = _log_probabilities(model, hidden[name][:, positions]).to(teacher_CV.device)
                     surprise[name][row, after] = -_of_targets(logp_CV, targets_C)
-                    same[name][row, here] = (logp_CV.argmax(-1) == best_C).float().cpu()
+                    same[name][row, positions] = (logp_CV.argmax(-1) == best_C).float().cpu()
                     difference_CV = torch.sub(teacher_CV, logp_CV, out=logp_CV)  # their last use: overwrite them
-                    kl[name][row, here] = torch.einsum("cv,cv->c", p_CV, difference_CV).cpu()
+                    kl[name][row, positions] = torch.einsum("cv,cv->c", p_CV, difference_CV).cpu()
             tick(len(everyone) * longest)
 
     bounds = [0, *sorted(set(contexts))]
@@ -154,5 +154,5 @@ class Gain(NamedTuple):
 
 def paired_gain(mine: Sequence[float], theirs: Sequence[float]) -> Gain:
     """The gain of `mine` over `theirs`, sample by sample: it is these differences that have to stand out."""
-    gains = [other - one for one, other in zip(mine, theirs, strict=True)]
+    gains = [baseline - sample for sample, baseline in zip(mine, theirs, strict=True)]
     return Gain(fmean(gains), standard_error(gains))

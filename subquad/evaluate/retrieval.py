@@ -59,9 +59,9 @@ class Answers:
         band_N = (depth_N * DEPTHS).long().clamp(0, DEPTHS - 1)
         bands = []
         for band in range(DEPTHS):
-            here = [part[band_N == band] for part in (self.hits_N, self.counted_N, self.logprob_N, self.tokens_N)]
-            rows = len(here[0])
-            bands.append({"rows": rows} | (Answers(*here).score() if rows else {}))
+            parts = [part[band_N == band] for part in (self.hits_N, self.counted_N, self.logprob_N, self.tokens_N)]
+            rows = len(parts[0])
+            bands.append({"rows": rows} | (Answers(*parts).score() if rows else {}))
         return bands
 
 
@@ -89,9 +89,9 @@ def retrieval(
     for task, by_context in probes.items():
         scores[task] = {}
         for context, probe in by_context.items():
-            found = answers(model, probe)
-            depths = {} if probe.depth is None else {"by_depth": found.by_depth(probe.depth)}
-            scores[task][context] = found.score() | depths
+            model_answers = answers(model, probe)
+            depths = {} if probe.depth is None else {"by_depth": model_answers.by_depth(probe.depth)}
+            scores[task][context] = model_answers.score() | depths
             tick(probe.input_ids.numel())
     return scores
 
@@ -146,9 +146,9 @@ def usable(
     floor = FLOORS[by] if floor is None else floor
     value = (answered or answers(teacher, probe)).score()[by]
     if by == "accuracy":
-        found = f"the teacher gives {value:.1%} of the answers, and should give {floor:.1%}"
+        finding = f"the teacher gives {value:.1%} of the answers, and should give {floor:.1%}"
     else:
         value -= answers(teacher, probe.exchanged()).score()["logprob"]
-        found = f"its facts make an answer {value:.2f} nats/token likelier to the teacher, and should by {floor:.2f}"
+        finding = f"its facts make an answer {value:.2f} nats/token likelier to the teacher, and should by {floor:.2f}"
     passed = value >= floor  # not where it is NaN
-    return Verdict(passed, f"{'usable' if passed else 'unusable'}: {found} or more")
+    return Verdict(passed, f"{'usable' if passed else 'unusable'}: {finding} or more")

@@ -48,8 +48,8 @@ def evaluate_models(
         if isinstance(data, ImageSet):
             per_image = data.tokens
             images = data.heldout_batches(config.rows)
-            found = image_fidelity(models, source.model, images, tick=lambda count: tick(per_image * count))
-            rows: dict[str, dict[str, Any]] = {name: {"images": measures} for name, measures in found.items()}
+            fidelity = image_fidelity(models, source.model, images, tick=lambda count: tick(per_image * count))
+            rows: dict[str, dict[str, Any]] = {name: {"images": measures} for name, measures in fidelity.items()}
         else:
             rows = _on_text(models, source, data, config, tick)
     for name, row in rows.items():
@@ -65,17 +65,17 @@ def _on_text(
 ) -> dict[str, dict[str, Any]]:
     """Likelihood, retrieval and tasks."""
     rows, probes = questions(config, source, corpus)
-    everyone = {"teacher": source.model, **models}
-    measured = likelihood(models, source.model, rows, config.contexts, tick=tick)
-    found = {name: retrieval(model, probes, tick) for name, model in everyone.items()}
+    all_models = {"teacher": source.model, **models}
+    likelihoods = likelihood(models, source.model, rows, config.contexts, tick=tick)
+    scores = {name: retrieval(model, probes, tick) for name, model in all_models.items()}
     tasks = load_tasks(config.tasks)
     return {
         name: {
-            **measured[name],
-            "retrieval": found[name],
+            **likelihoods[name],
+            "retrieval": scores[name],
             "tasks": harness(model, source.tokenizer, tasks, limit=config.task_limit),
         }
-        for name, model in everyone.items()
+        for name, model in all_models.items()
     }
 
 

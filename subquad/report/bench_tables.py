@@ -117,17 +117,17 @@ def _overtakes(report: Report) -> list[str]:
     """From which context on the first model is the faster one, a line each batch."""
     lines = []
     for batch in report["settings"]["batches"]:
-        found = [one for one in report["overtakes"] if one["batch"] == batch]
-        parts = [f"{NAMES[one['measure']]} {_where(one)}" for one in found]
+        crossings = [crossing for crossing in report["overtakes"] if crossing["batch"] == batch]
+        parts = [f"{NAMES[crossing['measure']]} {_where(crossing)}" for crossing in crossings]
         if parts:
             first, second = report["models"]
             lines.append(f"the {first} overtakes the {second}, batch {batch}: {', '.join(parts)}")
     return lines
 
 
-def _where(found: Mapping[str, Any]) -> str:
-    doubt = " (extrapolated)" if found["extrapolated"] else ""
-    return (f"from {found['context']:,.0f} tokens on" if found["where"] == "from" else found["where"]) + doubt
+def _where(crossing: Mapping[str, Any]) -> str:
+    doubt = " (extrapolated)" if crossing["extrapolated"] else ""
+    return (f"from {crossing['context']:,.0f} tokens on" if crossing["where"] == "from" else crossing["where"]) + doubt
 
 
 def _growth(report: Report) -> list[str]:
@@ -169,14 +169,14 @@ def _extrapolated(report: Report) -> list[str]:
     groups: dict[tuple[str, str], dict[str, list[Row]]] = {}
     for row in report["cells"]:
         if not row["measured"] and row["seconds"] is not None:
-            who = row["model"] + (f" at batch {row['batch']}" if several else "")
-            groups.setdefault((row["measure"], row["formula"]), {}).setdefault(who, []).append(row)
+            model = row["model"] + (f" at batch {row['batch']}" if several else "")
+            groups.setdefault((row["measure"], row["formula"]), {}).setdefault(model, []).append(row)
     lines = []
-    for (measure, formula), by_whom in groups.items():
+    for (measure, formula), by_model in groups.items():
         parts = [
-            f"{who} beyond {fmt.context(max(rows[0]['fitted_to'], default=0))} tokens "
+            f"{model} beyond {fmt.context(max(rows[0]['fitted_to'], default=0))} tokens "
             f"(too little {rows[0]['too_little']}; known within {fmt.percent(max(map(_apart, rows)), 0)})"
-            for who, rows in by_whom.items()
+            for model, rows in by_model.items()
         ]
         lines.append(f"~ extrapolated, N being the context: {NAMES[measure]} as {formula}: {', '.join(parts)}")
     return lines
@@ -217,8 +217,8 @@ def _draw(ax: Axes, report: Report, measure: str, key: str, label: str, text: Ca
             several = f", batch {batch}" if len(report["settings"]["batches"]) > 1 else ""
             ax.plot(*_points(measured, key), linewidth=1.8, label=f"{name}{several}", **style)
             if len(measured) < len(rows):
-                rest = rows[max(len(measured) - 1, 0) :]
-                ax.plot(*_points(rest, key), linestyle="--", linewidth=1.2, color=colour, zorder=1)
+                extrapolated = rows[max(len(measured) - 1, 0) :]
+                ax.plot(*_points(extrapolated, key), linestyle="--", linewidth=1.2, color=colour, zorder=1)
                 ax.plot(
                     *_points(rows[len(measured) :], key),
                     linestyle="none",

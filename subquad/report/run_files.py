@@ -88,23 +88,23 @@ class RunFiles:
         """What the plan keeps, in one sentence; empty without a plan."""
         if self.plan is None:
             return ""
-        kept, all_of_them, what = self._kept()
+        attending, total, units = self._kept()
         mixers = self._mixers()
         if not mixers:
-            return f"All {all_of_them} {what} keep attention."
+            return f"All {total} {units} keep attention."
         names = " and ".join(mixers)
         longer = "the number of patches" if self.metrics.image_measures else "context"
         gain = f"run {names}, whose cost per token does not grow with {longer}."
-        if kept == 0:
-            return f"None of {all_of_them} {what} keeps attention: all {gain}"
-        return f"{kept} of {all_of_them} {what} keep attention; the other {what} {gain}"
+        if attending == 0:
+            return f"None of {total} {units} keeps attention: all {gain}"
+        return f"{attending} of {total} {units} keep attention; the other {units} {gain}"
 
     def plan_summary(self) -> str:
         """The same in a few words: `15 of 30 layers, hedgehog`; empty without a plan."""
         if self.plan is None:
             return ""
-        kept, all_of_them, what = self._kept()
-        return ", ".join([f"{kept} of {all_of_them} {what}", *self._mixers()])
+        attending, total, units = self._kept()
+        return ", ".join([f"{attending} of {total} {units}", *self._mixers()])
 
     def _mixers(self) -> list[str]:
         """What stands in the place of attention."""

@@ -62,9 +62,9 @@ def _buckets(metrics: Metrics) -> Table:
     table = make_table("By position in the text", ["", "", *metrics.buckets.values()], words=(0, 1))
     for label, measure, text in (("KL", "kl", fmt.nats), ("ppl", "perplexity", fmt.perplexity)):
         for name, variant in metrics.variants.items():
-            found = [variant.buckets.get(end) for end in metrics.buckets]
-            if any(found) and (measure, name) != ("kl", "teacher"):
-                cells = (text(getattr(bucket, measure)) if bucket else fmt.DASH for bucket in found)
+            buckets = [variant.buckets.get(end) for end in metrics.buckets]
+            if any(buckets) and (measure, name) != ("kl", "teacher"):
+                cells = (text(getattr(bucket, measure)) if bucket else fmt.DASH for bucket in buckets)
                 table.add_row(label, name, *cells, style=style_of(name))
     return table
 
@@ -74,8 +74,8 @@ def _retrieval(metrics: Metrics) -> Table:
     table = make_table(title, ["", "context", *metrics.variants])
     for task, contexts in metrics.retrieval_tasks.items():
         for context in contexts:
-            found = [variant.retrieval.get(task, {}).get(context, Answer()) for variant in metrics.variants.values()]
-            cells = (f"{fmt.percent(one.accuracy, 0)} {fmt.logprob(one.logprob):>6}" for one in found)
+            answers = [variant.retrieval.get(task, {}).get(context, Answer()) for variant in metrics.variants.values()]
+            cells = (f"{fmt.percent(answer.accuracy, 0)} {fmt.logprob(answer.logprob):>6}" for answer in answers)
             table.add_row(Text(task), fmt.context(context), *cells)
     return table
 
@@ -104,9 +104,9 @@ def _accuracy(bands: list[Band], depth: int) -> str:
 
 def _tasks(metrics: Metrics) -> Table:
     table = make_table("Tasks", ["", "metric", *metrics.variants], words=(0, 1))
-    for (task, metric), found in metrics.task_rows.items():
-        measures = [found.get(name, Measure()) for name in metrics.variants]
-        table.add_row(Text(task), Text(metric), *(fmt.measure(one.value, one.stderr) for one in measures))
+    for (task, metric), by_model in metrics.task_rows.items():
+        measures = [by_model.get(name, Measure()) for name in metrics.variants]
+        table.add_row(Text(task), Text(metric), *(fmt.measure(measure.value, measure.stderr) for measure in measures))
     return table
 
 

@@ -181,8 +181,8 @@ class Metrics(Record):
     @property
     def variants(self) -> dict[str, Variant]:
         """The models that were measured, in the order of the tables."""
-        found = {name: getattr(self, name) for name in VARIANTS}
-        return {name: variant for name, variant in found.items() if variant is not None}
+        measured = {name: getattr(self, name) for name in VARIANTS}
+        return {name: variant for name, variant in measured.items() if variant is not None}
 
     @property
     def contexts(self) -> list[int]:
@@ -229,11 +229,11 @@ class Metrics(Record):
     @property
     def image_measures(self) -> dict[str, str]:
         """What was measured on images, with its heading."""
-        found = [variant.images for variant in self.variants.values() if variant.images]
+        fidelities = [variant.images for variant in self.variants.values() if variant.images]
         return {
             measure: heading
             for measure, heading in IMAGE_MEASURES.items()
-            if any(math.isfinite(getattr(one, measure)) for one in found)
+            if any(math.isfinite(getattr(fidelity, measure)) for fidelity in fidelities)
         }
 
     @property
@@ -254,18 +254,18 @@ class Metrics(Record):
     @property
     def ledger(self) -> list[StageRecord]:
         """The stages and then the selection, as rows of one table: the tokens, the time and the speed of each."""
-        chosen = self.selection
-        if chosen.by is None:
+        selection = self.selection
+        if selection.by is None:
             return self.stages
-        tokens = sum((chosen.spent or {}).values())
+        tokens = sum((selection.spent or {}).values())
         return [
             *self.stages,
             StageRecord(
                 name="selection",
-                objective=f"by {chosen.by}, budget {chosen.budget}",
-                seconds=chosen.seconds,
+                objective=f"by {selection.by}, budget {selection.budget}",
+                seconds=selection.seconds,
                 tokens=tokens or NAN,
-                tokens_per_second=tokens / chosen.seconds if tokens and chosen.seconds > 0 else NAN,
+                tokens_per_second=tokens / selection.seconds if tokens and selection.seconds > 0 else NAN,
             ),
         ]
 
@@ -276,16 +276,16 @@ class Metrics(Record):
         return teacher | {source.name: source.sha256 for source in self.text} | self.sha256
 
     def same_text(self, other: "Metrics", context: int) -> bool:
-        """Whether both were measured on the same text beside the same teacher: its perplexity tells."""
-        read = [one.teacher.perplexity.get(context, NAN) if one.teacher else NAN for one in (self, other)]
-        return math.isclose(*read, rel_tol=1e-4)
+        """Whether both were measured on the same text with the same teacher, which then has the same perplexity."""
+        teachers = (metrics.teacher or Variant() for metrics in (self, other))
+        return math.isclose(*(teacher.perplexity.get(context, NAN) for teacher in teachers), rel_tol=1e-4)
 
     def cache_ratio(self, context: int) -> float:
         """The student's cache bytes over the teacher's, at one context length; NaN where either is unknown."""
         if not (self.teacher and self.student):
             return NAN
-        ours, theirs = self.student.cache_bytes.get(context, NAN), self.teacher.cache_bytes.get(context, NAN)
-        return ours / theirs if theirs else NAN
+        teacher_bytes = self.teacher.cache_bytes.get(context, NAN)
+        return self.student.cache_bytes.get(context, NAN) / teacher_bytes if teacher_bytes else NAN
 
 
 def check_metrics(metrics: Any, source: str = "metrics") -> Metrics:

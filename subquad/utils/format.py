@@ -114,9 +114,9 @@ def duration(seconds: float) -> str:
         return DASH
     if seconds < 60:
         return f"{seconds:.{1 if seconds < 10 else 0}f}{NBSP}s"
-    minutes, rest = divmod(round(seconds), 60)
+    minutes, seconds_rest = divmod(round(seconds), 60)
     if minutes < 60:
-        return f"{minutes}{NBSP}min{NBSP}{rest:02d}{NBSP}s"
+        return f"{minutes}{NBSP}min{NBSP}{seconds_rest:02d}{NBSP}s"
     return f"{minutes // 60}{NBSP}h{NBSP}{minutes % 60:02d}{NBSP}min"
 
 

@@ -26,8 +26,8 @@ def interrupt_waits() -> Iterator[Callable[[], bool]]:
         noted = True
         os.write(2, WAIT)  # print() may be what was interrupted, and cannot be entered twice
 
-    ours = threading.current_thread() is threading.main_thread()
-    if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not in_main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield lambda: False
         return
     signal.signal(signal.SIGINT, note)

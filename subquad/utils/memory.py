@@ -35,9 +35,9 @@ def available_bytes(device: torch.device) -> float:
     if device.type == "cuda":
         freed = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return freed + torch.cuda.mem_get_info(device)[0]
-    left = 1024 * _entry(_MACHINE, "MemAvailable") if _MACHINE.exists() else math.inf
+    available = 1024 * _entry(_MACHINE, "MemAvailable") if _MACHINE.exists() else math.inf
     limit = _LIMIT.read_text().strip() if _LIMIT.exists() else "max"
-    return left if limit == "max" else min(left, int(limit) - _entry(_USE, "anon"))
+    return available if limit == "max" else min(available, int(limit) - _entry(_USE, "anon"))
 
 
 def held_bytes(device: torch.device) -> int:

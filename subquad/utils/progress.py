@@ -51,8 +51,7 @@ class StageProgress:
         if self.bar is not None:
             self.bar.update(self.task, completed=step, figures=figures)
         elif self.console is not None and (now - self.last_line >= PLAIN_SECONDS or step == self.steps):
-            left = (now - self.start) / (step - self.first) * (self.steps - step)
-            self.console.print(
-                f"{self.name}: {self.unit} {step:,}/{self.steps:,}  {figures}  {left:,.0f} s left", highlight=False
-            )
+            seconds_left = (now - self.start) / (step - self.first) * (self.steps - step)
+            line = f"{self.name}: {self.unit} {step:,}/{self.steps:,}  {figures}  {seconds_left:,.0f} s left"
+            self.console.print(line, highlight=False)
             self.last_line = now
