@@ -30,7 +30,7 @@ def examples(page: Path) -> str:
 def test_examples_run(page, tmp_path, monkeypatch):
     program = examples(page)
     if "harness(" in program:
-        pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'subquad[eval]'")
+        pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install -e '.[eval]'")
     if "runs/quick" in program:  # the folder that `make convert` leaves, here a tiny one
         for name in ("teacher", "text"):
             (tmp_path / name).mkdir()

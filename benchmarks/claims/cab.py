@@ -95,8 +95,6 @@ QUICK: dict[str, Any] = {
 class Cab(TunedText):
     """The runs of these claims."""
 
-    # ------------------------------------------------------------------ a student and its stages
-
     def fresh(self, settings: Settings) -> Student:
         """A student with a model of its own: all layers mixed, calibrated where its weights are the teacher's."""
         config = deepcopy(self.teacher.model.config)
@@ -136,8 +134,6 @@ class Cab(TunedText):
     def best_rates(self, settings: dict[str, Any]) -> tuple[float, float]:
         """Of a student with all layers and the whole bridge."""
         return super().best_rates(settings | {"layers": len(self.shapes)} | WHOLE)
-
-    # ------------------------------------------------------------------ parts
 
     def stages(self) -> list[Result]:
         setup = self.setup

@@ -108,8 +108,6 @@ class CabVision(Tuned):
         self.tuning = [*self.images.heldout_batches(len(self.images.parts["selection"]), "selection", batch=256)]
         self.accuracy = image_fidelity({}, model, self.test)["teacher"]["accuracy"]
 
-    # ------------------------------------------------------------------ a student and its stages
-
     def fresh(self, settings: Settings) -> ImageStudent:
         """A student of all mixers, with the teacher's weights or with new ones; calibrated in the first case."""
         model, seed = self.teacher.model, settings["seed"]
@@ -155,8 +153,6 @@ class CabVision(Tuned):
     def best_rates(self, settings: dict[str, Any]) -> tuple[float, float]:
         """Of the share that is tuned on, and of the whole bridge."""
         return super().best_rates(settings | {"share": self.setup.tuned_share} | WHOLE)
-
-    # ------------------------------------------------------------------ parts
 
     def cells(self, combinations: Sequence[dict[str, Any]]) -> list[Result]:
         return super().cells(

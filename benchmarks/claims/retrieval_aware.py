@@ -155,8 +155,6 @@ class RetrievalAware(Bench):
         order = [(layer, head, score, between) for [(layer, head)], score, between in by_head]
         return {"order": order, "found": found.as_dict()}
 
-    # ------------------------------------------------------------------ ablation
-
     def ablation(self) -> list[Result]:
         results = []
         for count in self.setup.counts[1:]:
@@ -178,8 +176,6 @@ class RetrievalAware(Bench):
             return model.final_hidden(ids_NT, forward_context=ForwardContext(gains=gains))
 
         return self.test.of(self.everything, hidden=hidden)
-
-    # ------------------------------------------------------------------ students
 
     def kept(self, family: str, count: int, seed: int) -> Heads:
         """The heads that a student of this family keeps; `count`: heads, or layers of the families of layers."""
@@ -287,8 +283,6 @@ class RetrievalAware(Bench):
             for found, settings in zip(runs, combinations, strict=True):
                 found.append(self.run(seed, **settings))
         return [{"settings": s, "runs": found} for s, found in zip(combinations, runs, strict=True)]
-
-    # ------------------------------------------------------------------ serving
 
     @torch.no_grad()
     def serving(self) -> list[Result]:

@@ -148,8 +148,6 @@ class Selection(Bench):
         self.scored_rows = scored
         self.plain_rows = scored[: setup.score_rows]
 
-    # ------------------------------------------------------------------ students
-
     def plan(self, kept: Sequence[int]) -> Plan:
         return Plan.by_head(self.shapes, heads_of(self.units, kept), self.setup.mixer, dict(self.setup.options))
 
@@ -211,8 +209,6 @@ class Selection(Bench):
         setup = self.setup
         mixer = {"mixer": setup.mixer, "options": dict(setup.options), "align_tokens": setup.align_tokens}
         return {"teacher": self.teacher.fingerprint, "unit": setup.unit, **mixer, "seed": seed}
-
-    # ------------------------------------------------------------------ selecting
 
     def count(self, share: float) -> int:
         return max(1, round(share * len(self.units)))
@@ -277,8 +273,6 @@ class Selection(Bench):
                 kept = self.chosen(*known[cell["name"]], seed, cell["count"])
                 cell["runs"].append(self.run(kept, seed))
         return cells
-
-    # ------------------------------------------------------------------ greedy
 
     def greedy(self) -> list[Result]:
         """Test scores, with no training after alignment, when shares of the units are replaced."""
@@ -346,9 +340,6 @@ class Selection(Bench):
             "alone": alone,
             "scores": self.scored(orders, score),
         }
-
-
-# Comparing -----------------------------------------------------------------------------------------------------------
 
 
 def compare(cells: dict[str, Result], count: int) -> None:

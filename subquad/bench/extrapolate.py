@@ -1,4 +1,4 @@
-"""What follows from measurements at a few contexts: those at other contexts, and where one model overtakes another."""
+"""Extrapolation from measurements at a few contexts, and the context at which one model overtakes another."""
 
 import math
 import statistics
@@ -20,7 +20,7 @@ Curve: TypeAlias = Mapping[int, Point]  # by context, in tokens
 
 
 class Spread(NamedTuple):
-    """What some samples come to: the lower quartile, the median and the upper quartile."""
+    """Lower quartile, median and upper quartile of samples."""
 
     low: float
     median: float
@@ -28,7 +28,7 @@ class Spread(NamedTuple):
 
 
 def spread(samples: Sequence[float]) -> Spread:
-    """Of at least two samples."""
+    """Quartiles of at least two samples."""
     return Spread(*statistics.quantiles(samples, n=4, method="inclusive"))
 
 
@@ -38,10 +38,10 @@ Fit: TypeAlias = Callable[[int], float]  # from a context to seconds or bytes
 def fit(
     measured: Mapping[int, float], powers: Sequence[int], base: Fit = lambda _: 0.0
 ) -> tuple[Fit, list[int]] | None:
-    """`base` and the sum of these powers of the context that come nearest to what was measured; the powers in it.
+    """Least-squares fit of `base` plus a sum of powers of the context, and the powers that it uses.
 
-    Least squares of the relative errors, with no negative factor: a power that would get one is left out, for no part
-    of the work takes less than no time. None where there are fewer measurements than powers.
+    Errors are relative, and no factor is negative: a power that would get one is left out, for no part of the work
+    takes less than no time. None where there are fewer measurements than powers.
     """
     if len(measured) < len(powers):
         return None
@@ -64,16 +64,16 @@ def fit(
 
 @dataclass(frozen=True)
 class Forecast:
-    """What the measured contexts let expect of others: `at` a context, by a `formula`."""
+    """Forecast of quartiles `at` a context, and the `formula` that it follows."""
 
     at: Callable[[int], Spread]
     formula: str
 
 
 def forecast(measured: Mapping[int, Spread], powers: Sequence[int]) -> Forecast | None:
-    """The fit to the medians, between two fits that are tilted as far as the quartiles let them.
+    """Fit to the medians, bounded by the two fits of steepest and flattest growth within the quartiles.
 
-    Those go through one quartile at the longest measured context and through the other one at the rest. None where
+    Those go through one quartile at the longest measured context and through the opposite one at all others. None where
     there are fewer measurements than powers.
     """
     fitted = fit({context: quartiles.median for context, quartiles in measured.items()}, powers)
@@ -92,7 +92,7 @@ def forecast(measured: Mapping[int, Spread], powers: Sequence[int]) -> Forecast 
 
 
 def forecast_beside(measured: Mapping[int, Spread], base: Callable[[int], Spread], name: str) -> Forecast:
-    """As much as `base`, whose name is `name`, and a constant more, fitted to the medians."""
+    """Forecast `base`, called `name`, plus a constant fitted to the medians."""
     medians = {context: quartiles.median for context, quartiles in measured.items()}
     fitted = fit(medians, [0] if medians else [], lambda context: base(context).median)
     assert fitted is not None  # there is no power without a measurement
@@ -106,13 +106,13 @@ def forecast_beside(measured: Mapping[int, Spread], base: Callable[[int], Spread
 
 
 def formula(powers: Sequence[int]) -> str:
-    """How these powers are written: `a + b N`."""
+    """Formula of a sum of powers: `a + b N`."""
     names = {0: "", 1: " N", 2: " N²"}
     return " + ".join(f"{factor}{names[power]}" for factor, power in zip("abc", powers, strict=False))
 
 
 def expected(known: Mapping[int, float], context: int) -> float:
-    """What the last two contexts let expect of a longer one: their power law, at least linear."""
+    """Value at a longer context by the power law through the last two, at least linear."""
     *before, (last, value) = sorted(known.items())
     power = 1.0
     if before:
@@ -123,11 +123,11 @@ def expected(known: Mapping[int, float], context: int) -> float:
 
 @dataclass(frozen=True)
 class Overtaking:
-    """Where one model becomes the faster: at `context` tokens and beyond, at all that were looked at, or at none."""
+    """Contexts at which one model is faster: from `context` tokens on, always or never."""
 
     where: Literal["always", "never", "from"]
     context: float | None
-    extrapolated: bool  # whether a point that this rests on is
+    extrapolated: bool  # whether it rests on an extrapolated point
 
 
 def overtaking(first: Curve, second: Curve) -> Overtaking | None:

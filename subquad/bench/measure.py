@@ -1,14 +1,13 @@
-"""How fast a model reads and writes, and what memory it takes, beside its teacher, over context and batch.
+"""Speed and memory of a model compared with its teacher, over context and batch size.
 
 Notable:
-- Three things are timed: `decode` (steps on a cache of the right size, filled with random numbers: nobody has to read
-  128k tokens first), `prefill` (a pass over the whole prompt) and `generate` (transformers' own loop: the time to the
-  first token, and that of each further one).
-- The models take turns, round by round, each going first in every other one, so that they share the machine's better
-  and worse moments. A round before the first warms up and is where memory is read, and is not counted.
-- Contexts are measured from the shortest on, as far as the time and the memory go, but the two shortest in any case.
-  All others are extrapolated (curves.py) and marked so.
-- A cell of the report has median and quartiles of its rounds, and beside them the roofline (roofline.py).
+- Three kinds of work are timed: `decode` (steps on a cache of random numbers, see random_cache.py), `prefill` (a pass
+  over the whole prompt) and `generate` (transformers' own loop: the time to the first token, and to each later one).
+- The models take turns (`take_turns`), so that they share the machine's better and worse moments. A round before the
+  first warms up and is where memory is read; it is not counted.
+- Contexts are measured from the shortest on, as far as the time and the memory allow, but the two shortest in any case.
+  All others are extrapolated (extrapolate.py) and marked so.
+- A cell of the report has the median and the quartiles of its rounds, and the roofline (roofline.py) to compare with.
 """
 
 import statistics
@@ -89,7 +88,7 @@ def prefill(subject: BenchModel, tokens_BT: Tensor) -> Turn:
 
 
 def generate(subject: BenchModel, tokens_BT: Tensor) -> Turn:
-    """What users call: the time to the first token, and the median of those between two tokens after it."""
+    """`generate` of transformers: the time to the first token, and the median time between two later tokens."""
     length = 1 + NEW_TOKENS
 
     def turn() -> tuple[dict[str, float], None]:
@@ -121,7 +120,7 @@ class _Times:
         self.seen: list[float] = []
 
     def put(self, tokens: Tensor) -> None:
-        """Called with the prompt, then with each new token."""
+        """Notes the time; `generate` calls it with the prompt, then with each new token."""
         self.seen.append(clock(self.device))
 
     def end(self) -> None:
@@ -131,12 +130,9 @@ class _Times:
 KINDS: dict[str, Callable[[BenchModel, Tensor], Turn]] = {"decode": decode, "prefill": prefill, "generate": generate}
 
 
-# Measuring -----------------------------------------------------------------------------------------------------------
-
-
 @dataclass
 class Cell:
-    """What was measured of all models in one kind, at one context and batch."""
+    """Measurements of all models for one kind of work, at one context and batch size."""
 
     order: list[list[str]]  # the models, round by round, as they took their turns
     samples: dict[tuple[str, str], list[float]]  # seconds by model and measure, one a round
@@ -233,7 +229,7 @@ def _seconds_alone(turn: Turn) -> dict[str, float]:
 def needed_bytes(
     kind: str, subjects: Sequence[BenchModel], cells: Mapping[int, Cell], context: int, batch: int
 ) -> float:
-    """What is expected to be taken on top of the weights: decoding keeps the caches of all models at once."""
+    """Expected bytes beyond the weights; decoding holds the caches of all models at once."""
     caches = [subject.costs.cache_bytes(context, batch) for subject in subjects]
     if kind == "decode":
         return 1.25 * sum(caches)  # a layer's keys and values are copied as they grow
@@ -244,15 +240,12 @@ def needed_bytes(
 
 
 def peak_at(subject: BenchModel, cells: Mapping[int, Cell], context: int) -> float:
-    """The peak of a model's memory at a context, measured, or as those that are let expect; 0: nothing is known."""
+    """Peak memory of a model at a context, measured or extrapolated; 0 where nothing was measured."""
     if context in cells:
         return cells[context].peak[subject.name]
     known = {measured: float(cell.peak[subject.name]) for measured, cell in cells.items()}
     fitted = fit(known, subject.memory_powers)
     return 0.0 if fitted is None else fitted[0](context)
-
-
-# The report ----------------------------------------------------------------------------------------------------------
 
 
 def bench(
@@ -268,7 +261,7 @@ def bench(
     command: str | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Measures a model beside another one; returns the report that `subquad bench --json` writes (docs/bench.md).
+    """Compares a model with another one; returns the report that `subquad bench --json` writes (docs/bench.md).
 
     Args:
         model: a folder that `convert` wrote, or any causal language model.
@@ -284,11 +277,15 @@ def bench(
     """
     if not contexts or min(contexts) < 1 or not batches or min(batches) < 1 or seconds <= 0:
         raise UserError("contexts, batches and seconds must be above 0")
+
+    # The models, and the contexts that all of them can run
     subjects, dtype = open_subjects(str(model), against, dtype, device)
     place, torch_dtype = subjects[0].model.device, subjects[0].model.dtype
     written = max(1 + NEW_TOKENS, STEPS * (1 + ROUNDS[1]))
     batches = sorted(set(batches))
     contexts, notes = within_positions(subjects, sorted(set(contexts)), written)
+
+    # The machine, then every kind of work at every batch size, each with a fair share of the time left
     started = time.perf_counter()
     with quiet():
         say("the machine's bandwidth and matrix rate")
@@ -300,6 +297,8 @@ def bench(
             cells, missing = measure(kind, subjects, contexts, batch, seconds_left, seed, say)
             for subject in subjects:
                 rows += rows_of(kind, subject, cells, contexts, batch, roof, missing, rows)
+
+    # The report
     report = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         **environment(place, command),
@@ -346,6 +345,7 @@ def rows_of(
         spreads = {context: spread(cell.samples[subject.name, measured]) for context, cell in cells.items()}
         expected_at = forecast_of(measured, subject, spreads, batch, before)
         for context in contexts:
+            # Seconds, measured or extrapolated
             cell = cells.get(context)
             row: dict[str, Any] = {"measure": measured, "model": subject.name, "context": context, "batch": batch}
             row["measured"] = cell is not None
@@ -357,6 +357,8 @@ def rows_of(
                 row |= {"samples": 0, "too_little": missing, "fitted_to": [*cells]}
                 row["formula"] = None if expected_at is None else expected_at.formula
             row |= dict(zip(("low", "seconds", "high"), quartiles or (None, None, None), strict=True))
+
+            # What follows from them and from the plan
             work = work_of(context, batch)
             least = roof.seconds(work)
             row["roofline"] = {**work._asdict(), "seconds": least, "share": quartiles and least / quartiles.median}
@@ -374,7 +376,7 @@ def rows_of(
 def forecast_of(
     measured: str, subject: BenchModel, spreads: Mapping[int, Spread], batch: int, before: Sequence[Mapping[str, Any]]
 ) -> Forecast | None:
-    """What to expect of the contexts that were not measured; None where too few were."""
+    """Forecast for the contexts that were not measured; None where too few were."""
     if measured in KINDS and measured != "generate":
         return forecast(spreads, subject.powers(measured, len(spreads)))
     like = "prefill" if measured in AS_PREFILL else "decode"
@@ -387,7 +389,7 @@ def forecast_of(
 
 
 def overtakes(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[dict[str, Any]]:
-    """Where the first model overtakes the second, by measure and batch; nothing where there is no second."""
+    """Contexts at which the first model overtakes the second, by measure and batch; none without a second."""
     if len(names) < 2:
         return []
 

@@ -1,4 +1,4 @@
-"""What is benchmarked: a model and the one it is compared with, loaded, with what their work grows by.
+"""Models to benchmark, loaded, with the powers of the context that their time and memory grow by.
 
 A student is compared with the teacher that its recipe.yaml names, unless another model is given.
 """
@@ -41,7 +41,7 @@ class BenchModel:
 
     @cached_property
     def weight_bytes(self) -> int:
-        """Of all parameters, embedding tables included."""
+        """Bytes of all parameters, embedding tables included."""
         return sum(weight.nbytes for weight in self.model.parameters())
 
     @property
@@ -51,7 +51,7 @@ class BenchModel:
         return any(ATTENTION in layer and shape.window is None for layer, shape in layers)
 
     def powers(self, measure: str, points: int) -> tuple[int, ...]:
-        """Of the context, that the seconds of a measure are a sum of, as far as so many measurements tell them apart.
+        """Exponents of the context in the time of `measure`, limited to those that `points` measurements identify.
 
         A pass over a prompt also takes a constant time, which shows with short prompts or small models.
         """
@@ -63,7 +63,7 @@ class BenchModel:
 
     @property
     def memory_powers(self) -> tuple[int, ...]:
-        """The same for the bytes that a pass takes: eager attention holds all its probabilities."""
+        """Exponents of the context in the memory of a pass; eager attention holds all its probabilities."""
         base = self.model.backbone if isinstance(self.model, Student) else self.model
         return (0, 2) if "eager" in base.config._attn_implementation else (0, 1)
 

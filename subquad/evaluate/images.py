@@ -1,4 +1,4 @@
-"""How close students of images stay to their teacher: accuracy, agreement, divergence and distance of features.
+"""Fidelity of image students to their teacher: accuracy, agreement, divergence and distance of features.
 
 Shapes: B images, T tokens, M model width, V classes.
 """
@@ -59,7 +59,7 @@ def image_fidelity(
 
 @dataclass(frozen=True)
 class _Answer:
-    """The last hidden states, the logarithms of a classifier's probabilities, and a saliency model's map."""
+    """Last hidden states, log-probabilities of a classifier, and map of a saliency model."""
 
     hidden_BTM: Tensor
     logp_BV: Tensor | None = None
@@ -82,7 +82,7 @@ def _answer(model: PreTrainedModel, pixels_BCHW: Tensor) -> _Answer:
 
 
 def _compared(student: _Answer, teacher: _Answer, labels_B: Tensor) -> dict[str, Tensor]:
-    """Every measure, one value an image."""
+    """All measures, one value for each image."""
     measures: dict[str, Tensor] = {}
     if student.hidden_BTM.shape == teacher.hidden_BTM.shape:  # a student of its own making may have another width
         difference_BTM = student.hidden_BTM - teacher.hidden_BTM

@@ -1,4 +1,4 @@
-"""A file of questions as a task of lm-eval's; what it measures is averaged over the questions.
+"""A file of questions as a task of lm-eval; metrics are averaged over the questions.
 
 With choices: `acc`, the right choice is the likeliest, and `acc_norm`, it is by log-probability per character. Without:
 `acc`, every token of the answer is the likeliest; `exact_match`, what the model writes greedily up to the end of the

@@ -1,6 +1,6 @@
-"""What a conversion is measured by: held-out text or images, retrieval, tasks, cache bytes, rivals of the same budget.
+"""All measures of a conversion: held-out text or images, retrieval, tasks and cache bytes.
 
-Every number of metrics.json's rows is made here, and in the same pass for all models.
+Every number in the rows of metrics.json is made here, in the same pass for all models.
 """
 
 import time
@@ -80,7 +80,7 @@ def _on_text(
 
 
 def check_heldout(config: EvaluateConfig, source: Teacher, data: Corpus | ImageSet) -> None:
-    """Raises UserError where there is less held-out data than is to be measured on."""
+    """Raises UserError where there is less held-out data than `config` asks for."""
     if isinstance(data, ImageSet):
         data.heldout_batches(config.rows)
     else:
@@ -104,7 +104,7 @@ def questions(
 
 
 def evaluation_cost(config: EvaluateConfig, models: int, data: Corpus | ImageSet) -> TokenCost:
-    """What measuring that many models, the teacher among them, costs on held-out data and retrieval (not on tasks)."""
+    """Cost of measuring `models` models, the teacher included, on held-out data and retrieval (not on tasks)."""
     if isinstance(data, ImageSet):
         return TokenCost(forward_tokens=models * config.rows * data.tokens)
     probes = len(config.retrieval.tasks) * config.retrieval.count * sum(config.retrieval.contexts)

@@ -1,4 +1,4 @@
-"""The job behind `subquad eval`: a model is measured beside its teacher."""
+"""The job behind `subquad eval`: a model is compared with its teacher."""
 
 import json
 from pathlib import Path
@@ -33,7 +33,7 @@ def evaluate_model(
     console: Console | None = None,
     command: str | None = None,
 ) -> dict[str, Any]:
-    """Measures a student's folder (or any causal language model) beside its teacher; returns metrics.json's rows.
+    """Compares a student's folder (or any causal language model) with its teacher; returns the rows of metrics.json.
 
     `teacher`, `data`, `tasks` and `limit` (documents a task) default to those of the recipe that made the student, of
     which `changes` (`evaluate.retrieval.count=20`) changes the rest. The model, whatever it is, is the row `student`.

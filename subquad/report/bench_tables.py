@@ -1,6 +1,6 @@
-"""What `subquad bench` found: a table for each batch, where the student overtakes, and a picture.
+"""Report of `subquad bench`: a table for each batch size, conclusions in sentences, and a picture.
 
-An extrapolated number has a `~` before it in the table, and a hollow mark on a broken line in the picture.
+An extrapolated number is marked by `~` in a table, and by a hollow mark on a dashed line in the picture.
 """
 
 import math
@@ -98,7 +98,7 @@ def _rows(report: Report, name: str, batch: int, measure: str | None = None) -> 
 
 
 def findings(report: Report) -> list[str]:
-    """What the numbers come to, a line each: overtaking, flatness, the machine, spread, what was extrapolated how."""
+    """Conclusions, a line each: overtaking, growth with context, the roofline, spread, extrapolation."""
     roof, machine = report["roof"], report["machine"]
     where = f"{machine['processor']}, {fmt.count(machine['threads'], 'thread')}"
     return [
@@ -114,7 +114,7 @@ def findings(report: Report) -> list[str]:
 
 
 def _overtakes(report: Report) -> list[str]:
-    """From which context on the first model is the faster one, a line each batch."""
+    """Contexts from which the first model is faster, a line for each batch size."""
     lines = []
     for batch in report["settings"]["batches"]:
         crossings = [crossing for crossing in report["overtakes"] if crossing["batch"] == batch]
@@ -131,7 +131,7 @@ def _where(crossing: Mapping[str, Any]) -> str:
 
 
 def _growth(report: Report) -> list[str]:
-    """How much longer a token of `generate` takes at the longest context than at the shortest."""
+    """Time of a token of `generate` at the longest context over that at the shortest."""
     lines = []
     for batch in report["settings"]["batches"]:
         parts, doubt = [], ""
@@ -164,7 +164,7 @@ def _apart(row: Row) -> float:
 
 
 def _extrapolated(report: Report) -> list[str]:
-    """What was extrapolated how, a line for each measure and formula: from where, for want of what, and how firmly."""
+    """Extrapolations, a line for each measure and formula: beyond which context, why, and how accurate."""
     several = len(report["settings"]["batches"]) > 1
     groups: dict[tuple[str, str], dict[str, list[Row]]] = {}
     for row in report["cells"]:
@@ -180,9 +180,6 @@ def _extrapolated(report: Report) -> list[str]:
         ]
         lines.append(f"~ extrapolated, N being the context: {NAMES[measure]} as {formula}: {', '.join(parts)}")
     return lines
-
-
-# The picture ---------------------------------------------------------------------------------------------------------
 
 
 def draw_bench(report: Report, path: Path) -> None:

@@ -1,8 +1,8 @@
-"""What differs between two runs: recipe, plan, results, stages, time, versions and machine.
+"""Differences between two runs: recipe, plan, results, stages, time, versions and machine.
 
 Everything is read from the files of the two folders, as the report is, so an unfinished run is compared as far as it
-got. Two students that were measured on the same text are compared row by row: rows differ far more than students do,
-so it is the differences that have to stand out of their spread.
+got. Two students that were measured on the same text are compared row by row: rows differ far more than students do, so
+the standard error is that of the differences.
 """
 
 import math
@@ -29,7 +29,7 @@ from subquad.utils.format import NAN
 Pair: TypeAlias = tuple[Any, Any]  # what A has and what B has
 
 FILES = {"recipe.yaml": "recipes", "plan.yaml": "plans", "metrics.json": "results, stages, time and machines"}
-"""What is compared, by the file that tells it."""
+"""Parts that are compared, by the file that holds them."""
 
 UNITS: dict[str, Callable[[float], str]] = {
     "nats": fmt.nats,
@@ -42,7 +42,7 @@ UNITS: dict[str, Callable[[float], str]] = {
     "tokens": fmt.integer,
     "tokens/s": fmt.integer,
 }
-AS_RATIO = ("bytes", "seconds", "tokens", "tokens/s")  # of these, B is told as so many times A
+AS_RATIO = ("bytes", "seconds", "tokens", "tokens/s")  # whose change is shown as a ratio
 
 
 @dataclass
@@ -64,7 +64,7 @@ class Row:
 
 @dataclass
 class Comparison:
-    """What differs between the runs in the folders `a` and `b`, by part; None where one of them lacks the part."""
+    """Differences between the runs in the folders `a` and `b`, by part; None where either lacks the part."""
 
     a: str
     b: str
@@ -81,14 +81,14 @@ class Comparison:
 
     @property
     def same(self) -> bool:
-        """Whether all that was recorded of both is there, and is the same."""
+        """Whether nothing is missing and nothing differs."""
         rows = [row for part in (self.cache, self.results, self.stages, self.time) for row in part or []]
         differ = self.missing or self.recipe or self.plan or self.machine
         return not differ and all(row.same for row in rows)
 
 
 def compare_runs(a: Path | str, b: Path | str, *, json_path: Path | str | None = None) -> Comparison:
-    """Reads two run folders and says what differs; `json_path`: also writes that as JSON, NaN as null.
+    """Compares two run folders; with `json_path` also writes the comparison as JSON, NaN as null.
 
     Raises UserError for a folder that holds no run, or a damaged file.
     """
@@ -138,11 +138,8 @@ def _missing(run: RunFiles) -> list[str]:
     return sentences
 
 
-# Plans ---------------------------------------------------------------------------------------------------------------
-
-
 def _of_plans(a: Plan, b: Plan) -> tuple[dict[str, Pair], list[int], int]:
-    """What differs in words, the layers that differ, and how many heads do (none of either between other shapes)."""
+    """Differences in words, the layers that differ, and the number of heads that do; none between other shapes."""
     pairs = dict(differences({"join": a.join, "mixers": _mixers(a)}, {"join": b.join, "mixers": _mixers(b)}))
     if a.shapes != b.shapes:
         return {"shape": (_shape(a), _shape(b))} | pairs, [], 0
@@ -193,9 +190,6 @@ def _caches(a: RunFiles, plan_a: Plan, b: RunFiles, plan_b: Plan) -> list[Row]:
         )
         for context in CONTEXTS
     ]
-
-
-# Numbers -------------------------------------------------------------------------------------------------------------
 
 
 def _results(a: Metrics, b: Metrics) -> list[Row]:
@@ -271,15 +265,12 @@ def _keys(a: Mapping[Any, Any], b: Mapping[Any, Any]) -> list[Any]:
 
 
 def _finite(value: Any) -> Any:
-    """For JSON: what is not a finite number is null."""
+    """`value` for JSON: numbers that are not finite become None."""
     if isinstance(value, dict):
         return {key: _finite(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [_finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-# In the terminal -----------------------------------------------------------------------------------------------------
 
 
 def print_comparison(comparison: Comparison, console: Console) -> None:

@@ -16,7 +16,7 @@ from subquad.utils.format import NAN
 
 @dataclass(frozen=True)
 class Standing:
-    """One run beside the others; what was not measured is NaN."""
+    """One run in a comparison of several; NaN where a number was not measured."""
 
     name: str
     run: RunFiles
@@ -33,7 +33,7 @@ class Standing:
 
     @property
     def tokens(self) -> float:
-        """That were trained on, in all stages together."""
+        """Training tokens over all stages."""
         return sum(stage.tokens for stage in self.run.metrics.stages)
 
     @property
@@ -52,12 +52,12 @@ class Overview:
 
     @property
     def comparable(self) -> list[Standing]:
-        """Those with a place in the picture."""
+        """Runs that have both coordinates of the picture."""
         return [run for run in self.standings if math.isfinite(run.kl) and math.isfinite(run.cache_bytes)]
 
     @property
     def front(self) -> list[Standing]:
-        """Those that no other beats: none has less KL for as few bytes. In the order of their bytes."""
+        """Runs that no other beats in both KL and bytes, in the order of their bytes."""
         return [
             run
             for run in sorted(self.comparable, key=lambda run: (run.cache_bytes, run.kl))
@@ -80,7 +80,7 @@ def overview(runs: Sequence[tuple[str, RunFiles]]) -> Overview:
 
 
 def _shared(lengths: Sequence[Sequence[int]]) -> int:
-    """The longest that all have."""
+    """Longest of the lengths that all runs have."""
     return max(set(lengths[0]).intersection(*lengths[1:]), default=0)
 
 

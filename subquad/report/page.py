@@ -66,7 +66,7 @@ def write_report(run_dir: Path | str, *others: Path | str, out: Path | str | Non
 
 
 def _names(folders: list[Path]) -> list[str]:
-    """What the runs are called: by their folders' names, or, where these do not tell them apart, by their paths."""
+    """Names of the runs: those of their folders, or, where two are equal, their paths."""
     names = [folder.resolve().name for folder in folders]
     return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
 
@@ -107,7 +107,7 @@ def _view(name: str, run: RunFiles, prefix: str) -> View:
 
 
 def _samples(runs: list[tuple[str, RunFiles]]) -> dict[str, list[tuple[str, str]]]:
-    """What was written after each prompt, and by whom: the teacher's text once, then that of each run's student."""
+    """Continuations by prompt, each with its author: the teacher's once, then that of each run's student."""
     texts_by_prompt: dict[str, list[tuple[str, str]]] = {}
     for name, run in runs:
         for sample in run.metrics.samples:
@@ -161,7 +161,7 @@ def best(metrics: Metrics) -> dict[tuple[str, int], float]:
 
 
 def templates(*, autoescape: bool) -> jinja2.Environment:
-    """The templates beside this file, with the number formats as filters."""
+    """Environment of the templates in this folder, with the number formats as filters."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=autoescape,

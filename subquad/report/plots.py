@@ -287,7 +287,7 @@ def in_bytes(ax: Axes) -> None:
 
 
 def legend_above(ax: Axes, handles: list) -> None:
-    """A row of keys over the axes, in as many columns as the longest label lets stand side by side."""
+    """Adds a legend above the axes, in as many columns as the longest label leaves room for."""
     if not handles:
         return
     longest = max(len(handle.get_label()) for handle in handles)

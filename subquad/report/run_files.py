@@ -1,7 +1,7 @@
 """The files of one run, read and checked once for every form of the report.
 
 A run may hold any part of what `convert` leaves (a folder with only a plan and its scores is fine): what is missing is
-empty here, and the report leaves it out. What is there but damaged is the user's to know about: a `UserError`.
+empty here, and the report leaves it out. A damaged file is a `UserError`.
 """
 
 import json
@@ -85,7 +85,7 @@ class RunFiles:
         return f"{self.scores.unit} {index}"
 
     def plan_sentence(self) -> str:
-        """What the plan keeps, in one sentence; empty without a plan."""
+        """Summary of the plan in one sentence; empty without a plan."""
         if self.plan is None:
             return ""
         attending, total, units = self._kept()
@@ -107,12 +107,12 @@ class RunFiles:
         return ", ".join([f"{attending} of {total} {units}", *self._mixers()])
 
     def _mixers(self) -> list[str]:
-        """What stands in the place of attention."""
+        """Names of the mixers that replace attention."""
         assert self.plan is not None
         return sorted({mixer for heads in self.plan.head_table() for mixer in heads} - {"attention"})
 
     def _kept(self) -> tuple[int, int, str]:
-        """How many keep attention, of how many: layers, where the heads of each agree, else heads."""
+        """Number that keep attention, total number, and unit: layers where the heads of each agree, else heads."""
         assert self.plan is not None
         table = self.plan.head_table()
         if all(len(set(heads)) == 1 for heads in table):

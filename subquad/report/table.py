@@ -1,4 +1,4 @@
-"""The result in the terminal: held-out text, retrieval, tasks, the stages, what both models write, what was found."""
+"""Results in the terminal: held-out text, retrieval, tasks, stages, samples and verdicts."""
 
 import math
 from collections.abc import Mapping
@@ -58,7 +58,7 @@ def _variants(metrics: Metrics) -> Table:
 
 
 def _buckets(metrics: Metrics) -> Table:
-    """What is at the end of a text is in the means over all of it, too, but is hidden there."""
+    """Measures by position: a mean over the whole text hides those at its end."""
     table = make_table("By position in the text", ["", "", *metrics.buckets.values()], words=(0, 1))
     for label, measure, text in (("KL", "kl", fmt.nats), ("ppl", "perplexity", fmt.perplexity)):
         for name, variant in metrics.variants.items():
@@ -81,7 +81,7 @@ def _retrieval(metrics: Metrics) -> Table:
 
 
 def _depths(metrics: Metrics) -> Table:
-    """The student's answers by the depth of the fact, beside the teacher's."""
+    """The student's accuracy by depth of the fact, with the teacher's in brackets."""
     contexts = sorted({context for known in metrics.depth_tasks.values() for context in known})
     title = "Retrieval by depth of the fact: the student (the teacher)"
     table = make_table(title, ["", "depth", *map(fmt.context, contexts)], words=(0, 1))
@@ -125,7 +125,7 @@ def _stages(metrics: Metrics) -> Table:
 
 
 def _sample(sample: Sample) -> Table:
-    """What both wrote after one prompt, side by side."""
+    """Continuations of one prompt by both models, side by side."""
     table = Table(title=Text(sample.prompt, "italic"), title_justify="left", box=None, pad_edge=False, expand=True)
     for name in ("teacher", "student"):
         table.add_column(name, ratio=1, overflow="fold", header_style=style_of(name))

@@ -57,7 +57,7 @@ class BenchedModel(Record):
 
 
 class Crossing(Record):
-    """Where the first model becomes faster than the second."""
+    """Context at which the first model becomes faster than the second."""
 
     measure: str
     batch: int
@@ -67,7 +67,7 @@ class Crossing(Record):
 
 
 class RoofSpeeds(Record):
-    """What the machine can do at best."""
+    """Peak rates of the machine."""
 
     bytes_per_second: Number = NAN
     flops_per_second: Number = NAN

@@ -18,7 +18,7 @@ VARIANTS = {
     "untrained": "the chosen plan before any training",
     "window": "a training-free sliding window with sinks, at the same cache bytes",
 }
-"""The rows of every table, in order, with what each is."""
+"""Models that are measured, in the order of the tables, each with its description."""
 
 HEADLINE_CONTEXT = 1024
 """Context length of the headline numbers where it was measured (below it a window alone sees nearly everything)."""
@@ -81,7 +81,7 @@ IMAGE_MEASURES = {
     "distance": "distance of features",
     "saliency": "difference of saliency maps",
 }
-"""What images are measured by, with the headings of the tables."""
+"""Measures of images, with the headings of the tables."""
 
 
 class Measure(Record):
@@ -110,7 +110,7 @@ class Variant(Record):
 
 
 class StageRecord(Record):
-    """One stage as it went: `share_of_bare_forward` is its tokens/s over those of the teacher's bare forward pass."""
+    """Result of a stage: `share_of_bare_forward` is its tokens/s over those of the teacher's bare forward pass."""
 
     name: str
     objective: str | dict[str, float] = ""
@@ -128,7 +128,7 @@ class StageRecord(Record):
 
 
 class Sample(Record):
-    """One prompt and what the two models went on to write."""
+    """A prompt and its continuations by the two models."""
 
     prompt: str
     teacher: str = ""
@@ -136,7 +136,7 @@ class Sample(Record):
 
 
 class Selection(Record):
-    """What the selector was told, and what it took."""
+    """Settings of the selector, and the work that it took."""
 
     by: str | None = None
     budget: str | int | float | None = None
@@ -228,7 +228,7 @@ class Metrics(Record):
 
     @property
     def image_measures(self) -> dict[str, str]:
-        """What was measured on images, with its heading."""
+        """Measures taken on images, each with its heading."""
         fidelities = [variant.images for variant in self.variants.values() if variant.images]
         return {
             measure: heading
@@ -271,7 +271,7 @@ class Metrics(Record):
 
     @property
     def hashes(self) -> dict[str, str]:
-        """What the run read and wrote, by name: the teacher, the texts, the files of weights."""
+        """Hashes of what the run read and wrote, by name: the teacher, the texts, the weights files."""
         teacher = {"teacher": self.teacher_fingerprint} if self.teacher_fingerprint else {}
         return teacher | {source.name: source.sha256 for source in self.text} | self.sha256
 

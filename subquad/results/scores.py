@@ -1,4 +1,4 @@
-"""scores.json: what a selector measured, and what it chose by it. Every part but the selector's name may be missing."""
+"""scores.json: scores of a selector, and its choice. Every part but the selector's name may be missing."""
 
 import math
 from itertools import chain
@@ -14,7 +14,7 @@ Table: TypeAlias = list[Number] | list[list[Number]]
 
 
 class ReplacementStep(Record):
-    """One unit replaced by its mixer, and what the task's validation documents score since."""
+    """One unit replaced by its mixer, and the score on the task's validation documents since then."""
 
     unit: int
     score: Number = NAN
@@ -110,7 +110,7 @@ class Scores(Record):
 
     @property
     def effort(self) -> str:
-        """What the selection took: `4,096 tokens forward and 512 tokens of training, in 50 s`."""
+        """Work of the selection: `4,096 tokens forward and 512 tokens of training, in 50 s`."""
         forward, training = (self.spent.get(f"{what}_tokens", NAN) for what in ("forward", "training"))
         counts = {"tokens of text": self.tokens, "tokens forward": forward, "tokens of training": training}
         tokens = " and ".join(f"{fmt.integer(count)} {what}" for what, count in counts.items() if count > 0)

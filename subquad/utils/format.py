@@ -19,12 +19,12 @@ Number = Annotated[float, BeforeValidator(lambda value: NAN if value is None els
 
 
 def plain(text: str) -> str:
-    """What these functions return, in ASCII."""
+    """`text`, as these functions return it, in ASCII."""
     return text.translate({ord(DASH): "-", ord(NBSP): " "})
 
 
 def nats(value: float) -> str:
-    """A divergence or a loss in nats, three decimals where that says enough."""
+    """A divergence or a loss in nats, with three decimals or one significant figure."""
     if not math.isfinite(value):
         return DASH if math.isnan(value) else "∞"
     return f"{value:.3f}" if value == 0 or abs(value) >= 0.001 else f"{value:.1g}"
@@ -86,7 +86,7 @@ def size(value: float) -> str:
 
 
 def budget(value: float, tokens: int) -> str:
-    """The budget for a cache of so many bytes at a context length, rounded up so that it fits: `12.35MiB@32k`."""
+    """Budget for a cache of `value` bytes at a context of `tokens`, rounded up: `12.35MiB@32k`."""
     value, unit = _binary(value)
     return f"{math.ceil(100 * value) / 100:g}{unit}@{context(tokens)}"
 

@@ -1,4 +1,4 @@
-"""Ctrl-C that waits: long work ends where it can be gone on with, and not in the middle of a step."""
+"""Ctrl-C that waits: long work stops where it can be resumed, not in the middle of a step."""
 
 import os
 import signal
@@ -11,11 +11,10 @@ WAIT = b"\nstopping as soon as what is done is saved; Ctrl-C again stops at once
 
 @contextmanager
 def interrupt_waits() -> Iterator[Callable[[], bool]]:
-    """Within, the first Ctrl-C is only noted, and what is yielded says whether it was; the second one is as ever.
+    """Delays the first Ctrl-C to the end of the block; yields a function that returns whether there was one.
 
-    The work within asks between two steps, and saves and ends if so. At the end of the block KeyboardInterrupt is
-    raised, if there was a Ctrl-C. Where that means something else already (in another thread, or where the process was
-    started to ignore it) nothing changes.
+    The block calls it between two steps, and saves and ends if so; KeyboardInterrupt is raised afterwards. A second
+    Ctrl-C interrupts at once. Nothing changes in another thread, or where Ctrl-C has another handler already.
     """
     noted = False
 

@@ -11,7 +11,7 @@ Result = TypeVar("Result")
 
 
 def clock(device: torch.device) -> float:
-    """Seconds, once the device has done all that it was asked for."""
+    """Seconds on a clock, read once the device has finished all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

@@ -84,9 +84,6 @@ def rows_of(report, **wanted):
     return [row for row in report["cells"] if all(row[key] == value for key, value in wanted.items())]
 
 
-# What a report holds -------------------------------------------------------------------------------------------------
-
-
 def test_a_report_has_every_cell(report):
     cells = [(row["measure"], row["model"], row["context"], row["batch"]) for row in report["cells"]]
     assert sorted(cells) == sorted(
@@ -170,9 +167,6 @@ def test_where_nothing_is_known_nothing_is_claimed(folders, small, monkeypatch):
     assert printed(report).count("–") == 2 * 2 * 5
 
 
-# What people see -----------------------------------------------------------------------------------------------------
-
-
 def printed(report):
     console = Console(width=200, record=True, file=open("/dev/null", "w"))
     print_bench(report, console)
@@ -227,9 +221,6 @@ def test_json_is_written_aside_and_renamed(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["bench.json"]
 
 
-# The command ---------------------------------------------------------------------------------------------------------
-
-
 def command(monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["subquad", "bench", *map(str, arguments)])
     return CliRunner(env={"COLUMNS": "200"}).invoke(app, sys.argv[1:], prog_name="subquad")
@@ -273,9 +264,6 @@ def test_a_place_that_cannot_be_written_is_found_first(tmp_path):
         make_room(tmp_path)
     make_room(tmp_path / "new" / "file.json")
     assert (tmp_path / "new").is_dir()
-
-
-# The models ----------------------------------------------------------------------------------------------------------
 
 
 def test_models_of_other_vocabularies_are_refused(folders, tmp_path):
@@ -339,9 +327,6 @@ def test_what_the_seconds_of_a_model_are_made_of():
     eager = tiny("llama")
     eager.set_attn_implementation("eager")
     assert subject_of(eager).memory_powers == (0, 2) and subject_of(teacher).memory_powers == (0, 1)
-
-
-# Curves --------------------------------------------------------------------------------------------------------------
 
 
 def quadratic(n):
@@ -424,9 +409,6 @@ def test_overtaking_counts_from_where_it_stays():
 
 def test_spread_is_median_and_quartiles():
     assert spread([1, 2, 3, 4, 50]) == (2, 3, 4)
-
-
-# The roofline --------------------------------------------------------------------------------------------------------
 
 
 def test_the_roof_is_the_slower_of_moving_and_computing():

@@ -162,9 +162,6 @@ def test_no_run_at_all(tmp_path):
         write_report(tmp_path / "nowhere")
 
 
-# How it was selected -------------------------------------------------------------------------------------------------
-
-
 def test_bars_of_layers_and_groups_have_labels_and_whiskers(run):
     groups = [[2 * group, 2 * group + 1] for group in range(14)] + [[28], [29]]
     bounds = {"low": [0.01] * 15 + [math.nan], "high": [0.1] * 15 + [None]}
