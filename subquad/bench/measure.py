@@ -10,7 +10,6 @@ Notable:
 - A cell of the report has the median and the quartiles of its rounds, and the roofline (roofline.py) to compare with.
 """
 
-import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -18,11 +17,9 @@ from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import Cache
 
 from subquad.bench.extrapolate import (
     Curve,
@@ -38,96 +35,21 @@ from subquad.bench.extrapolate import (
 )
 from subquad.bench.models import BenchModel, max_positions, open_subjects, within_positions
 from subquad.bench.roofline import Roof, measure_roof
+from subquad.bench.turns import KINDS, NEW_TOKENS, STEPS, Turn
 from subquad.errors import UserError
 from subquad.evaluate import held_cache_bytes
-from subquad.model.cache import CACHE
-from subquad.model.random_cache import random_cache
 from subquad.results.bench import Bench
 from subquad.results.record import check_written
 from subquad.utils.environment import environment
 from subquad.utils.logging import quiet
 from subquad.utils.memory import available_bytes, held_bytes, peak_memory_bytes, release_free_memory, reset_peak_memory
-from subquad.utils.timing import clock, take_turns
+from subquad.utils.timing import take_turns
 
 CONTEXTS = tuple(1024 << power for power in range(8))
-STEPS = 4  # decoding steps of one turn
-NEW_TOKENS = 8  # that `generate` writes after the first
 ROUNDS = (3, 15)  # at least and at most
 ALWAYS = 2  # contexts, the shortest, that are measured whatever they take
 MEASURES = ("decode", "prefill", "first_token", "generate")
 AS_PREFILL = ("prefill", "first_token")  # those that read the whole prompt; the others write a token
-
-
-# One turn of a model gives the seconds of one or two measures, and the cache that it filled where it read all tokens.
-Turn: TypeAlias = Callable[[], tuple[dict[str, float], Cache | None]]
-
-
-def decode(subject: BenchModel, tokens_BT: Tensor) -> Turn:
-    """A few steps, one token for each sequence. The cache is that many tokens longer after each turn."""
-    batch, context = tokens_BT.shape
-    cache, last_B1 = random_cache(subject.model, subject.plan, context, batch), tokens_BT[:, -1:]
-
-    def turn() -> tuple[dict[str, float], None]:
-        start = clock(tokens_BT.device)
-        for _ in range(STEPS):
-            subject.model(last_B1, use_cache=True, **{CACHE: cache})
-        return {"decode": (clock(tokens_BT.device) - start) / STEPS}, None
-
-    return turn
-
-
-def prefill(subject: BenchModel, tokens_BT: Tensor) -> Turn:
-    """One pass over the prompt that fills a cache and gives the last token's logits."""
-
-    def turn() -> tuple[dict[str, float], Cache]:
-        start = clock(tokens_BT.device)
-        cache = subject.model(tokens_BT, use_cache=True, logits_to_keep=1)[CACHE]
-        return {"prefill": clock(tokens_BT.device) - start}, cache
-
-    return turn
-
-
-def generate(subject: BenchModel, tokens_BT: Tensor) -> Turn:
-    """`generate` of transformers: the time to the first token, and the median time between two later tokens."""
-    length = 1 + NEW_TOKENS
-
-    def turn() -> tuple[dict[str, float], None]:
-        times = _Times(tokens_BT.device)
-        start = clock(tokens_BT.device)
-        model: Any = subject.model  # transformers types `generate` for its own classes
-        model.generate(
-            tokens_BT,
-            attention_mask=torch.ones_like(tokens_BT),
-            max_new_tokens=length,
-            min_new_tokens=length,
-            do_sample=False,
-            num_beams=1,
-            pad_token_id=0,
-            streamer=times,
-        )
-        _, first, *later = times.seen  # the prompt is handed on, too
-        gaps = [after - before for before, after in zip([first, *later], later, strict=False)]
-        return {"first_token": first - start, "generate": statistics.median(gaps)}, None
-
-    return turn
-
-
-class _Times:
-    """A streamer of `generate` that notes when it is given something."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.seen: list[float] = []
-
-    def put(self, tokens: Tensor) -> None:
-        """Notes the time; `generate` calls it with the prompt, then with each new token."""
-        self.seen.append(clock(self.device))
-
-    def end(self) -> None:
-        pass
-
-
-KINDS: dict[str, Callable[[BenchModel, Tensor], Turn]] = {"decode": decode, "prefill": prefill, "generate": generate}
 
 
 @dataclass
