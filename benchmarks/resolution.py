@@ -1,4 +1,4 @@
-"""How fast image encoders are, and what they hold, as the resolution grows: a ViT beside its students.
+"""Speed and memory of image encoders as the resolution grows: a ViT compared with its students.
 
     python -m benchmarks.resolution [--quick] [--json FILE] [--plot FILE.png]
 
@@ -61,30 +61,30 @@ def models(device: torch.device) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def measured(everyone: Mapping[str, Any], side: int, rounds: int, device: torch.device) -> list[dict[str, Any]]:
+def measured(all_models: Mapping[str, Any], side: int, rounds: int, device: torch.device) -> list[dict[str, Any]]:
     """A row for each model at one resolution."""
     pixels = torch.randn(1, 3, PATCH * side, PATCH * side, device=device)
     bytes_of = {}
-    for name, model in everyone.items():
+    for name, model in all_models.items():
         release_free_memory()
         reset_peak_memory(device)
         before = held_bytes(device)
         model(pixels)
         bytes_of[name] = peak_memory_bytes(device) - before
-    calls = {name: partial(seconds_of, partial(model, pixels), device) for name, model in everyone.items()}
+    calls = {name: partial(seconds_of, partial(model, pixels), device) for name, model in all_models.items()}
     results = take_turns(calls, (rounds, rounds))
-    seconds = {name: [result[name] for result in results] for name in everyone}
+    seconds = {name: [result[name] for result in results] for name in all_models}
     return [
         {
             "model": name,
             "tokens": side * side,
             "pixels": PATCH * side,
-            "seconds": median(found),
-            "low": min(found),
-            "high": max(found),
+            "seconds": median(samples),
+            "low": min(samples),
+            "high": max(samples),
             "peak_bytes": bytes_of[name],
         }
-        for name, found in seconds.items()
+        for name, samples in seconds.items()
     ]
 
 
@@ -126,8 +126,14 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
 
 def _lines(ax: Axes, rows: Sequence[Mapping[str, Any]], value: Any) -> None:
     for name in dict.fromkeys(row["model"] for row in rows):
-        mine = [row for row in rows if row["model"] == name]
-        ax.plot([row["tokens"] for row in mine], [value(row) for row in mine], "o-", color=COLOURS[name], label=name)
+        model_rows = [row for row in rows if row["model"] == name]
+        ax.plot(
+            [row["tokens"] for row in model_rows],
+            [value(row) for row in model_rows],
+            "o-",
+            color=COLOURS[name],
+            label=name,
+        )
     ax.set_xscale("log", base=2)
     ax.set_yscale("log")
     ax.xaxis.set_major_locator(FixedLocator(sorted({row["tokens"] for row in rows})))

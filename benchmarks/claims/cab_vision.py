@@ -63,7 +63,7 @@ RIVALS = (  # way and weights that the student starts with
 
 @dataclass(frozen=True)
 class Setup:
-    """What is run: counts in images."""
+    """Settings of the runs; counts in images."""
 
     teacher: str = TEACHER
     data: str = DATA
@@ -123,7 +123,7 @@ class CabVision(Tuned):
         return len(WAYS[settings["way"]]) > 1
 
     def stages_of(self, settings: Settings) -> list[Stage]:
-        """What a student goes through."""
+        """Stages that train a student."""
         layers_rate, logits_rate = settings["rates"]
         *before, last = WAYS[settings["way"]].items()
         tokens = self.setup.images * self.setup.sequence_length
@@ -140,23 +140,23 @@ class CabVision(Tuned):
     def distilled(self, settings: Settings) -> Result:
         setup, seed = self.setup, settings["seed"]
         train = self.images.parts["train"]
-        kept = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
-        some = train.at(kept[: round(settings["share"] * len(train))].tolist())
-        self.lessons = replace(self.images, parts={**self.images.parts, "train": some})
+        image_order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
+        subset = train.at(image_order[: round(settings["share"] * len(train))].tolist())
+        self.lessons = replace(self.images, parts={**self.images.parts, "train": subset})
         student = self.fresh(settings)
         results = self.train(student, self.stages_of(settings), seed)
         shown = self.tuning if seed == setup.tuning_seed else self.test
-        found = image_fidelity({"student": student}, self.teacher.model, shown)["student"]
-        found.pop("samples")
-        return found | {"stages": results}
+        fidelity = image_fidelity({"student": student}, self.teacher.model, shown)["student"]
+        fidelity.pop("samples")
+        return fidelity | {"stages": results}
 
     def best_rates(self, settings: dict[str, Any]) -> tuple[float, float]:
-        """Of the share that is tuned on, and of the whole bridge."""
+        """Best rates for the share that is tuned on, and the whole bridge."""
         return super().best_rates(settings | {"share": self.setup.tuned_share} | WHOLE)
 
     def cells(self, combinations: Sequence[dict[str, Any]]) -> list[Result]:
         return super().cells(
-            [{"tokens": self.setup.images * self.setup.sequence_length, **one} for one in combinations]
+            [{"tokens": self.setup.images * self.setup.sequence_length, **combination} for combination in combinations]
         )
 
     def stages(self) -> list[Result]:

@@ -67,7 +67,7 @@ TRAINED = {  # by the matrix stage alone
 
 @dataclass(frozen=True)
 class Setup:
-    """What is run: lengths and counts in tokens."""
+    """Settings of the runs; lengths and counts in tokens."""
 
     teacher: str = SMALL_TEACHER
     sequence_length: int = 256

@@ -51,7 +51,7 @@ Heads = list[tuple[int, int]]
 
 @dataclass(frozen=True)
 class Setup:
-    """What is run: lengths and counts in tokens."""
+    """Settings of the runs; lengths and counts in tokens."""
 
     teacher: str = SMALL_TEACHER
     mixer: str = "discrete_mamba2"
@@ -141,7 +141,7 @@ class RetrievalAware(Bench):
 
     def scored(self, text: torch.Tensor) -> Result:
         setup = self.setup
-        found = retrieval_scores(
+        scores = retrieval_scores(
             self.teacher.model,
             self.teacher.tokenizer,
             text,
@@ -151,17 +151,17 @@ class RetrievalAware(Bench):
             top=max(setup.counts),
             work=Work(self.store.console.print),
         )
-        by_head = zip(found.units, found.scores, found.logprob_drop, strict=True)
+        by_head = zip(scores.units, scores.scores, scores.logprob_drop, strict=True)
         order = [(layer, head, score, between) for [(layer, head)], score, between in by_head]
-        return {"order": order, "found": found.as_dict()}
+        return {"order": order, "found": scores.as_dict()}
 
     def ablation(self) -> list[Result]:
         results = []
         for count in self.setup.counts[1:]:
             first, rest = self.order[:count], sorted(self.order[count:])
             draws = [random.Random(draw).sample(rest, count) for draw in range(self.setup.random_draws)]
-            found = {"scored": [self.without(first)], "random": [self.without(heads) for heads in draws]}
-            results.append({"count": count, **found})
+            measured = {"scored": [self.without(first)], "random": [self.without(heads) for heads in draws]}
+            results.append({"count": count, **measured})
         return results
 
     def without(self, heads: Heads) -> dict[str, float]:
@@ -280,9 +280,9 @@ class RetrievalAware(Bench):
     def cells(self, combinations: Sequence[dict[str, Any]]) -> list[Result]:
         runs: list[list[Result]] = [[] for _ in combinations]
         for seed in self.setup.seeds:  # first, so that what is compared was measured in the same stretch of time
-            for found, settings in zip(runs, combinations, strict=True):
-                found.append(self.run(seed, **settings))
-        return [{"settings": s, "runs": found} for s, found in zip(combinations, runs, strict=True)]
+            for cell_runs, settings in zip(runs, combinations, strict=True):
+                cell_runs.append(self.run(seed, **settings))
+        return [{"settings": s, "runs": cell_runs} for s, cell_runs in zip(combinations, runs, strict=True)]
 
     @torch.no_grad()
     def serving(self) -> list[Result]:
