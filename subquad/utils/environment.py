@@ -64,9 +64,10 @@ def device_name(device: torch.device) -> str:
 
 def source_commit() -> str | None:
     """The commit of the source tree, if Subquad runs from one."""
-    here = Path(__file__).parent
+    folder = Path(__file__).parent
     try:
-        git = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
+        command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
+        git = subprocess.run(command, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return git.stdout.strip() if git.returncode == 0 else None
