@@ -13,7 +13,7 @@ from accelerate import Accelerator
 
 from subquad import Plan, Student
 from subquad.data.text import load_corpus
-from subquad.distill.loop import run_stage
+from subquad.distill.loop import StageInputs, run_stage
 from subquad.evaluate import likelihood
 from subquad.model.interface import shapes_of
 from subquad.pretrained.load import load_pretrained
@@ -42,8 +42,7 @@ def convert(teacher_name: str, sources: list[str] | None, out: Path) -> Student:
 
     # Align: train each mixer to return the output of the attention that it replaces.
     out.mkdir(parents=True, exist_ok=True)
-    shared = {"teacher_model": teacher.model, "corpus": corpus, "seed": 0, "out": out, "accelerator": accelerator}
-    run_stage(ALIGN, index=0, student=linear, **shared)
+    run_stage(ALIGN, StageInputs(teacher.model, corpus, accelerator, index=0), student=linear, out=out)
 
     # Select: restore the attention of one layer at a time, and keep it where it reduces the KL to the teacher most.
     selection_BT = corpus.heldout_batch(1, LENGTH, part="selection")
@@ -53,7 +52,7 @@ def convert(teacher_name: str, sources: list[str] | None, out: Path) -> Student:
 
     # Distill: a student with the selected plan starts from the aligned mixers and learns the teacher's distribution.
     student = Student.from_teacher(teacher.model, plan, mixers_from=[linear])
-    run_stage(LOGITS, index=1, student=student, **shared)
+    run_stage(LOGITS, StageInputs(teacher.model, corpus, accelerator, index=1), student=student, out=out)
 
     # Measure on the other held-out part, compared with the student as it was before distillation.
     models = {"student": student, "aligned": Student.from_teacher(teacher.model, plan, mixers_from=[linear])}
