@@ -1,6 +1,6 @@
 # make            build the environment in .venv
 # make convert    convert the default teacher with the quick recipe into runs/quick (more flags: make convert ARGS=--resume)
-# make test       run the tests;  make test-slow  the slow ones;  make lint  ruff and mypy;  make clean  remove what was built
+# make test       run the tests;  make test-slow  the slow ones;  make lint  style, types and import layers;  make clean  remove what was built
 
 PYTHON ?= python3
 ARGS ?=
@@ -40,10 +40,15 @@ test: .venv/.installed
 test-slow: .venv/.installed
 	$(PYTEST) -m slow $(ARGS)
 
+# A file of the package has less than 400 lines, so that it keeps to one subject.
+TOO_LONG := FNR == 400 { print FILENAME " has 400 lines or more: split it by subject"; long = 1 } END { exit long }
+
 lint: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo --no-cache
+	find subquad examples -name '*.py' -exec awk '$(TOO_LONG)' {} +
 
 clean:
 	rm -rf .venv runs .pytest_cache .hypothesis .mypy_cache .ruff_cache

@@ -1,1 +1,1 @@
-"""What is claimed of speed and memory, as scripts that print a table and write JSON."""
+"""Scripts that measure claims about speed and memory; each prints tables and writes JSON."""

@@ -1,4 +1,4 @@
-"""What every benchmark writes beside its numbers: when, where, with what, and how."""
+"""Date, machine, versions and command, which every benchmark writes with its numbers."""
 
 import os
 import shlex
@@ -46,11 +46,11 @@ def modified_files() -> list[str]:
         "benchmarks/ops",
         "benchmarks/claims",
     ]
-    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    return [line[3:] for line in found.stdout.splitlines()]
+    status = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return [line[3:] for line in status.stdout.splitlines()]
 
 
 def wide_console() -> Console:
-    """Where tables are printed: a file has room; 80 columns would break every cell."""
+    """Console for tables, wide where it is no terminal: 80 columns would break every cell."""
     console = Console()
     return console if console.is_terminal else Console(width=180)

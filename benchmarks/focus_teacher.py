@@ -37,16 +37,16 @@ def focus_model(file: Path) -> SaliencyModel:
         ).to_dict()
     )
     model = SaliencyModel(config)
-    given = _weights(file)
-    of_encoder = {name.removeprefix("backbone."): weight for name, weight in given.items() if "backbone" in name}
-    of_encoder["embeddings.position_embeddings"] = torch.cat([given["class"], given["patches"]], 1)
+    weights = _weights(file)
+    of_encoder = {name.removeprefix("backbone."): weight for name, weight in weights.items() if "backbone" in name}
+    of_encoder["embeddings.position_embeddings"] = torch.cat([weights["class"], weights["patches"]], 1)
     of_encoder["embeddings.mask_token"] = torch.zeros(1, 384)  # of DINOv2's own training
     # The file has DINOv2's published names, which `from_pretrained` knows whatever transformers calls them now.
     loaded: Any = Dinov2Model.from_pretrained(
         None, config=config.encoder_config, state_dict=of_encoder, output_loading_info=True
     )
     model.encoder, info = loaded
-    of_decoder = {_name(name): weight for name, weight in given.items() if name.startswith("decoder.")}
+    of_decoder = {_name(name): weight for name, weight in weights.items() if name.startswith("decoder.")}
     missing, unexpected = model.decoder.load_state_dict(of_decoder, strict=False)
     lacking = [*info["missing_keys"], *(name for name in missing if "num_batches_tracked" not in name)]
     if lacking or unexpected or info["unexpected_keys"]:
@@ -58,20 +58,20 @@ def _weights(file: Path) -> dict[str, Tensor]:
     import onnx  # reads the file; nothing in it is run
 
     graph = onnx.load(str(file)).graph
-    tensors = {one.name: torch.from_numpy(onnx.numpy_helper.to_array(one).copy()) for one in graph.initializer}
-    found: dict[str, Tensor] = {name: one for name, one in tensors.items() if not name.startswith("onnx::")}
+    tensors = {tensor.name: torch.from_numpy(onnx.numpy_helper.to_array(tensor).copy()) for tensor in graph.initializer}
+    weights: dict[str, Tensor] = {name: tensor for name, tensor in tensors.items() if not name.startswith("onnx::")}
     for node in graph.node:
         for name in node.input:
             if name.startswith("onnx::") and name in tensors:
                 if node.op_type == "MatMul":  # of a linear map, which PyTorch keeps transposed
-                    found[node.name.strip("/").rpartition("/")[0].replace("/", ".") + ".weight"] = tensors[name].T
+                    weights[node.name.strip("/").rpartition("/")[0].replace("/", ".") + ".weight"] = tensors[name].T
                 elif tensors[name].dim() == 3:  # positions: of the class token, and of patches
-                    found["class" if tensors[name].shape[1] == 1 else "patches"] = tensors[name]
-    return found
+                    weights["class" if tensors[name].shape[1] == 1 else "patches"] = tensors[name]
+    return weights
 
 
 def _name(name: str) -> str:
-    """What our decoder calls a weight of the file's: `decoder.bn2.weight` is the second part of the second step."""
+    """Name in our decoder of a weight of the file: `decoder.bn2.weight` is the second part of the second step."""
     part, _, what = name.removeprefix("decoder.").partition(".")
     if part == "final_conv":
         return f"last.{what}"

@@ -1,4 +1,4 @@
-"""How fast image encoders are, and what they hold, as the resolution grows: a ViT beside its students.
+"""Speed and memory of image encoders as the resolution grows: a ViT compared with its students.
 
     python -m benchmarks.resolution [--quick] [--json FILE] [--plot FILE.png]
 
@@ -13,7 +13,6 @@ Notable:
 """
 
 import argparse
-import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -37,6 +36,7 @@ from subquad.report.plots import STYLE, save_png
 from subquad.utils import format as fmt
 from subquad.utils.files import write_json
 from subquad.utils.memory import held_bytes, peak_memory_bytes, release_free_memory, reset_peak_memory
+from subquad.utils.timing import seconds_of, take_turns
 
 PATCH = 14
 SIDES = (16, 32, 64, 128)  # patches
@@ -61,41 +61,31 @@ def models(device: torch.device) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def measured(everyone: Mapping[str, Any], side: int, rounds: int, device: torch.device) -> list[dict[str, Any]]:
+def measured(all_models: Mapping[str, Any], side: int, rounds: int, device: torch.device) -> list[dict[str, Any]]:
     """A row for each model at one resolution."""
     pixels = torch.randn(1, 3, PATCH * side, PATCH * side, device=device)
-    seconds: dict[str, list[float]] = {name: [] for name in everyone}
     bytes_of = {}
-    for name, model in everyone.items():
+    for name, model in all_models.items():
         release_free_memory()
         reset_peak_memory(device)
         before = held_bytes(device)
         model(pixels)
         bytes_of[name] = peak_memory_bytes(device) - before
-    for number in range(rounds):
-        names = [*everyone] if number % 2 else [*everyone][::-1]
-        for name in names:
-            started = _now(device)
-            everyone[name](pixels)
-            seconds[name].append(_now(device) - started)
+    calls = {name: partial(seconds_of, partial(model, pixels), device) for name, model in all_models.items()}
+    results = take_turns(calls, (rounds, rounds))
+    seconds = {name: [result[name] for result in results] for name in all_models}
     return [
         {
             "model": name,
             "tokens": side * side,
             "pixels": PATCH * side,
-            "seconds": median(found),
-            "low": min(found),
-            "high": max(found),
+            "seconds": median(samples),
+            "low": min(samples),
+            "high": max(samples),
             "peak_bytes": bytes_of[name],
         }
-        for name, found in seconds.items()
+        for name, samples in seconds.items()
     ]
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def print_report(report: Mapping[str, Any], console: Console) -> None:
@@ -136,8 +126,14 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
 
 def _lines(ax: Axes, rows: Sequence[Mapping[str, Any]], value: Any) -> None:
     for name in dict.fromkeys(row["model"] for row in rows):
-        mine = [row for row in rows if row["model"] == name]
-        ax.plot([row["tokens"] for row in mine], [value(row) for row in mine], "o-", color=COLOURS[name], label=name)
+        model_rows = [row for row in rows if row["model"] == name]
+        ax.plot(
+            [row["tokens"] for row in model_rows],
+            [value(row) for row in model_rows],
+            "o-",
+            color=COLOURS[name],
+            label=name,
+        )
     ax.set_xscale("log", base=2)
     ax.set_yscale("log")
     ax.xaxis.set_major_locator(FixedLocator(sorted({row["tokens"] for row in rows})))

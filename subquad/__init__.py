@@ -47,7 +47,7 @@ _HOME = {
     "StudentConfig": "subquad.model.student",
     "check_student": "subquad.model.conformance",
     "convert": "subquad.jobs.convert",
-    "load_recipe": "subquad.recipes.schema",
+    "load_recipe": "subquad.recipes.load",
 }
 
 

@@ -17,7 +17,10 @@ from subquad.select import SELECTORS
 from tests.helpers import RECIPE, converted_classifier, make_teacher, make_text
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "examples/README.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 
 
 def examples(page: Path) -> str:
@@ -29,7 +32,7 @@ def examples(page: Path) -> str:
 def test_examples_run(page, tmp_path, monkeypatch):
     program = examples(page)
     if "harness(" in program:
-        pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'subquad[eval]'")
+        pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install -e '.[eval]'")
     if "runs/quick" in program:  # the folder that `make convert` leaves, here a tiny one
         for name in ("teacher", "text"):
             (tmp_path / name).mkdir()
@@ -47,6 +50,28 @@ def test_links_lead_somewhere():
         for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
             if not target.startswith(("http://", "https://", "mailto:")):
                 assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_index_has_every_page():
+    index = ROOT / "docs" / "README.md"
+    links = re.findall(r"\]\(([^)#]+)", index.read_text(encoding="utf-8"))
+    linked = {(index.parent / link).resolve() for link in links}
+    assert {*index.parent.rglob("*.md")} - {index} <= linked
+    assert ROOT / "examples" / "README.md" in linked and ROOT / "CONTRIBUTING.md" in linked
+
+
+def test_the_tree_of_the_documentation_is_the_package():
+    tree = (ROOT / "docs" / "README.md").read_text(encoding="utf-8").split("```")[1]
+    package, _, _ = tree.partition("\nexamples/")
+    folders = set(re.findall(r"^  (\w+)/", package, re.MULTILINE))
+    assert folders == {path.parent.name for path in (ROOT / "subquad").glob("*/__init__.py")}
+    named, folder = set(), ""
+    for line in package.splitlines()[2:]:
+        folder = match[1] if (match := re.match(r"  (\w+)/", line)) else "" if re.match(r"  \w", line) else folder
+        entries = re.match(r"\s+((?:\w+\.py(?:, )?)*)", line)[1]
+        named |= {Path(folder) / name for name in entries.split(", ") if name}
+    assert len(named) > 12 and all((ROOT / "subquad" / name).is_file() for name in named), sorted(named)
+    assert set(re.findall(r"^(\w+)/", tree, re.MULTILINE)) == {"subquad", "examples", "benchmarks", "tests"}
 
 
 def test_recipes_of_the_documentation(tmp_path):

@@ -1,1 +1,1 @@
-"""What papers claim, measured here: scripts that print tables and write JSON and a picture."""
+"""Claims of papers, measured again: scripts that print tables and write JSON and a picture."""

@@ -1,4 +1,4 @@
-"""What the claims share: a command line, a teacher, its text, students of it, and stages that are run on them."""
+"""Shared parts of the claims: command line, teacher, text, students, and the stages that train them."""
 
 import argparse
 import json
@@ -48,7 +48,7 @@ class Base:
         self.shapes = shapes_of(self.teacher.model)
 
     def train(self, student: BaseStudent, stages: Sequence[Stage], seed: int) -> list[Result]:
-        """What became of each stage."""
+        """Results of the stages."""
         results = []
         with tempfile.TemporaryDirectory() as folder:
             accelerator = make_accelerator(Path(folder))
@@ -84,7 +84,7 @@ class Bench(Base):
 
 
 class Coverage:
-    """How much of a teacher's retrieval a student keeps, by task and in the mean.
+    """Share of a teacher's retrieval that a student keeps, by task and in the mean.
 
     By accuracy, the share of the teacher's (Retrieval-Aware Distillation's measure); by log-probability, the nats that
     the student loses of it per answer token, for a teacher that fails all tasks. Those it fails are left out.
@@ -118,7 +118,7 @@ def parse(
     teacher: str = SMALL_TEACHER,
     data: str | None = None,
 ) -> argparse.Namespace:
-    """The command line of a claim; `plot` says what its picture shows, `data` is the set of images of one on images."""
+    """Parses the command line of a claim; `plot`: subject of its picture; `data`: its set of images, if it has one."""
     name = module.rpartition(".")[2].replace("_", "-")
     parser = argparse.ArgumentParser(prog=f"python -m {module}", description=about.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="one seed, little of everything, no tuning: minutes")

@@ -67,7 +67,7 @@ ALL_LAYERS = ("matrix + hidden",)  # ways that give every layer the teacher's in
 
 @dataclass(frozen=True)
 class Setup:
-    """What is run: lengths and counts in tokens."""
+    """Settings of the runs; lengths and counts in tokens."""
 
     teacher: str = SMALL_TEACHER
     layers: tuple[int, ...] = (4, 2)
@@ -95,8 +95,6 @@ QUICK: dict[str, Any] = {
 
 class Cab(TunedText):
     """The runs of these claims."""
-
-    # ------------------------------------------------------------------ a student and its stages
 
     def fresh(self, settings: Settings) -> Student:
         """A student with a model of its own: all layers mixed, calibrated where its weights are the teacher's."""
@@ -131,14 +129,12 @@ class Cab(TunedText):
         results = self.train(student, stages, settings["seed"])
         text, at = self.tuning if settings["seed"] == self.setup.tuning_seed else self.test, self.setup.sequence_length
         measured = likelihood({"student": student}, self.teacher.model, text, [at])
-        found = {key: measured["student"][key][at] for key in ("kl", "top1", "perplexity")}
-        return found | {"teacher_perplexity": measured["teacher"]["perplexity"][at], "stages": results}
+        result = {key: measured["student"][key][at] for key in ("kl", "top1", "perplexity")}
+        return result | {"teacher_perplexity": measured["teacher"]["perplexity"][at], "stages": results}
 
     def best_rates(self, settings: dict[str, Any]) -> tuple[float, float]:
-        """Of a student with all layers and the whole bridge."""
+        """Best rates for a student with all layers and the whole bridge."""
         return super().best_rates(settings | {"layers": len(self.shapes)} | WHOLE)
-
-    # ------------------------------------------------------------------ parts
 
     def stages(self) -> list[Result]:
         setup = self.setup
@@ -160,7 +156,7 @@ class Cab(TunedText):
         return self.cells([base | change for change in changes])
 
     def cost(self) -> list[Result]:
-        """Of a step of `batch` sequences, for as many tokens at every length."""
+        """Cost of a step of `batch` sequences, for as many tokens at every length."""
         settings = {"layers": len(self.shapes), "start": "fresh", "seed": 0, "memory": "long"}
         rows: list[Result] = []
         tokens = max(self.setup.lengths)

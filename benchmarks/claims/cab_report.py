@@ -68,9 +68,11 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
         figure = Figure(figsize=(3.6 * len(panels) + 0.4, 3.4), layout="constrained")
         axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
         for ax, layers in zip(axes, panels, strict=True):
-            mine = [cell for cell in cells if cell["settings"]["layers"] == layers]
-            for way, start in dict.fromkeys((cell["settings"]["way"], cell["settings"]["start"]) for cell in mine):
-                line = [c for c in mine if (c["settings"]["way"], c["settings"]["start"]) == (way, start)]
+            layer_cells = [cell for cell in cells if cell["settings"]["layers"] == layers]
+            for way, start in dict.fromkeys(
+                (cell["settings"]["way"], cell["settings"]["start"]) for cell in layer_cells
+            ):
+                line = [c for c in layer_cells if (c["settings"]["way"], c["settings"]["start"]) == (way, start)]
                 means = [mean(cell["runs"], "perplexity") for cell in line]
                 ax.errorbar(
                     [cell["settings"]["tokens"] for cell in line], [m.mean for m in means], [m.spread for m in means],

@@ -6,7 +6,7 @@ The teacher is the small vision transformer that `subquad train-vit --out runs/s
 Fashion-MNIST's.
 
 Parts:
-- stages: with 1, 5, 10, 20 and 100 % of the images and as many steps, a student that is trained from nothing on labels,
+- stages: with 1, 5, 10, 20 and 100% of the images and as many steps, a student that is trained from nothing on labels,
   by soft distillation, by soft distillation from the teacher's weights (weight reuse), with MOHAWK's stages, and with
   the bridge (CAB), from fresh weights and from the teacher's.
 - sides: the bridge to queries only, to keys only, to both; decays that begin near 1, or spread as Mamba-2's own.
@@ -63,7 +63,7 @@ RIVALS = (  # way and weights that the student starts with
 
 @dataclass(frozen=True)
 class Setup:
-    """What is run: counts in images."""
+    """Settings of the runs; counts in images."""
 
     teacher: str = TEACHER
     data: str = DATA
@@ -108,8 +108,6 @@ class CabVision(Tuned):
         self.tuning = [*self.images.heldout_batches(len(self.images.parts["selection"]), "selection", batch=256)]
         self.accuracy = image_fidelity({}, model, self.test)["teacher"]["accuracy"]
 
-    # ------------------------------------------------------------------ a student and its stages
-
     def fresh(self, settings: Settings) -> ImageStudent:
         """A student of all mixers, with the teacher's weights or with new ones; calibrated in the first case."""
         model, seed = self.teacher.model, settings["seed"]
@@ -125,7 +123,7 @@ class CabVision(Tuned):
         return len(WAYS[settings["way"]]) > 1
 
     def stages_of(self, settings: Settings) -> list[Stage]:
-        """What a student goes through."""
+        """Stages that train a student."""
         layers_rate, logits_rate = settings["rates"]
         *before, last = WAYS[settings["way"]].items()
         tokens = self.setup.images * self.setup.sequence_length
@@ -142,25 +140,23 @@ class CabVision(Tuned):
     def distilled(self, settings: Settings) -> Result:
         setup, seed = self.setup, settings["seed"]
         train = self.images.parts["train"]
-        kept = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
-        some = train.select(kept[: round(settings["share"] * len(train))].tolist())
-        self.lessons = replace(self.images, parts={**self.images.parts, "train": some})
+        image_order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
+        subset = train.select(image_order[: round(settings["share"] * len(train))].tolist())
+        self.lessons = replace(self.images, parts={**self.images.parts, "train": subset})
         student = self.fresh(settings)
         results = self.train(student, self.stages_of(settings), seed)
         shown = self.tuning if seed == setup.tuning_seed else self.test
-        found = image_fidelity({"student": student}, self.teacher.model, shown)["student"]
-        found.pop("samples")
-        return found | {"stages": results}
+        fidelity = image_fidelity({"student": student}, self.teacher.model, shown)["student"]
+        fidelity.pop("samples")
+        return fidelity | {"stages": results}
 
     def best_rates(self, settings: dict[str, Any]) -> tuple[float, float]:
-        """Of the share that is tuned on, and of the whole bridge."""
+        """Best rates for the share that is tuned on, and the whole bridge."""
         return super().best_rates(settings | {"share": self.setup.tuned_share} | WHOLE)
-
-    # ------------------------------------------------------------------ parts
 
     def cells(self, combinations: Sequence[dict[str, Any]]) -> list[Result]:
         return super().cells(
-            [{"tokens": self.setup.images * self.setup.sequence_length, **one} for one in combinations]
+            [{"tokens": self.setup.images * self.setup.sequence_length, **combination} for combination in combinations]
         )
 
     def stages(self) -> list[Result]:

@@ -36,7 +36,7 @@ def cells_table(cells: list[Mapping[str, Any]], part: str, teacher: float) -> Ta
     varied = [key for key in ("share", "way", "start", "sides", "memory") if len(values(cells, key)) > 1]
     for key in varied:
         table.add_column("images" if key == "share" else key)
-    for heading in ("rates", "accuracy, %", "as the teacher, %", "KL"):
+    for heading in ("rates", "accuracy (%)", "as the teacher (%)", "KL"):
         table.add_column(heading, justify="right")
     for cell in cells:
         runs, settings = cell["runs"], cell["settings"]
@@ -68,7 +68,7 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
         ax.xaxis.set_minor_locator(NullLocator())
         ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
         ax.set_xlabel("images to train on")
-        ax.set_ylabel("test accuracy, %")
+        ax.set_ylabel("test accuracy (%)")
         ax.grid(True)
         ax.legend(fontsize=7, handlelength=3.5)
     save_png(figure, path, dpi=150)

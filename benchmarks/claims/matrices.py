@@ -1,4 +1,4 @@
-"""How well families of matrices hold a teacher's attention matrices: each matrix on its own, by the best fit found.
+"""Distance of a teacher's attention matrices from families of matrices: each on its own, by the best fit found.
 
     toeplitz    causal, one value a diagonal: the least squares are the means of the diagonals
     low_rank    the causal part of C B^T with N columns

@@ -67,7 +67,7 @@ TRAINED = {  # by the matrix stage alone
 
 @dataclass(frozen=True)
 class Setup:
-    """What is run: lengths and counts in tokens."""
+    """Settings of the runs; lengths and counts in tokens."""
 
     teacher: str = SMALL_TEACHER
     sequence_length: int = 256
@@ -132,8 +132,6 @@ class Mohawk(TunedText):
             for task in ("copy", "dictionary")
         }
 
-    # ------------------------------------------------------------------ a student
-
     def linear(self, mixer: str, options: dict[str, Any], start: str, seed: int) -> Student:
         """All layers replaced, with the teacher's projections or fresh ones, calibrated."""
         student = self.student(Plan.by_layer(self.shapes, [], mixer, options), seed)
@@ -141,8 +139,6 @@ class Mohawk(TunedText):
             _refresh(student)
         self.calibrate(student, self.setup.sequence_length, seed)
         return student
-
-    # ------------------------------------------------------------------ stages, weights, MLPs
 
     def distilled(self, settings: Settings) -> Result:
         """One run of `settings`: its stages, and what the student is worth after them."""
@@ -188,8 +184,6 @@ class Mohawk(TunedText):
         settings = {"tokens": self.setup.budgets[-1], "mixer": self.setup.mixers[0], "start": "teacher"}
         settings["way"] = "matrix + hidden + logits"
         return self.cells([{**settings, "trainable": trainable} for trainable in ("all", "all but mlp")])
-
-    # ------------------------------------------------------------------ matrices
 
     def matrices(self) -> dict[str, Any]:
         store, teacher = self.store, {"teacher": self.teacher.fingerprint}

@@ -54,7 +54,7 @@ def cells_table(cells: list[Mapping[str, Any]], part: str) -> Table:
 
 
 def speed_table(cells: list[Mapping[str, Any]], part: str) -> Table:
-    """What a stage costs: medians would hide little, these are means over the runs with the most tokens."""
+    """Cost of each stage: means over the runs with the most tokens."""
     most = max(cell["settings"]["tokens"] for cell in cells)
     stages = [
         stage for cell in cells if cell["settings"]["tokens"] == most for run in cell["runs"] for stage in run["stages"]
@@ -63,12 +63,12 @@ def speed_table(cells: list[Mapping[str, Any]], part: str) -> Table:
     for heading in ("stage", "tokens/s", "of the teacher's forward", "peak memory"):
         table.add_column(heading, justify="left" if heading == "stage" else "right")
     for name in dict.fromkeys(stage["name"] for stage in stages):
-        mine = [stage for stage in stages if stage["name"] == name]
+        same_stages = [stage for stage in stages if stage["name"] == name]
         table.add_row(
             name,
-            f"{fmean(stage['tokens_per_second'] for stage in mine):,.0f}",
-            fmt.percent(fmean(stage["share_of_bare_forward"] for stage in mine), 0),
-            fmt.size(max(stage["peak_memory_bytes"] for stage in mine)),
+            f"{fmean(stage['tokens_per_second'] for stage in same_stages):,.0f}",
+            fmt.percent(fmean(stage["share_of_bare_forward"] for stage in same_stages), 0),
+            fmt.size(max(stage["peak_memory_bytes"] for stage in same_stages)),
         )
     return table
 
@@ -89,8 +89,8 @@ def trained_table(runs: list[Mapping[str, Any]]) -> Table:
     for heading in ("mixer", "state", "before", "after"):
         table.add_column(heading, justify="left" if heading == "mixer" else "right")
     for mixer, state in dict.fromkeys((run["settings"]["mixer"], run["settings"]["state_dim"]) for run in runs):
-        mine = [run for run in runs if (run["settings"]["mixer"], run["settings"]["state_dim"]) == (mixer, state)]
-        table.add_row(mixer, str(state), mean(mine, "before").text(2), mean(mine, "after").text(2))
+        mixer_runs = [run for run in runs if (run["settings"]["mixer"], run["settings"]["state_dim"]) == (mixer, state)]
+        table.add_row(mixer, str(state), mean(mixer_runs, "before").text(2), mean(mixer_runs, "after").text(2))
     return table
 
 
@@ -114,14 +114,14 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
         axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
         for ax, (mixer, start) in zip(axes, panels, strict=False):
             for way, colour in COLOURS.items():
-                mine = [
+                line_cells = [
                     cell
                     for cell in cells
                     if (cell["settings"]["mixer"], cell["settings"]["start"], cell["settings"]["way"])
                     == (mixer, start, way)
                 ]
-                tokens = [cell["settings"]["tokens"] for cell in mine]
-                means = [mean(cell["runs"], "kl") for cell in mine]
+                tokens = [cell["settings"]["tokens"] for cell in line_cells]
+                means = [mean(cell["runs"], "kl") for cell in line_cells]
                 ax.errorbar(
                     tokens, [m.mean for m in means], [m.spread for m in means],
                     color=colour, label=way, marker="o", markersize=4, capsize=2,

@@ -24,6 +24,7 @@ import random
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from operator import methodcaller
 from typing import Any
 
@@ -34,13 +35,14 @@ from benchmarks.claims.retrieval_report import draw, print_report
 from benchmarks.claims.runs import Result, Settings, Store
 from benchmarks.common import wide_console
 from subquad.evaluate import likelihood
-from subquad.model.student import Student, cache_after
+from subquad.model.random_cache import random_cache
+from subquad.model.student import Student
 from subquad.plan import Join, Plan
 from subquad.recipes.stage import Stage
 from subquad.select import SelectionWork, retrieval_scores, uniform_layers
 from subquad.select.ablation import Kind, scaled
 from subquad.select.budget import largest_within
-from subquad.utils.timing import clock
+from subquad.utils.timing import seconds_of, take_turns
 
 PARTS = ("ablation", "heads", "join", "state", "serving")
 Heads = list[tuple[int, int]]
@@ -48,7 +50,7 @@ Heads = list[tuple[int, int]]
 
 @dataclass(frozen=True)
 class Setup:
-    """What is run: lengths and counts in tokens."""
+    """Settings of the runs; lengths and counts in tokens."""
 
     teacher: str = SMALL_TEACHER
     mixer: str = "discrete_mamba2"
@@ -58,7 +60,7 @@ class Setup:
     context: int = 256  # of the probes
     probe_rows: int = 64
     score_rows: int = 64
-    counts: tuple[int, ...] = (0, 1, 3, 5, 8)  # heads kept, of 32: 3 % is the least there is, then 10, 16 and 25 %
+    counts: tuple[int, ...] = (0, 1, 3, 5, 8)  # heads kept, of 32: 3% is the least there is, then 10, 16 and 25%
     layers: tuple[int, ...] = (1, 2)  # whole layers kept
     joined: tuple[int, ...] = (5, 8)
     states: tuple[int, ...] = (32, 16, 8, 4)
@@ -138,7 +140,7 @@ class RetrievalAware(Bench):
 
     def scored(self, text: torch.Tensor) -> Result:
         setup = self.setup
-        found = retrieval_scores(
+        scores = retrieval_scores(
             self.teacher.model,
             self.teacher.tokenizer,
             text,
@@ -148,19 +150,17 @@ class RetrievalAware(Bench):
             top=max(setup.counts),
             work=SelectionWork(self.store.console.print),
         )
-        by_head = zip(found.units, found.scores, found.logprob_drop, strict=True)
+        by_head = zip(scores.units, scores.scores, scores.logprob_drop, strict=True)
         order = [(layer, head, score, between) for [(layer, head)], score, between in by_head]
-        return {"order": order, "found": found.as_dict()}
-
-    # ------------------------------------------------------------------ ablation
+        return {"order": order, "found": scores.as_dict()}
 
     def ablation(self) -> list[Result]:
         results = []
         for count in self.setup.counts[1:]:
             first, rest = self.order[:count], sorted(self.order[count:])
             draws = [random.Random(draw).sample(rest, count) for draw in range(self.setup.random_draws)]
-            found = {"scored": [self.without(first)], "random": [self.without(heads) for heads in draws]}
-            results.append({"count": count, **found})
+            measured = {"scored": [self.without(first)], "random": [self.without(heads) for heads in draws]}
+            results.append({"count": count, **measured})
         return results
 
     def without(self, heads: Heads) -> dict[str, float]:
@@ -175,8 +175,6 @@ class RetrievalAware(Bench):
             return model.final_hidden(ids_NT, forward_context=scaled(gains))
 
         return self.test.of(self.everything, hidden=hidden)
-
-    # ------------------------------------------------------------------ students
 
     def kept(self, family: str, count: int, seed: int) -> Heads:
         """The heads that a student of this family keeps; `count`: heads, or layers of the families of layers."""
@@ -281,11 +279,9 @@ class RetrievalAware(Bench):
     def cells(self, combinations: Sequence[dict[str, Any]]) -> list[Result]:
         runs: list[list[Result]] = [[] for _ in combinations]
         for seed in self.setup.seeds:  # first, so that what is compared was measured in the same stretch of time
-            for found, settings in zip(runs, combinations, strict=True):
-                found.append(self.run(seed, **settings))
-        return [{"settings": s, "runs": found} for s, found in zip(combinations, runs, strict=True)]
-
-    # ------------------------------------------------------------------ serving
+            for cell_runs, settings in zip(runs, combinations, strict=True):
+                cell_runs.append(self.run(seed, **settings))
+        return [{"settings": s, "runs": cell_runs} for s, cell_runs in zip(combinations, runs, strict=True)]
 
     @torch.no_grad()
     def serving(self) -> list[Result]:
@@ -298,14 +294,15 @@ class RetrievalAware(Bench):
             count = largest_within(len(self.order), lambda k: self.plan(self.order[:k]), cost, cost(of_layers))
             plans = {"layers": of_layers, "heads": self.plan(self.order[:count])}
             students = {name: self.student(plan, 0) for name, plan in plans.items()}
-            caches = {name: cache_after(student, context) for name, student in students.items()}
+            caches = {name: random_cache(student, student.plan, context) for name, student in students.items()}
             token = torch.ones(1, 1, dtype=torch.long, device=self.device)
-            seconds: dict[str, list[float]] = {name: [] for name in students}
-            for _ in range(self.setup.serving_steps):
-                for name, student in students.items():
-                    started = clock(token.device)
-                    student(token, past_key_values=caches[name], use_cache=True)
-                    seconds[name].append(clock(token.device) - started)
+            steps = {
+                name: partial(student, token, past_key_values=caches[name], use_cache=True)
+                for name, student in students.items()
+            }
+            calls = {name: partial(seconds_of, step, token.device) for name, step in steps.items()}
+            results = take_turns(calls, (self.setup.serving_steps, self.setup.serving_steps))
+            seconds = {name: [result[name] for result in results] for name in students}
             for name, plan in plans.items():
                 quartiles = statistics.quantiles(seconds[name], n=4)
                 row = {"context": context, "plan": name, "attention_heads": len(plan.attention_heads)}

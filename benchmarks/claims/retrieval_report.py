@@ -44,11 +44,11 @@ def print_report(report: Mapping[str, Any], console: Console) -> None:
 
 def text_of(values: Sequence[float], measure: str) -> str:
     """Coverage as a percentage, or nats lost."""
-    found = Mean.of(values)
+    mean = Mean.of(values)
     if measure == "logprob":
-        return found.text(2)
-    spread = f" ± {100 * found.spread:.1f}" if found.count > 1 else ""
-    return f"{100 * found.mean:.1f}{spread}%"
+        return mean.text(2)
+    spread = f" ± {100 * mean.spread:.1f}" if mean.count > 1 else ""
+    return f"{100 * mean.mean:.1f}{spread}%"
 
 
 def what(measure: str) -> str:
@@ -56,13 +56,13 @@ def what(measure: str) -> str:
 
 
 def ablation_table(rows: Sequence[Mapping[str, Any]], measure: str) -> Table:
-    """What is left of the teacher."""
+    """Scores of the teacher without some of its heads."""
     table = Table(title=f"the teacher without some of its heads: {what(measure)}", title_justify="left")
     for heading in ("heads silenced", "the first by score", "at random"):
         table.add_column(heading, justify="right")
     for row in rows:
-        values = ([found["mean"] for found in row[kind]] for kind in ("scored", "random"))
-        table.add_row(str(row["count"]), *(text_of(found, measure) for found in values))
+        values = ([result["mean"] for result in row[kind]] for kind in ("scored", "random"))
+        table.add_row(str(row["count"]), *(text_of(result, measure) for result in values))
     return table
 
 
@@ -108,8 +108,8 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
     nothing = [cell for cell in heads if cell["settings"]["count"] == 0]
     families = {family: [c for c in heads if c["settings"]["family"] == family] for family in COLOURS}
     families["random"] += nothing
-    kept = max(cell["settings"]["count"] for cell in heads)
-    families["smaller state"] = [c for c in report.get("state", []) if c["settings"]["count"] == kept]
+    most_heads = max(cell["settings"]["count"] for cell in heads)
+    families["smaller state"] = [c for c in report.get("state", []) if c["settings"]["count"] == most_heads]
     families["parallel"] = [
         cell
         for cell in report.get("join", [])
@@ -119,11 +119,11 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
         figure = Figure(figsize=(7.2, 4.2), layout="constrained")
         ax = figure.subplots()
         for family, cells in families.items():
-            found = sorted(
+            points = sorted(
                 (fmean(run["cache_bytes"][CACHE_CONTEXT] for run in cell["runs"]), _coverage(cell)) for cell in cells
             )
-            if found:
-                sizes, means = [size for size, _ in found], [mean for _, mean in found]
+            if points:
+                sizes, means = [size for size, _ in points], [mean for _, mean in points]
                 values, spreads = [mean.mean for mean in means], [mean.spread for mean in means]
                 look = {"marker": "o", "linestyle": "-", "color": COLOURS.get(family)} | LOOKS.get(family, {})
                 label = LABELS.get(family, family)

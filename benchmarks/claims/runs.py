@@ -69,6 +69,6 @@ class Mean(NamedTuple):
         return cls(fmean(values), stdev(values) if len(values) > 1 else 0.0, len(values))
 
     def text(self, digits: int = 3, *, signed: bool = False) -> str:
-        """As in a table."""
+        """Text for a table."""
         spread = f" ± {self.spread:.{digits}f}" if self.count > 1 else ""
         return f"{self.mean:{'+' if signed else ''}.{digits}f}{spread}"

@@ -46,7 +46,7 @@ FULL = "kl, each retrained"
 
 @dataclass(frozen=True)
 class Setup:
-    """What is run: lengths and counts in tokens."""
+    """Settings of the runs; lengths and counts in tokens."""
 
     teacher: str = SMALL_TEACHER
     unit: UnitSpec = "head"
@@ -148,8 +148,6 @@ class Selection(Bench):
         self.scored_rows = scored
         self.plain_rows = scored[: setup.score_rows]
 
-    # ------------------------------------------------------------------ students
-
     def plan(self, kept: Sequence[int]) -> Plan:
         return Plan.by_head(self.shapes, heads_of(self.units, kept), self.setup.mixer, dict(self.setup.options))
 
@@ -190,8 +188,8 @@ class Selection(Bench):
         self.logits(student, settings["tokens"], settings["rate"], seed)
         length = self.setup.sequence_length
         text = likelihood({"student": student}, self.teacher.model, self.text, [length])["student"]
-        found = {"kl": text["kl"][length], "perplexity": text["perplexity"][length]}
-        return found | {"coverage": self.coverage.of(student), "cache_bytes": plan.cache_bytes(2048)}
+        result = {"kl": text["kl"][length], "perplexity": text["perplexity"][length]}
+        return result | {"coverage": self.coverage.of(student), "cache_bytes": plan.cache_bytes(2048)}
 
     def run(self, kept: Sequence[int], seed: int, rate: float | None = None) -> Result:
         settings: dict[str, Any] = self.about(seed) | {"part": "student", "kept": sorted(kept)}
@@ -200,7 +198,7 @@ class Selection(Bench):
 
     @property
     def rate(self) -> float:
-        """Of the stage on logits: best on the tuning seed, for the uniform plan of a quarter."""
+        """Rate of the stage on logits: the best on the tuning seed, for the uniform plan of a quarter."""
         setup = self.setup
         if len(setup.rates) == 1:
             return setup.rates[0]
@@ -212,13 +210,11 @@ class Selection(Bench):
         mixer = {"mixer": setup.mixer, "options": dict(setup.options), "align_tokens": setup.align_tokens}
         return {"teacher": self.teacher.fingerprint, "unit": setup.unit, **mixer, "seed": seed}
 
-    # ------------------------------------------------------------------ selecting
-
     def count(self, share: float) -> int:
         return max(1, round(share * len(self.units)))
 
     def selected(self, by: str, options: dict[str, Any], seed: int) -> Result:
-        """What a selector says of every unit, and what it took."""
+        """Scores of a selector for every unit, and the work that it took."""
 
         def job(settings: Settings) -> Result:
             student = self.aligned(seed)  # before the clock of the selector starts
@@ -234,7 +230,7 @@ class Selection(Bench):
         return self.store.run(settings, job)
 
     def rows_for(self, by: str) -> torch.Tensor:
-        """What a selector scores on; HALO sets recall against what needs none, so it gets text alone."""
+        """Rows that a selector scores on; HALO compares recall with text that needs none, so it gets text alone."""
         return self.plain_rows if by == "halo" else self.scored_rows
 
     def choice(self, student: Student, by: str, options: dict[str, Any], seed: int, work: SelectionWork) -> Ranking:
@@ -280,18 +276,16 @@ class Selection(Bench):
                 cell["runs"].append(self.run(kept, seed))
         return cells
 
-    # ------------------------------------------------------------------ greedy
-
     def greedy(self) -> list[Result]:
         """Test scores, with no training after alignment, when shares of the units are replaced."""
-        found = []
+        path_rows = []
         for seed in self.setup.seeds:
             for task in self.setup.greedy_tasks:
                 settings = self.about(seed) | {"task": task, "rows": self.setup.greedy_rows}
                 path = self.store.run(settings | {"part": "greedy"}, self.path)
                 static = self.store.run(settings | {"part": "static"}, self.static)
-                found.append(static | path | {"scores": {"greedy": path["scores"]["greedy"], **static["scores"]}})
-        return found
+                path_rows.append(static | path | {"scores": {"greedy": path["scores"]["greedy"], **static["scores"]}})
+        return path_rows
 
     @property
     def counts(self) -> list[int]:
@@ -306,8 +300,8 @@ class Selection(Bench):
         task = self.task(settings["task"])
 
         def score(gone: Sequence[int], part: Part) -> float:
-            left = without(supernet.all_heads, heads_of(self.units, gone))
-            with supernet.activate(supernet.plan_with(left)) as following:
+            remaining = without(supernet.all_heads, heads_of(self.units, gone))
+            with supernet.activate(supernet.plan_with(remaining)) as following:
                 return task.score(following, self.teacher.tokenizer, part)
 
         return score
@@ -352,25 +346,24 @@ class Selection(Bench):
         }
 
 
-# Comparing -----------------------------------------------------------------------------------------------------------
-
-
 def compare(cells: dict[str, Result], count: int) -> None:
     """Adds to each cell how its ranking of each seed agrees with the full procedure's (the mean of its seeds), and with
     its own of the other seeds."""
     worths = {name: [selection["worth"] for selection in cell["selections"]] for name, cell in cells.items()}
     full = mean_of(worths[FULL])
     for name, cell in cells.items():
-        mine = worths[name]
-        compared = [] if name == FULL else mine
+        seed_worths = worths[name]
+        compared = [] if name == FULL else seed_worths
         cell["spearman"] = [spearman(worth, full) for worth in compared]
         cell["overlap"] = [overlap(worth, full, count) for worth in compared]
-        repeated = mine if len(mine) > 1 else []
-        cell["repeats"] = [spearman(worth, mean_of(mine[:i] + mine[i + 1 :])) for i, worth in enumerate(repeated)]
+        repeated = seed_worths if len(seed_worths) > 1 else []
+        cell["repeats"] = [
+            spearman(worth, mean_of(repeated[:seed] + repeated[seed + 1 :])) for seed, worth in enumerate(repeated)
+        ]
 
 
 def mean_of(worths: Sequence[Sequence[float]]) -> list[float]:
-    """What the units are worth, in the mean of several seeds."""
+    """Worth of the units, in the mean of several seeds."""
     return [fmean(values) for values in zip(*worths, strict=True)]
 
 

@@ -108,12 +108,12 @@ def greedy_table(task: str, runs: Sequence[Mapping[str, Any]]) -> Table:
     for count in runs[0]["counts"]:
         table.add_column(f"{count} replaced", justify="right")
     for way in runs[0]["scores"]:
-        found = [[run["scores"][way][place] for run in runs] for place in range(len(runs[0]["counts"]))]
+        runs_by_place = [[run["scores"][way][place] for run in runs] for place in range(len(runs[0]["counts"]))]
         table.add_row(
             way,
             *(
-                f"{text_of([one['test'] for one in at], 'accuracy')} ({100 * fmean(o['validation'] for o in at):.1f}%)"
-                for at in found
+                f"{text_of([run['test'] for run in at], 'accuracy')} ({100 * fmean(o['validation'] for o in at):.1f}%)"
+                for at in runs_by_place
             ),
         )
     table.caption = f"the teacher: {100 * fmean(run['base'] for run in runs):.1f}%"
@@ -121,7 +121,7 @@ def greedy_table(task: str, runs: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def draw(report: Mapping[str, Any], path: Path) -> None:
-    """What students are worth over what selecting cost, in KL and in retrieval; KL over attention kept."""
+    """Worth of students over the cost of selection, in KL and in retrieval; KL over attention kept."""
     cells, measure = report["estimators"], report["measure"]
     scale = 100.0 if measure == "accuracy" else 1.0
     coverage = [[scale * run["coverage"]["mean"] for run in cell["runs"]] for cell in cells]
@@ -145,14 +145,14 @@ def _draw_worth(ax: Axes, cells: Sequence[Mapping[str, Any]], values: Sequence[S
     full = fmean(map(forward_equivalent, cells[0]["selections"]))
     spots = []
     for cell, of_seeds in zip(cells, values, strict=True):
-        found = Mean.of(of_seeds)
+        mean = Mean.of(of_seeds)
         if not cell["selections"]:
-            ax.axhline(found.mean, color="#7d8794", linewidth=0.8, linestyle=":")
-            ax.annotate(cell["name"], (1, found.mean), xycoords=("axes fraction", "data"), ha="right", va="bottom")
+            ax.axhline(mean.mean, color="#7d8794", linewidth=0.8, linestyle=":")
+            ax.annotate(cell["name"], (1, mean.mean), xycoords=("axes fraction", "data"), ha="right", va="bottom")
             continue
         cost = fmean(map(forward_equivalent, cell["selections"])) / full
-        ax.errorbar(cost, found.mean, found.spread, color="#4f7fcf", marker="o", markersize=4, linewidth=1, capsize=2)
-        spots.append((found.mean, cost, cell["name"]))
+        ax.errorbar(cost, mean.mean, mean.spread, color="#4f7fcf", marker="o", markersize=4, linewidth=1, capsize=2)
+        spots.append((mean.mean, cost, cell["name"]))
     ax.set_xscale("log")
     ax.set_xlim(0.0005, 60)
     low, high = ax.get_ylim()
@@ -172,10 +172,10 @@ def _draw_worth(ax: Axes, cells: Sequence[Mapping[str, Any]], values: Sequence[S
 
 def _draw_budgets(ax: Axes, cells: Sequence[Mapping[str, Any]]) -> None:
     for name in dict.fromkeys(cell["name"] for cell in cells):
-        mine = [cell for cell in cells if cell["name"] == name]
-        means = [Mean.of([run["kl"] for run in cell["runs"]]) for cell in mine]
+        line_cells = [cell for cell in cells if cell["name"] == name]
+        means = [Mean.of([run["kl"] for run in cell["runs"]]) for cell in line_cells]
         ax.errorbar(
-            [cell["share"] for cell in mine],
+            [cell["share"] for cell in line_cells],
             [m.mean for m in means],
             [m.spread for m in means],
             color=COLOURS.get(name, "#7d8794"),

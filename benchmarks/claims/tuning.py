@@ -1,4 +1,4 @@
-"""What claims about stages share: runs of several seeds, each at the rates that are best for its own settings."""
+"""Shared parts of claims about stages: runs of several seeds, each at the rates that are best for its own settings."""
 
 from collections.abc import Callable, Sequence
 from math import log
@@ -60,7 +60,7 @@ class Tuned(Base):
         return [self.store.run(settings | {"seed": seed, "rates": rates}, self.distilled) for seed in self.setup.seeds]
 
     def best_rates(self, settings: dict[str, Any]) -> tuple[float, float]:
-        """Of layers and of logits, for these settings and their budget."""
+        """Best rates of layers and of logits, for these settings and their budget."""
         setup = self.setup
 
         def trial(layers: float, logits: float) -> float:
@@ -103,8 +103,8 @@ def lowest(ladder: Sequence[float], start: float, trial: Callable[[float], float
         return start
     best = trial(start)
     for step in (1, -1):
-        while 0 <= at + step < len(ladder) and (found := trial(ladder[at + step])) < best:
-            at, best = at + step, found
+        while 0 <= at + step < len(ladder) and (value := trial(ladder[at + step])) < best:
+            at, best = at + step, value
         if ladder[at] != start:
             break
     return ladder[at]

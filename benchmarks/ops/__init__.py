@@ -1,1 +1,1 @@
-"""The recurrences beside their rivals: python -m benchmarks.ops."""
+"""The recurrences compared with their rivals: python -m benchmarks.ops."""

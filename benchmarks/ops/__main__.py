@@ -1,4 +1,4 @@
-"""How fast the recurrences are: beside attention, beside transformers' own torch forms, and beside the machine.
+"""Speed of the recurrences, compared with attention, transformers' own torch forms, and the machine.
 
     python -m benchmarks.ops [--quick] [--json FILE] [--plot FILE.png]
 
@@ -89,7 +89,7 @@ def clocks() -> tuple[float, float, float]:
 
 
 def described(contender: Contender) -> dict[str, Any]:
-    """What a reader of the JSON needs to know of a contender."""
+    """Description of a contender for the JSON."""
     known = {name: getattr(contender, name) for name in ("name", "label", "rule", "ours")}
     return {**known, "useful_flops_per_token_and_head": FORMULAS[contender.rule]}
 

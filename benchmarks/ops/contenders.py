@@ -1,4 +1,4 @@
-"""What is compared: our recurrences, softmax attention, transformers' torch forms, flash-linear-attention's kernels.
+"""Contenders: our recurrences, softmax attention, transformers' torch forms, flash-linear-attention's kernels.
 
 Legend: B batch, H heads, T time, D width of keys and values, C time within a chunk.
 """
@@ -24,7 +24,7 @@ COMPILED = ("decay-scalar", "delta-scalar")
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured and for how long; lengths and positions in tokens."""
+    """Sizes and durations of the measurements; lengths and positions in tokens."""
 
     batch: int = 1
     heads: int = 9
@@ -136,7 +136,7 @@ def transformers_forms() -> list[Contender]:
     from transformers.models.qwen3_next import modeling_qwen3_next
 
     of_scan, of_rule = ("q", "k", "v_over_dt", "dt"), ("q_root", "k", "v", "log_a", "b")
-    found = []
+    forms = []
     if hasattr(modeling_bamba, "mamba2_chunk_scan"):
         scan = inspect.unwrap(modeling_bamba.mamba2_chunk_scan)
 
@@ -146,12 +146,12 @@ def transformers_forms() -> list[Contender]:
 
         for name, chunk in (("hf-mamba2", transformers.BambaConfig().mamba_chunk_size or 256), ("hf-mamba2-64", 64)):
             label, call = f"Mamba-2 (transformers, chunk {chunk})", functools.partial(mamba2, chunk=chunk)
-            found.append(Contender(name, label, "scalar decay", of_scan, call, time_first=True))
+            forms.append(Contender(name, label, "scalar decay", of_scan, call, time_first=True))
     if hasattr(modeling_qwen3_next, "torch_chunk_gated_delta_rule"):
         rule = inspect.unwrap(modeling_qwen3_next.torch_chunk_gated_delta_rule)
         delta = functools.partial(rule, output_final_state=True)
-        found.append(Contender("hf-delta", "gated delta rule (transformers)", "delta", of_rule, delta, time_first=True))
-    return found
+        forms.append(Contender("hf-delta", "gated delta rule (transformers)", "delta", of_rule, delta, time_first=True))
+    return forms
 
 
 def fla_kernels() -> list[Contender]:

@@ -1,4 +1,4 @@
-"""How it is measured: in turns, in rounds, in processes of their own.
+"""Measurements: in turns, in rounds, in processes of their own.
 
 Legend: B batch, H heads, T time, D width of keys and values, C time within a chunk.
 """
@@ -7,10 +7,8 @@ import functools
 import json
 import math
 import os
-import random
 import subprocess
 import sys
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -22,14 +20,16 @@ import torch
 from torch import Tensor
 
 from benchmarks.ops.contenders import COMPILED, MODES, Contender, Settings, make_inputs, useful_flops
+from subquad.utils import timing
 from subquad.utils.memory import held_bytes, peak_memory_bytes, reset_peak_memory
+from subquad.utils.timing import take_turns
 
 GROWTH_STEPS = 1000
 MATMUL = "matmul"
 
 
 class Spread(NamedTuple):
-    """What a few measurements come to."""
+    """Median, minimum and maximum of measurements."""
 
     median: float
     low: float
@@ -48,7 +48,7 @@ def ratio(over: Sequence[float], under: Sequence[float]) -> Spread:
 
 
 def expected_seconds(known: Mapping[int, float], length: int) -> float:
-    """What the last two lengths let expect of another: their power law, at least linear. 0 where nothing is known."""
+    """Seconds at another length by the power law through the last two, at least linear; 0 where nothing is known."""
     if not known:
         return 0.0
     *before, (last, seconds) = sorted(known.items())
@@ -59,32 +59,16 @@ def expected_seconds(known: Mapping[int, float], length: int) -> float:
     return seconds * (length / last) ** power
 
 
-def race(calls: Mapping[str, Callable[[], Any]], rounds: Sequence[int], seconds: float) -> dict[str, list[float]]:
-    """Seconds of every call in every round; after `seconds` no more than the least number of rounds."""
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    least, most = rounds
-    started = time.perf_counter()
-    for turn in range(most):
-        if turn >= least and time.perf_counter() - started > seconds:
-            break
-        for name in random.Random(turn).sample(list(calls), len(calls)):
-            samples[name].append(seconds_of(calls[name]))
-    return samples
+def race(calls: Mapping[str, Callable[[], Any]], rounds: tuple[int, int], seconds: float) -> dict[str, list[float]]:
+    """Seconds of every call in every round, in an order shuffled anew each time; see `take_turns`."""
+    timed = {name: functools.partial(seconds_of, call) for name, call in calls.items()}
+    results = take_turns(timed, rounds, seconds, shuffle=True)
+    return {name: [result[name] for result in results] for name in calls}
 
 
 def seconds_of(call: Callable[[], Any]) -> float:
-    """Wall-clock time of one call, all work on a GPU included."""
-    synchronize()
-    started = time.perf_counter()
-    call()
-    synchronize()
-    return time.perf_counter() - started
-
-
-def synchronize() -> None:
-    """Waits for the GPU, where there is one."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    """Wall-clock seconds of one call, all work on a GPU included."""
+    return timing.seconds_of(call, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def prepared(contender: Contender, inputs: Mapping[str, Tensor], mode: str) -> Callable[[], Any]:
@@ -148,23 +132,31 @@ def _timed(samples: Sequence[float]) -> dict[str, Any]:
 
 
 def compare(rows: Sequence[dict], contenders: Sequence[Contender]) -> list[dict]:
-    """How many times faster each of ours is than attention and than the rivals of its rule."""
+    """Speed-up of each of ours over attention and over the rivals of its rule."""
     samples = {(row["contender"], row["mode"], row["length"]): row.get("samples") for row in rows}
-    found = []
-    for (name, mode, length), mine in samples.items():
+    comparisons = []
+    for (name, mode, length), our_samples in samples.items():
         ours = next((c for c in contenders if c.name == name and c.ours), None)
         for rival in contenders:
-            theirs = samples.get((rival.name, mode, length))
-            if ours is None or rival.ours or rival.rule not in (ours.rule, "softmax") or not mine or not theirs:
+            rival_samples = samples.get((rival.name, mode, length))
+            if (
+                ours is None
+                or rival.ours
+                or rival.rule not in (ours.rule, "softmax")
+                or not our_samples
+                or not rival_samples
+            ):
                 continue
-            times = ratio(theirs, mine)._asdict()
-            found.append({"contender": name, "rival": rival.name, "mode": mode, "length": length, "faster": times})
-    return found
+            times = ratio(rival_samples, our_samples)._asdict()
+            comparisons.append(
+                {"contender": name, "rival": rival.name, "mode": mode, "length": length, "faster": times}
+            )
+    return comparisons
 
 
 @torch.no_grad()
 def agreement(settings: Settings, contenders: Sequence[Contender]) -> dict[str, float]:
-    """How far each rival's result is from ours of the same rule: the largest difference over the largest value."""
+    """Distance of each rival's result from ours of the same rule: the largest difference over the largest value."""
     inputs = make_inputs(settings, min(settings.lengths))
     results = {c.name: c.laid_out(c.call(*c.arguments(inputs))[0]).float() for c in contenders}
     return {
@@ -177,7 +169,7 @@ def agreement(settings: Settings, contenders: Sequence[Contender]) -> dict[str, 
 
 @torch.no_grad()
 def measure_decode(settings: Settings, contenders: Sequence[Contender], say: Callable[[str], None]) -> list[dict]:
-    """One row a recurrence and batch: a step early and late in a sequence, beside copying the state once."""
+    """One row a recurrence and batch: a step early and late in a sequence, compared with copying the state once."""
     rows = []
     for c in contenders:
         if c.step is None:
@@ -208,7 +200,7 @@ def measure_decode(settings: Settings, contenders: Sequence[Contender], say: Cal
 
 
 def state_after(contender: Contender, tokens: int, settings: Settings, piece: int = 4096) -> Tensor:
-    """The state (1, H, D, D) that the chunk form makes of so many tokens, piece by piece."""
+    """State (1, H, D, D) after `tokens` tokens, by the chunk form, piece by piece."""
     state = None
     for start in range(0, tokens, piece):
         inputs = make_inputs(settings, min(piece, tokens - start), batch=1, seed=start)
@@ -226,7 +218,7 @@ def measure_memory(settings: Settings, contenders: Sequence[Contender], say: Cal
     for c in contenders:
         say(f"memory: {c.label}")
         job = json.dumps({"contender": c.name, "settings": asdict(settings)})
-        found = subprocess.run(
+        process = subprocess.run(
             [sys.executable, "-m", "benchmarks.ops", "--memory-of", job],
             cwd=Path(__file__).parents[2],
             env=environment,
@@ -234,13 +226,13 @@ def measure_memory(settings: Settings, contenders: Sequence[Contender], say: Cal
             text=True,
         )
         row = {"contender": c.name, "length": settings.memory_length}
-        failed = {"failed": f"exit status {found.returncode}"}
-        rows.append(row | (failed if found.returncode else json.loads(found.stdout.splitlines()[-1])))
+        failed = {"failed": f"exit status {process.returncode}"}
+        rows.append(row | (failed if process.returncode else json.loads(process.stdout.splitlines()[-1])))
     return rows
 
 
 def measure_one_memory(contender: Contender, settings: Settings) -> dict[str, Any]:
-    """What this process holds more than before: after 1000 steps, and at most in forward and backward."""
+    """Growth of the memory of this process: after 1000 steps, and at the peak of forward and backward."""
     prepared(contender, make_inputs(settings, 128), "forward+backward")()  # libraries and threads allocate once
     growth = growth_in_steps(contender, settings) if contender.step else {}
     call = prepared(contender, make_inputs(settings, settings.memory_length), "forward+backward")
@@ -253,7 +245,7 @@ def measure_one_memory(contender: Contender, settings: Settings) -> dict[str, An
 
 @torch.no_grad()
 def growth_in_steps(contender: Contender, settings: Settings) -> dict[str, int]:
-    """How many bytes 1000 steps in a row add to the state, and to what the process holds."""
+    """Bytes that 1000 steps in a row add to the state, and to the memory of the process."""
     assert contender.step is not None
     arguments, state = contender.arguments(make_inputs(settings, 1)), state_after(contender, 10, settings)
     state = state.repeat(settings.batch, 1, 1, 1)
@@ -267,7 +259,7 @@ def growth_in_steps(contender: Contender, settings: Settings) -> dict[str, int]:
 
 
 def measure_compile(settings: Settings, contenders: Sequence[Contender], say: Callable[[str], None]) -> list[dict]:
-    """Two chunk forms as they are and under torch.compile; a row says why where it fails."""
+    """Two chunk forms as they are and under torch.compile; a row has the reason where it fails."""
     rows = []
     inputs = make_inputs(settings, settings.compile_length)
     for c in (c for c in contenders if c.name in COMPILED):

@@ -1,4 +1,4 @@
-"""What follows from measurements at a few contexts: those at other contexts, and where one model overtakes another."""
+"""Extrapolation from measurements at a few contexts, and the context at which one model overtakes another."""
 
 import math
 import statistics
@@ -20,7 +20,7 @@ Curve: TypeAlias = Mapping[int, Point]  # by context, in tokens
 
 
 class Spread(NamedTuple):
-    """What some samples come to: the lower quartile, the median and the upper quartile."""
+    """Lower quartile, median and upper quartile of samples."""
 
     low: float
     median: float
@@ -28,7 +28,7 @@ class Spread(NamedTuple):
 
 
 def spread(samples: Sequence[float]) -> Spread:
-    """Of at least two samples."""
+    """Quartiles of at least two samples."""
     return Spread(*statistics.quantiles(samples, n=4, method="inclusive"))
 
 
@@ -38,10 +38,10 @@ Fit: TypeAlias = Callable[[int], float]  # from a context to seconds or bytes
 def fit(
     measured: Mapping[int, float], powers: Sequence[int], base: Fit = lambda _: 0.0
 ) -> tuple[Fit, list[int]] | None:
-    """`base` and the sum of these powers of the context that come nearest to what was measured; the powers in it.
+    """Least-squares fit of `base` plus a sum of powers of the context, and the powers that it uses.
 
-    Least squares of the relative errors, with no negative factor: a power that would get one is left out, for no part
-    of the work takes less than no time. None where there are fewer measurements than powers.
+    Errors are relative, and no factor is negative: a power that would get one is left out, for no part of the work
+    takes less than no time. None where there are fewer measurements than powers.
     """
     if len(measured) < len(powers):
         return None
@@ -49,8 +49,8 @@ def fit(
         return base, []
     longest = max(measured)  # contexts count in units of it, or their powers would be too far apart for exact sums
     rows = [[(context / longest) ** power / value for power in powers] for context, value in measured.items()]
-    wanted = [(value - base(context)) / value for context, value in measured.items()]
-    factors = np.linalg.lstsq(np.array(rows), np.array(wanted), rcond=None)[0].tolist()
+    targets = [(value - base(context)) / value for context, value in measured.items()]
+    factors = np.linalg.lstsq(np.array(rows), np.array(targets), rcond=None)[0].tolist()
     if min(factors) < 0:
         worst = factors.index(min(factors))
         return fit(measured, [power for index, power in enumerate(powers) if index != worst], base)
@@ -64,55 +64,55 @@ def fit(
 
 @dataclass(frozen=True)
 class Forecast:
-    """What the measured contexts let expect of others: `at` a context, by a `formula`."""
+    """Forecast of quartiles `at` a context, and the `formula` that it follows."""
 
     at: Callable[[int], Spread]
     formula: str
 
 
 def forecast(measured: Mapping[int, Spread], powers: Sequence[int]) -> Forecast | None:
-    """The fit to the medians, between two fits that are tilted as far as the quartiles let them.
+    """Fit to the medians, bounded by the two fits of steepest and flattest growth within the quartiles.
 
-    Those go through one quartile at the longest measured context and through the other one at the rest. None where
+    Those go through one quartile at the longest measured context and through the opposite one at all others. None where
     there are fewer measurements than powers.
     """
-    fitted = fit({context: found.median for context, found in measured.items()}, powers)
+    fitted = fit({context: quartiles.median for context, quartiles in measured.items()}, powers)
     if fitted is None:
         return None
     longest = max(measured)
-    up = {context: found.high if context == longest else found.low for context, found in measured.items()}
-    down = {context: found.low if context == longest else found.high for context, found in measured.items()}
-    fits = [fitted[0], *(other[0] for other in (fit(up, powers), fit(down, powers)) if other is not None)]
+    up = {context: quartiles.high if context == longest else quartiles.low for context, quartiles in measured.items()}
+    down = {context: quartiles.low if context == longest else quartiles.high for context, quartiles in measured.items()}
+    fits = [fitted[0], *(tilted[0] for tilted in (fit(up, powers), fit(down, powers)) if tilted is not None)]
 
     def at(context: int) -> Spread:
-        values = [one(context) for one in fits]
+        values = [fit_at(context) for fit_at in fits]
         return Spread(min(values), values[0], max(values))
 
     return Forecast(at, formula(fitted[1]))
 
 
 def forecast_beside(measured: Mapping[int, Spread], base: Callable[[int], Spread], name: str) -> Forecast:
-    """As much as `base`, whose name is `name`, and a constant more, fitted to the medians."""
-    medians = {context: found.median for context, found in measured.items()}
+    """Forecast `base`, called `name`, plus a constant fitted to the medians."""
+    medians = {context: quartiles.median for context, quartiles in measured.items()}
     fitted = fit(medians, [0] if medians else [], lambda context: base(context).median)
     assert fitted is not None  # there is no power without a measurement
     at_median, powers = fitted
 
     def at(context: int) -> Spread:
-        more = at_median(context) - base(context).median
-        return Spread(*(value + more for value in base(context)))
+        extra = at_median(context) - base(context).median
+        return Spread(*(value + extra for value in base(context)))
 
     return Forecast(at, " + ".join([name, *filter(None, [formula(powers)])]))
 
 
 def formula(powers: Sequence[int]) -> str:
-    """How these powers are written: `a + b N`."""
+    """Formula of a sum of powers: `a + b N`."""
     names = {0: "", 1: " N", 2: " N²"}
     return " + ".join(f"{factor}{names[power]}" for factor, power in zip("abc", powers, strict=False))
 
 
 def expected(known: Mapping[int, float], context: int) -> float:
-    """What the last two contexts let expect of a longer one: their power law, at least linear."""
+    """Value at a longer context by the power law through the last two, at least linear."""
     *before, (last, value) = sorted(known.items())
     power = 1.0
     if before:
@@ -123,25 +123,25 @@ def expected(known: Mapping[int, float], context: int) -> float:
 
 @dataclass(frozen=True)
 class Overtaking:
-    """Where one model becomes the faster: at `context` tokens and beyond, at all that were looked at, or at none."""
+    """Contexts at which one model is faster: from `context` tokens on, always or never."""
 
     where: Literal["always", "never", "from"]
     context: float | None
-    extrapolated: bool  # whether a point that this rests on is
+    extrapolated: bool  # whether it rests on an extrapolated point
 
 
-def overtaking(mine: Curve, theirs: Curve) -> Overtaking | None:
-    """The context from which on, up to the longest, `mine` takes less time; between two points on a line in log scales.
+def overtaking(first: Curve, second: Curve) -> Overtaking | None:
+    """Context from which `first` takes less time, up to the longest; interpolated linearly in log scales.
 
     None where they share no context.
     """
-    contexts = sorted(mine.keys() & theirs.keys())
+    contexts = sorted(first.keys() & second.keys())
     if not contexts:
         return None
-    gains = [math.log(theirs[context].seconds / mine[context].seconds) for context in contexts]
+    gains = [math.log(second[context].seconds / first[context].seconds) for context in contexts]
 
-    def extrapolated(some: Sequence[int]) -> bool:
-        return not all(curve[context].measured for curve in (mine, theirs) for context in some)
+    def extrapolated(contexts_used: Sequence[int]) -> bool:
+        return not all(model[context].measured for model in (first, second) for context in contexts_used)
 
     if gains[-1] <= 0:
         return Overtaking("never", None, extrapolated(contexts))

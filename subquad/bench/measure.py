@@ -1,28 +1,25 @@
-"""How fast a model reads and writes, and what memory it takes, beside its teacher, over context and batch.
+"""Speed and memory of a model compared with its teacher, over context and batch size.
 
 Notable:
-- Three things are timed: `decode` (steps on a cache of the right size, filled with random numbers: nobody has to read
-  128k tokens first), `prefill` (a pass over the whole prompt) and `generate` (transformers' own loop: the time to the
-  first token, and that of each further one).
-- The models take turns, round by round, each going first in every other one, so that they share the machine's better
-  and worse moments. A round before the first warms up and is where memory is read, and is not counted.
-- Contexts are measured from the shortest on, as far as the time and the memory go, but the two shortest in any case.
-  All others are extrapolated (curves.py) and marked so.
-- A cell of the report has median and quartiles of its rounds, and beside them the roofline (roofline.py).
+- Three kinds of work are timed: `decode` (steps on a cache of random numbers, see random_cache.py), `prefill` (a pass
+  over the whole prompt) and `generate` (transformers' own loop: the time to the first token, and to each later one).
+- The models take turns (`take_turns`), so that they share the machine's better and worse moments. A round before the
+  first warms up and is where memory is read; it is not counted.
+- Contexts are measured from the shortest on, as far as the time and the memory allow, but the two shortest in any case.
+  All others are extrapolated (extrapolate.py) and marked so.
+- A cell of the report has the median and the quartiles of its rounds, and the roofline (roofline.py) to compare with.
 """
 
-import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import Cache
 
 from subquad.bench.extrapolate import (
     Curve,
@@ -36,102 +33,28 @@ from subquad.bench.extrapolate import (
     overtaking,
     spread,
 )
-from subquad.bench.models import BenchModel, cache_of, max_positions, open_subjects, within_positions
+from subquad.bench.models import BenchModel, max_positions, open_subjects, within_positions
 from subquad.bench.roofline import Roof, measure_roof
+from subquad.bench.turns import KINDS, NEW_TOKENS, STEPS, Turn
 from subquad.errors import UserError
 from subquad.evaluate import held_cache_bytes
-from subquad.model.cache import CACHE
+from subquad.results.bench import Bench
+from subquad.results.record import check_written
 from subquad.utils.environment import environment
 from subquad.utils.logging import quiet
 from subquad.utils.memory import available_bytes, held_bytes, peak_memory_bytes, release_free_memory, reset_peak_memory
-from subquad.utils.timing import clock
+from subquad.utils.timing import take_turns
 
 CONTEXTS = tuple(1024 << power for power in range(8))
-STEPS = 4  # decoding steps of one turn
-NEW_TOKENS = 8  # that `generate` writes after the first
 ROUNDS = (3, 15)  # at least and at most
 ALWAYS = 2  # contexts, the shortest, that are measured whatever they take
 MEASURES = ("decode", "prefill", "first_token", "generate")
 AS_PREFILL = ("prefill", "first_token")  # those that read the whole prompt; the others write a token
 
 
-# One turn of a model gives the seconds of one or two measures, and the cache that it filled where it read all tokens.
-Turn: TypeAlias = Callable[[], tuple[dict[str, float], Cache | None]]
-
-
-def decode(subject: BenchModel, tokens_BT: Tensor) -> Turn:
-    """A few steps, one token for each sequence. The cache is that many tokens longer after each turn."""
-    cache, last_B1 = cache_of(subject, *tokens_BT.shape), tokens_BT[:, -1:]
-
-    def turn() -> tuple[dict[str, float], None]:
-        start = clock(tokens_BT.device)
-        for _ in range(STEPS):
-            subject.model(last_B1, use_cache=True, **{CACHE: cache})
-        return {"decode": (clock(tokens_BT.device) - start) / STEPS}, None
-
-    return turn
-
-
-def prefill(subject: BenchModel, tokens_BT: Tensor) -> Turn:
-    """One pass over the prompt that fills a cache and gives the last token's logits."""
-
-    def turn() -> tuple[dict[str, float], Cache]:
-        start = clock(tokens_BT.device)
-        cache = subject.model(tokens_BT, use_cache=True, logits_to_keep=1)[CACHE]
-        return {"prefill": clock(tokens_BT.device) - start}, cache
-
-    return turn
-
-
-def generate(subject: BenchModel, tokens_BT: Tensor) -> Turn:
-    """What users call: the time to the first token, and the median of those between two tokens after it."""
-    length = 1 + NEW_TOKENS
-
-    def turn() -> tuple[dict[str, float], None]:
-        times = _Times(tokens_BT.device)
-        start = clock(tokens_BT.device)
-        model: Any = subject.model  # transformers types `generate` for its own classes
-        model.generate(
-            tokens_BT,
-            attention_mask=torch.ones_like(tokens_BT),
-            max_new_tokens=length,
-            min_new_tokens=length,
-            do_sample=False,
-            num_beams=1,
-            pad_token_id=0,
-            streamer=times,
-        )
-        _, first, *others = times.seen  # the prompt is handed on, too
-        gaps = [after - before for before, after in zip([first, *others], others, strict=False)]
-        return {"first_token": first - start, "generate": statistics.median(gaps)}, None
-
-    return turn
-
-
-class _Times:
-    """A streamer of `generate` that notes when it is given something."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.seen: list[float] = []
-
-    def put(self, tokens: Tensor) -> None:
-        """Called with the prompt, then with each new token."""
-        self.seen.append(clock(self.device))
-
-    def end(self) -> None:
-        pass
-
-
-KINDS: dict[str, Callable[[BenchModel, Tensor], Turn]] = {"decode": decode, "prefill": prefill, "generate": generate}
-
-
-# Measuring -----------------------------------------------------------------------------------------------------------
-
-
 @dataclass
 class Cell:
-    """What was measured of all models in one kind, at one context and batch."""
+    """Measurements of all models for one kind of work, at one context and batch size."""
 
     order: list[list[str]]  # the models, round by round, as they took their turns
     samples: dict[tuple[str, str], list[float]]  # seconds by model and measure, one a round
@@ -210,26 +133,25 @@ def warmed_up(
 def race(
     turns: Mapping[str, Turn], rounds: tuple[int, int], seconds: float
 ) -> tuple[list[list[str]], dict[tuple[str, str], list[float]]]:
-    """Rounds in which every model has a turn: their order, and the seconds by model and measure.
-
-    After `seconds` no more than the least number of rounds.
-    """
-    least, most = rounds
-    order: list[list[str]] = []
+    """Order of the models in every round, and seconds by model and measure; see `take_turns`."""
+    results = take_turns({name: partial(_seconds_alone, turn) for name, turn in turns.items()}, rounds, seconds)
     samples: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
-    started = time.perf_counter()
-    while len(order) < most and (len(order) < least or time.perf_counter() - started < seconds):
-        order.append([*turns] if len(order) % 2 == 0 else [*turns][::-1])
-        for name in order[-1]:
-            for measured, took in turns[name]()[0].items():
-                samples[name, measured].append(took)
-    return order, dict(samples)
+    for result in results:
+        for name, took in result.items():
+            for measured, sample in took.items():
+                samples[name, measured].append(sample)
+    return [[*result] for result in results], dict(samples)
+
+
+def _seconds_alone(turn: Turn) -> dict[str, float]:
+    """Seconds of a turn; its cache is freed before the next turn."""
+    return turn()[0]
 
 
 def needed_bytes(
     kind: str, subjects: Sequence[BenchModel], cells: Mapping[int, Cell], context: int, batch: int
 ) -> float:
-    """What is expected to be taken on top of the weights: decoding keeps the caches of all models at once."""
+    """Expected bytes beyond the weights; decoding holds the caches of all models at once."""
     caches = [subject.costs.cache_bytes(context, batch) for subject in subjects]
     if kind == "decode":
         return 1.25 * sum(caches)  # a layer's keys and values are copied as they grow
@@ -240,15 +162,12 @@ def needed_bytes(
 
 
 def peak_at(subject: BenchModel, cells: Mapping[int, Cell], context: int) -> float:
-    """The peak of a model's memory at a context, measured, or as those that are let expect; 0: nothing is known."""
+    """Peak memory of a model at a context, measured or extrapolated; 0 where nothing was measured."""
     if context in cells:
         return cells[context].peak[subject.name]
     known = {measured: float(cell.peak[subject.name]) for measured, cell in cells.items()}
     fitted = fit(known, subject.memory_powers)
     return 0.0 if fitted is None else fitted[0](context)
-
-
-# The report ----------------------------------------------------------------------------------------------------------
 
 
 def bench(
@@ -264,7 +183,7 @@ def bench(
     command: str | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Measures a model beside another one; returns the report that `subquad bench --json` writes (docs/bench.md).
+    """Compares a model with another one; returns the report that `subquad bench --json` writes (docs/bench.md).
 
     Args:
         model: a folder that `convert` wrote, or any causal language model.
@@ -280,11 +199,15 @@ def bench(
     """
     if not contexts or min(contexts) < 1 or not batches or min(batches) < 1 or seconds <= 0:
         raise UserError("contexts, batches and seconds must be above 0")
+
+    # The models, and the contexts that all of them can run
     subjects, dtype = open_subjects(str(model), against, dtype, device)
     place, torch_dtype = subjects[0].model.device, subjects[0].model.dtype
     written = max(1 + NEW_TOKENS, STEPS * (1 + ROUNDS[1]))
     batches = sorted(set(batches))
     contexts, notes = within_positions(subjects, sorted(set(contexts)), written)
+
+    # The machine, then every kind of work at every batch size, each with a fair share of the time left
     started = time.perf_counter()
     with quiet():
         say("the machine's bandwidth and matrix rate")
@@ -292,11 +215,13 @@ def bench(
         rows: list[dict[str, Any]] = []
         jobs = [(batch, kind) for batch in batches for kind in KINDS]
         for index, (batch, kind) in enumerate(jobs):
-            left = max(0.0, seconds - (time.perf_counter() - started)) / (len(jobs) - index)
-            cells, missing = measure(kind, subjects, contexts, batch, left, seed, say)
+            seconds_left = max(0.0, seconds - (time.perf_counter() - started)) / (len(jobs) - index)
+            cells, missing = measure(kind, subjects, contexts, batch, seconds_left, seed, say)
             for subject in subjects:
                 rows += rows_of(kind, subject, cells, contexts, batch, roof, missing, rows)
-    return {
+
+    # The report
+    report = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         **environment(place, command),
         "seed": seed,
@@ -308,6 +233,8 @@ def bench(
         "cells": rows,
         "overtakes": overtakes(rows, [subject.name for subject in subjects]),
     }
+    check_written(Bench, report)
+    return report
 
 
 def _about(subject: BenchModel) -> dict[str, Any]:
@@ -337,26 +264,29 @@ def rows_of(
     rows = []
     for measured in ("first_token", "generate") if kind == "generate" else (kind,):
         work_of = subject.costs.prefill if measured in AS_PREFILL else subject.costs.decode
-        found = {context: spread(cell.samples[subject.name, measured]) for context, cell in cells.items()}
-        expected_at = forecast_of(measured, subject, found, batch, before)
+        spreads = {context: spread(cell.samples[subject.name, measured]) for context, cell in cells.items()}
+        expected_at = forecast_of(measured, subject, spreads, batch, before)
         for context in contexts:
+            # Seconds, measured or extrapolated
             cell = cells.get(context)
             row: dict[str, Any] = {"measure": measured, "model": subject.name, "context": context, "batch": batch}
             row["measured"] = cell is not None
             if cell is not None:
-                took: Spread | None = found[context]
+                quartiles: Spread | None = spreads[context]
                 row |= {"samples": len(cell.order), "order": cell.order}
             else:
-                took = None if expected_at is None else expected_at.at(context)
+                quartiles = None if expected_at is None else expected_at.at(context)
                 row |= {"samples": 0, "too_little": missing, "fitted_to": [*cells]}
                 row["formula"] = None if expected_at is None else expected_at.formula
-            row |= dict(zip(("low", "seconds", "high"), took or (None, None, None), strict=True))
+            row |= dict(zip(("low", "seconds", "high"), quartiles or (None, None, None), strict=True))
+
+            # What follows from them and from the plan
             work = work_of(context, batch)
             least = roof.seconds(work)
-            row["roofline"] = {**work._asdict(), "seconds": least, "share": took and least / took.median}
+            row["roofline"] = {**work._asdict(), "seconds": least, "share": quartiles and least / quartiles.median}
             if measured != "first_token":
                 tokens = batch * (context if measured == "prefill" else 1)
-                row["tokens_per_second"] = took and tokens / took.median
+                row["tokens_per_second"] = quartiles and tokens / quartiles.median
             row["peak_bytes"] = peak_at(subject, cells, context) or None
             row["cache_bytes"] = subject.costs.cache_bytes(context, batch)
             if cell is not None and subject.name in cell.held:
@@ -366,22 +296,22 @@ def rows_of(
 
 
 def forecast_of(
-    measured: str, subject: BenchModel, found: Mapping[int, Spread], batch: int, before: Sequence[Mapping[str, Any]]
+    measured: str, subject: BenchModel, spreads: Mapping[int, Spread], batch: int, before: Sequence[Mapping[str, Any]]
 ) -> Forecast | None:
-    """What to expect of the contexts that were not measured; None where too few were."""
+    """Forecast for the contexts that were not measured; None where too few were."""
     if measured in KINDS and measured != "generate":
-        return forecast(found, subject.powers(measured, len(found)))
+        return forecast(spreads, subject.powers(measured, len(spreads)))
     like = "prefill" if measured in AS_PREFILL else "decode"
     base = {
         row["context"]: Spread(row["low"], row["seconds"], row["high"])
         for row in before
         if (row["measure"], row["model"], row["batch"]) == (like, subject.name, batch) and row["seconds"]
     }
-    return forecast_beside(found, base.__getitem__, like) if base else None
+    return forecast_beside(spreads, base.__getitem__, like) if base else None
 
 
 def overtakes(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[dict[str, Any]]:
-    """Where the first model overtakes the second, by measure and batch; nothing where there is no second."""
+    """Contexts at which the first model overtakes the second, by measure and batch; none without a second."""
     if len(names) < 2:
         return []
 
@@ -392,10 +322,10 @@ def overtakes(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[d
             if (row["model"], row["measure"], row["batch"]) == (name, measured, batch) and row["seconds"]
         }
 
-    found = []
+    crossings = []
     for batch in dict.fromkeys(row["batch"] for row in rows):
         for measured in MEASURES:
             result = overtaking(*(curve(name, measured, batch) for name in names))
             if result is not None:
-                found.append({"measure": measured, "batch": batch, **asdict(result)})
-    return found
+                crossings.append({"measure": measured, "batch": batch, **asdict(result)})
+    return crossings

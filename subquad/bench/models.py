@@ -1,27 +1,24 @@
-"""What is benchmarked: a model and the one it is compared with, loaded, with what their work grows by.
+"""Models to benchmark, loaded, with the powers of the context that their time and memory grow by.
 
-Notable:
-- The other model of a student is the teacher that its recipe.yaml names, unless another one is given.
-- Caches of any length are made without reading so many tokens.
+A student is compared with the teacher that its recipe.yaml names, unless another model is given.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import nn
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from subquad.bench.roofline import Costs
 from subquad.errors import UserError
 from subquad.model.base import plan_of
-from subquad.model.student import Student, cache_after
+from subquad.model.student import Student
 from subquad.plan import ATTENTION, Plan
 from subquad.pretrained.load import load_pretrained
-from subquad.recipes.load import load_recipe
+from subquad.recipes.load import recipe_of
 
 
 @dataclass(frozen=True)
@@ -44,7 +41,7 @@ class BenchModel:
 
     @cached_property
     def weight_bytes(self) -> int:
-        """Of all parameters, embedding tables included."""
+        """Bytes of all parameters, embedding tables included."""
         return sum(weight.nbytes for weight in self.model.parameters())
 
     @property
@@ -54,7 +51,7 @@ class BenchModel:
         return any(ATTENTION in layer and shape.window is None for layer, shape in layers)
 
     def powers(self, measure: str, points: int) -> tuple[int, ...]:
-        """Of the context, that the seconds of a measure are a sum of, as far as so many measurements tell them apart.
+        """Exponents of the context in the time of `measure`, limited to those that `points` measurements identify.
 
         A pass over a prompt also takes a constant time, which shows with short prompts or small models.
         """
@@ -66,31 +63,9 @@ class BenchModel:
 
     @property
     def memory_powers(self) -> tuple[int, ...]:
-        """The same for the bytes that a pass takes: eager attention holds all its probabilities."""
+        """Exponents of the context in the memory of a pass; eager attention holds all its probabilities."""
         base = self.model.backbone if isinstance(self.model, Student) else self.model
         return (0, 2) if "eager" in base.config._attn_implementation else (0, 1)
-
-
-def cache_of(subject: BenchModel, batch: int, context: int) -> Cache:
-    """The cache of `batch` sequences of `context` tokens, of the right size and with anything in it."""
-    model = subject.model
-    if isinstance(model, Student):
-        cache: Cache = cache_after(model, context)
-    else:
-        cache = DynamicCache(config=model.config)
-        generator = torch.Generator().manual_seed(0)
-        layer: Any
-        for index, layer in enumerate(cache.layers):
-            held = subject.plan.groups(index)[ATTENTION]
-            tokens = context if held.window is None else min(context, held.window - 1)
-            shape = (1, len(held.kv_heads), tokens, held.head_dim)
-            keys, values = (torch.rand(shape, generator=generator).to(model.device, model.dtype) for _ in "kv")
-            layer.update(keys, values)
-            if held.window is not None:
-                layer.cumulative_length = context
-    if batch > 1:
-        cache.batch_repeat_interleave(batch)
-    return cache
 
 
 def open_subjects(
@@ -100,10 +75,9 @@ def open_subjects(
 
     Raises UserError where one cannot be loaded, or their vocabularies differ.
     """
-    recipe_file = Path(model) / "recipe.yaml"
-    recipe = load_recipe(recipe_file if recipe_file.is_file() else "quick")
-    if against is None and recipe_file.is_file():
-        against = recipe.teacher
+    recipe, own_teacher = recipe_of(model)
+    if against is None:
+        against = own_teacher
     dtype, device = dtype or recipe.dtype, device or ("cuda" if torch.cuda.is_available() else "cpu")
     sources = {"model": model} | ({} if against in (None, "none") else {"teacher": str(against)})
     subjects = []
@@ -136,7 +110,7 @@ def within_positions(
 
     Rotary positions have no end, so such models run on past the longest context they were made for. Learned ones do.
     """
-    kept, notes = [*contexts], []
+    usable, notes = [*contexts], []
     outrun: dict[int, list[str]] = {}
     for subject in subjects:
         limit = max_positions(subject.model)
@@ -144,17 +118,17 @@ def within_positions(
             continue
         if learned_positions(subject.model, limit):
             room = limit - written
-            kept = [context for context in kept if context <= room]
+            usable = [context for context in usable if context <= room]
             if max(contexts) > room:
                 notes.append(f"the {subject.name} has {limit:,} positions: contexts above {room:,} are left out")
         elif max(contexts) > limit:
             outrun.setdefault(limit, []).append(subject.name)
     for limit, names in outrun.items():
-        who = f"{' and '.join(names)} {'were' if len(names) > 1 else 'was'} made for {limit:,} tokens"
-        notes.append(f"{who}: beyond them the speed is real, but the text would not be good")
-    if not kept:
+        models = f"{' and '.join(names)} {'were' if len(names) > 1 else 'was'} made for {limit:,} tokens"
+        notes.append(f"{models}: beyond them the speed is real, but the text would not be good")
+    if not usable:
         raise UserError(f"no context is left, for {notes[-1]}: give shorter ones with --contexts")
-    return kept, notes
+    return usable, notes
 
 
 def learned_positions(model: PreTrainedModel, limit: int) -> bool:

@@ -1,7 +1,7 @@
 """The roofline: what a machine can move and compute at most, and what a pass of a model has to at least.
 
 A pass can take no less time than its bytes at the machine's bandwidth, and no less than its operations at the machine's
-rate. How much of its time that is tells what there is left to gain; see Williams, Waterman and Patterson, "Roofline"
+rate. The rest of its time is what an optimisation can gain; see Williams, Waterman and Patterson, "Roofline"
 (Communications of the ACM 52:4, 2009).
 """
 
@@ -16,14 +16,14 @@ from transformers import PreTrainedModel
 
 from subquad.mixers import mixer_class, mixer_options
 from subquad.plan import Plan, dtype_name
-from subquad.utils.timing import clock
+from subquad.utils.timing import seconds_of
 
 _ROUNDS = 7
 _SAMPLES = 64  # contexts at which the mixing of a prefill is counted
 
 
 class PassCost(NamedTuple):
-    """What a pass moves and computes."""
+    """Bytes that a pass moves and operations that it computes."""
 
     bytes: float
     flops: float
@@ -31,13 +31,13 @@ class PassCost(NamedTuple):
 
 @dataclass(frozen=True)
 class Roof:
-    """What a machine does at most: `bytes_per_second` in a copy (read and written), `flops_per_second` in a product."""
+    """Peak rates of a machine: `bytes_per_second` of a copy (read and written), `flops_per_second` of a product."""
 
     bytes_per_second: float
     flops_per_second: float
 
     def seconds(self, work: PassCost) -> float:
-        """The least that this work takes."""
+        """Least seconds that this work takes."""
         return max(work.bytes / self.bytes_per_second, work.flops / self.flops_per_second)
 
 
@@ -51,12 +51,7 @@ def measure_roof(device: torch.device, dtype: torch.dtype) -> Roof:
     left, right, out = (torch.ones(n, n, dtype=dtype, device=device) for _ in range(3))
 
     def best(call: Callable[[], Any]) -> float:
-        def seconds() -> float:
-            start = clock(device)
-            call()
-            return clock(device) - start
-
-        return min(seconds() for _ in range(_ROUNDS))
+        return min(seconds_of(call, device) for _ in range(_ROUNDS))
 
     copying, multiplying = best(lambda: target.copy_(source)), best(lambda: torch.mm(left, right, out=out))
     return Roof(2 * source.nbytes / copying, 2 * n**3 / multiplying)
@@ -64,7 +59,7 @@ def measure_roof(device: torch.device, dtype: torch.dtype) -> Roof:
 
 @dataclass(frozen=True)
 class Costs:
-    """What a model's passes move and compute at least; all weights count as used, so a mixture of experts is overrated.
+    """Least work of a model's passes. All weights count as used, so a mixture of experts is overrated.
 
     `weight_bytes` are read once a pass, whatever the batch; embedding tables are left out, for only rows of them are
     looked up. `token_flops` are those of all matrices for one token, without the output head's `head_flops`.
@@ -103,7 +98,7 @@ class Costs:
         return PassCost(self.weight_bytes + self.cache_bytes(context, batch), batch * flops)
 
     def cache_bytes(self, context: int, batch: int) -> int:
-        """What the plan says that the caches take."""
+        """Bytes of the caches of `batch` sequences, by the plan."""
         return self.plan.cache_bytes(context, batch, self.dtype)
 
 

@@ -19,8 +19,8 @@ def bench(
             "--against",
             "-a",
             metavar="TEACHER",
-            help="The model to take turns with: a Hub id, a folder, a GGUF file, default (SmolLM2-135M-Instruct), or "
-            "none.",
+            help="The model to compare with, measured in turns: a Hub id, a folder, a GGUF file, default "
+            "(SmolLM2-135M-Instruct), or none.",
             show_default="the student's teacher, if MODEL names it",
         ),
     ] = None,
@@ -28,14 +28,14 @@ def bench(
         str, typer.Option("--contexts", "-c", metavar="N,N,...", help="Context lengths in tokens; 1k is 1,024.")
     ] = "1k,2k,4k,8k,16k,32k,64k,128k",
     batches: Annotated[
-        str, typer.Option("--batch", "-b", metavar="N,N,...", help="Numbers of sequences that run at a time.")
+        str, typer.Option("--batch", "-b", metavar="N,N,...", help="Batch sizes: sequences that run together.")
     ] = "1",
     seconds: Annotated[
         float,
         typer.Option(
             "--seconds",
             metavar="SECONDS",
-            help="About how long to measure in all. What does not fit is extrapolated, and marked so.",
+            help="Approximate time limit for all measurements. What does not fit is extrapolated and marked.",
         ),
     ] = 300.0,
     dtype: Annotated[
@@ -46,18 +46,20 @@ def bench(
         str | None,
         typer.Option("--device", metavar="NAME", help="cpu, cuda or cuda:1.", show_default="a GPU if there is one"),
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the tokens that the models read.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the input tokens.")] = 0,
     json_path: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Also write every number to this file.")
     ] = None,
     plot: Annotated[
-        Path | None, typer.Option("--plot", metavar="FILE.png", help="Also draw decoding speed and cache bytes.")
+        Path | None,
+        typer.Option("--plot", metavar="FILE.png", help="Also plot decoding speed and cache bytes to this file."),
     ] = None,
 ) -> None:
-    """Measure how fast a model is, and what memory it takes, beside its teacher, over context and batch.
+    """Measure a model's speed and memory over context length and batch size, compared with its teacher.
 
-    Prefill, decoding, the time to the first token and `generate` itself; peak memory and cache; where the student
-    overtakes; and each speed as a share of what the machine could do. docs/bench.md says how to read it.
+    Measures prefill, decoding, the time to the first token, `generate` itself, peak memory and cache. Also reports the
+    context from which the student is faster, and each speed as a share of the machine's limit. docs/bench.md explains
+    the output.
 
     Examples:
 
@@ -77,7 +79,7 @@ def bench(
 
     for path in (json_path, plot):
         if path is not None:
-            make_room(path)  # now, for what follows takes a while
+            make_room(path)  # before the measurements, which take minutes
     progress, started = Console(stderr=True), time.monotonic()
 
     def say(text: str) -> None:
@@ -103,13 +105,16 @@ def bench(
     print_bench(report, Console())
 
 
-def numbers(text: str, option: str, wanted: str) -> list[int]:
-    """`1k,4k,500` as numbers above 0, k being 1,024. Raises UserError, naming the option, for anything else."""
-    found = []
+def numbers(text: str, option: str, form: str) -> list[int]:
+    """Parse `1k,4k,500` as numbers above 0, k being 1,024.
+
+    Raises UserError, naming the option and its `form`, for anything else.
+    """
+    values = []
     for part in text.split(","):
         match = re.fullmatch(r"(\d+)(k?)", part.strip().lower())
         number = int(match[1]) * (1024 if match[2] else 1) if match else 0
         if number < 1:
-            raise UserError(f"{option} has '{part.strip()}': give {wanted}")
-        found.append(number)
-    return found
+            raise UserError(f"{option} has '{part.strip()}': give {form}")
+        values.append(number)
+    return values

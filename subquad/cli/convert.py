@@ -1,4 +1,4 @@
-"""The commands that convert: `convert`, `select`, `distill`."""
+"""The commands that make students: `convert`, `select`, `distill`."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,6 +22,7 @@ from subquad.cli.options import (
     TaskOption,
     TeacherArgument,
     command_line,
+    parameters_of,
     recipe_of,
 )
 
@@ -39,7 +40,7 @@ def convert(
         typer.Option(
             "--plan",
             metavar="FILE",
-            help="Use this plan.yaml (from an earlier run, or written by hand) and select nothing.",
+            help="Use this plan.yaml (from an earlier run or written by hand) instead of selecting.",
         ),
     ] = None,
     changes: SetOption = None,
@@ -51,9 +52,9 @@ def convert(
     allow_pickle: PickleOption = False,
     trust_remote_code: RemoteCodeOption = False,
 ) -> None:
-    """Convert a teacher, from start to end: align, select, distill, measure, save.
+    """Run the whole pipeline: align, select, distill, measure, save.
 
-    Leaves in --out a model that transformers loads, the plan, the scores, the metrics, the log, and report.html.
+    Writes to --out a model that transformers loads, the plan, the scores, the metrics, the log, and report.html.
 
     Examples:
 
@@ -70,7 +71,7 @@ def convert(
         subquad convert ./my-vit --task image-classification --data ./my-images
     """
     chosen = recipe_of(recipe, changes, tokens_scale, task=task, mixer=mixer, budget=budget, seed=seed)
-    what: dict[str, Any] = {
+    arguments: dict[str, Any] = {
         "teacher": teacher or chosen.teacher,
         "recipe": chosen,
         "out": out or Path("runs") / chosen.name,
@@ -82,17 +83,18 @@ def convert(
     if dry_run:
         from subquad.jobs.dry_run import dry_run as estimate
 
-        estimate(**what)
+        estimate(**arguments)
     else:
         from subquad.jobs.convert import convert as run
 
-        run(**what, resume=resume, overwrite=overwrite, command=command_line())
+        run(**arguments, resume=resume, overwrite=overwrite, command=command_line())
 
 
 def select(
     teacher: TeacherArgument = None,
     out: Annotated[
-        Path, typer.Option("--out", "-o", metavar="FILE", help="The plan to write; scores.json goes beside it.")
+        Path,
+        typer.Option("--out", "-o", metavar="FILE", help="The plan to write; scores.json goes into the same folder."),
     ] = Path("plan.yaml"),
     by: Annotated[
         str | None,
@@ -100,7 +102,7 @@ def select(
             "--by",
             metavar="NAME",
             help="The selector, instead of the recipe's: kl, kl-removal, alignment-loss, recall, retrieval-heads, "
-            "halo, gradient, fisher, gates, greedy, uniform or fixed. docs/select.md says what they measure and cost.",
+            "halo, gradient, fisher, gates, greedy, uniform or fixed. docs/select.md compares them.",
         ),
     ] = None,
     unit: Annotated[
@@ -108,7 +110,7 @@ def select(
         typer.Option(
             "--unit",
             metavar="KIND",
-            help="What is kept or replaced as a whole: layer, head, or so many neighbouring layers.",
+            help="What is kept or replaced as a whole: layer, head, or a number of neighbouring layers.",
             show_default="the selector's own",
         ),
     ] = None,
@@ -124,20 +126,20 @@ def select(
         typer.Option(
             "--scores",
             metavar="FILE",
-            help="The scores.json of an earlier selection: nothing is measured again, and the budget decides anew.",
+            help="The scores.json of an earlier selection, to apply another budget without measuring again.",
         ),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what it would cost, in tokens and time, and write nothing.")
+        bool, typer.Option("--dry-run", help="Estimate the cost in tokens and time, and write nothing.")
     ] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted selection.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a plan that is already there.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted selection.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing plan.")] = False,
     allow_pickle: PickleOption = False,
     trust_remote_code: RemoteCodeOption = False,
 ) -> None:
-    """Decide which layers or heads keep attention, and write the plan. No model is saved.
+    """Choose which layers or heads keep attention, and write the plan. No model is saved.
 
-    A plan is a short YAML file: read it, change it, and give it to `distill` or `convert --plan`.
+    A plan is a short YAML file: read it, edit it, and pass it to `distill` or `convert --plan`.
 
     Examples:
 
@@ -167,27 +169,17 @@ def select(
     )
 
 
+@parameters_of(convert, without=("mixer", "budget"))
 def distill(
     plan: Annotated[
-        Path, typer.Option("--plan", metavar="FILE", help="The plan to train, from `subquad select` or by hand.")
+        Path,
+        typer.Option("--plan", metavar="FILE", help="The plan to train, from `subquad select` or written by hand."),
     ],
-    teacher: TeacherArgument = None,
-    recipe: RecipeOption = None,
-    out: OutOption = None,
-    task: TaskOption = None,
-    data: DataOption = None,
-    changes: SetOption = None,
-    tokens_scale: ScaleOption = 1.0,
-    seed: SeedOption = None,
-    dry_run: DryRunOption = False,
-    resume: ResumeOption = False,
-    overwrite: OverwriteOption = False,
-    allow_pickle: PickleOption = False,
-    trust_remote_code: RemoteCodeOption = False,
+    **options: Any,
 ) -> None:
-    """Train a student for a plan you already have: like `convert`, without the selection.
+    """Train a student for an existing plan: `convert` without the selection.
 
-    Leaves in --out what `convert` leaves there, except scores.json.
+    Writes to --out the same files as `convert`, except scores.json.
 
     Examples:
 
@@ -195,19 +187,4 @@ def distill(
 
         subquad distill Qwen/Qwen2.5-1.5B --plan plan.yaml --recipe kl-guided --out runs/qwen --resume
     """
-    convert(
-        teacher=teacher,
-        recipe=recipe,
-        out=out,
-        task=task,
-        data=data,
-        plan=plan,
-        changes=changes,
-        tokens_scale=tokens_scale,
-        seed=seed,
-        dry_run=dry_run,
-        resume=resume,
-        overwrite=overwrite,
-        allow_pickle=allow_pickle,
-        trust_remote_code=trust_remote_code,
-    )
+    convert(plan=plan, **options)

@@ -1,16 +1,11 @@
-"""The commands that look at a model's quality: `eval`, `generate`, `report`."""
+"""The commands that measure a converted model and show the results: `eval`, `generate`, `report`."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from subquad.cli.options import (
-    DataOption,
-    ModelArgument,
-    SetOption,
-    command_line,
-)
+from subquad.cli.options import DataOption, ModelArgument, SetOption, command_line
 
 
 def evaluate(
@@ -25,27 +20,25 @@ def evaluate(
         typer.Option(
             "--tasks",
             metavar="NAME,FILE,...",
-            help="Tasks of lm-eval's by name, and JSONL files of your own questions, with commas between them; "
-            "needs pip install 'subquad[eval]'.",
+            help="Names of lm-eval tasks and JSONL files of your own questions, separated by commas. Needs lm-eval: "
+            'pip install -e ".[eval]" in the checkout.',
             show_default="recipe's",
         ),
     ] = None,
     limit: Annotated[
         int | None,
-        typer.Option(
-            "--limit", min=1, help="Documents of each task to measure, its first ones.", show_default="recipe's"
-        ),
+        typer.Option("--limit", min=1, help="Measure only the first documents of each task.", show_default="recipe's"),
     ] = None,
     changes: SetOption = None,
     json_path: Annotated[
         Path | None,
-        typer.Option("--json", metavar="FILE", help="Also write the numbers to this file."),
+        typer.Option("--json", metavar="FILE", help="Also write all numbers to this file."),
     ] = None,
 ) -> None:
-    """Measure a model beside its teacher: KL, perplexity, agreement, retrieval, cache bytes; and let both write.
+    """Compare a model with its teacher: KL, perplexity, agreement, retrieval, cache bytes, and samples of both.
 
-    KL, perplexity and agreement by position in the text, retrieval by context length and depth of the fact. The text is
-    held out: training never saw it. With --tasks also benchmarks, and your own questions.
+    KL, perplexity and agreement are given by position in the text, retrieval by context length and depth of the fact.
+    The text is held out from training. With --tasks, benchmarks and your own questions are measured too.
 
     Examples:
 
@@ -64,7 +57,7 @@ def evaluate(
     from subquad.utils.files import make_room
 
     if json_path is not None:
-        make_room(json_path)  # now, for what follows takes a while
+        make_room(json_path)  # before the measurements, which take minutes
     names = None if tasks is None else [name.strip() for name in tasks.split(",") if name.strip()]
     metrics = evaluate_model(
         model,
@@ -84,20 +77,23 @@ def generate(
     model: ModelArgument,
     prompt: Annotated[str, typer.Argument(help="The text to continue, or with --chat the message to answer.")],
     max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", "-n", min=1, help="Tokens to write at most.")
+        int, typer.Option("--max-new-tokens", "-n", min=1, help="Maximum number of tokens to generate.")
     ] = 128,
     temperature: Annotated[
         float,
-        typer.Option("--temperature", min=0.0, help="0: always the likeliest token; 1: sample as the model says."),
+        typer.Option(
+            "--temperature", min=0.0, help="0: always the most likely token; 1: sample from the model's distribution."
+        ),
     ] = 0.0,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the sampling.")] = 0,
     chat: Annotated[
-        bool, typer.Option("--chat", help="Put the prompt in the model's chat template (for instruction-tuned models).")
+        bool,
+        typer.Option("--chat", help="Format the prompt with the model's chat template (for instruction-tuned models)."),
     ] = False,
 ) -> None:
-    """Let a converted model write.
+    """Generate text with a converted model.
 
-    Prints the continuation alone, so that it can be piped on.
+    Prints only the continuation, so that it can be piped.
 
     Examples:
 
@@ -118,15 +114,15 @@ def report(
             "--out",
             "-o",
             metavar="FILE",
-            help="The page to write.",
-            show_default="report.html, in the folder of the run; for several runs, in this folder",
+            help="The HTML file to write.",
+            show_default="report.html in the run's folder; for several runs, in the working directory",
         ),
     ] = None,
 ) -> None:
-    """Draw the report of a run again, or of several runs side by side, from the files of the runs.
+    """Redraw the report of a run, or of several runs side by side, from their files.
 
-    The page is self-contained: plans, scores, loss curves, numbers, maps of retrieval, samples; nothing is loaded from
-    elsewhere. What `eval` and `bench` wrote into a run's folder as eval.json and bench.json is shown, too.
+    The page is self-contained: plans, scores, loss curves, numbers, retrieval maps and samples; it loads nothing from
+    elsewhere. An eval.json or bench.json that `eval` or `bench` wrote into a run's folder is included.
 
     Examples:
 

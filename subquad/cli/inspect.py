@@ -1,4 +1,4 @@
-"""The commands that only look: at a plan, and at what differs between two runs."""
+"""The read-only commands: `plan show`, `compare` and `env`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +10,7 @@ plans = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
 
 @plans.callback()
 def plan() -> None:
-    """Look at plans.
+    """Show plans.
 
     Examples:
 
@@ -21,14 +21,14 @@ def plan() -> None:
 @plans.command()
 def show(
     plan: Annotated[
-        Path, typer.Argument(metavar="PLAN", help="A plan.yaml, or the folder of a run or a model that has one.")
+        Path, typer.Argument(metavar="PLAN", help="A plan.yaml, or a run folder or model folder that has one.")
     ],
     dtype: Annotated[
         str,
-        typer.Option("--dtype", help="Of keys and values in the cache: float32, bfloat16, float16 or float64."),
+        typer.Option("--dtype", help="Data type of the cached keys and values: float32, bfloat16, float16 or float64."),
     ] = "float32",
 ) -> None:
-    """Draw a plan: its layers and heads, its mixers and their options, and the bytes of its cache.
+    """Draw a plan: its layers and heads, its mixers with their options, and its cache bytes.
 
     Examples:
 
@@ -48,12 +48,12 @@ def compare(
     run_a: Annotated[Path, typer.Argument(metavar="RUN_A", help="The folder of a run, finished or not.")],
     run_b: Annotated[Path, typer.Argument(metavar="RUN_B", help="The folder of another run.")],
     json_path: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Also write what differs to this file.")
+        Path | None, typer.Option("--json", metavar="FILE", help="Also write the differences to this file.")
     ] = None,
 ) -> None:
-    """Say what differs between two runs: recipe, plan, results, stages, time, versions and machine.
+    """Show the differences between two runs: recipe, plan, results, stages, time, versions and machine.
 
-    Where both were measured on the same text, the difference in KL is set beside its spread over the rows.
+    If both were measured on the same text, the difference in KL is given with its standard error over the rows.
 
     Examples:
 
@@ -66,3 +66,19 @@ def compare(
     from subquad.report.compare import compare_runs, print_comparison
 
     print_comparison(compare_runs(run_a, run_b, json_path=json_path), Console())
+
+
+def env() -> None:
+    """Print versions, hardware and settings to paste into a bug report.
+
+    Of the environment variables, only those that change results, speed or what is loaded are printed; access tokens
+    never are.
+
+    Examples:
+
+        subquad env
+    """
+    from subquad.utils.environment import environment_report
+
+    for label, value in environment_report().items():
+        print(f"{label + ':':<24}{value}")

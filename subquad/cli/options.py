@@ -1,7 +1,9 @@
-"""What several commands share: arguments and options with their help, the recipe they name, the command line."""
+"""Arguments and options that several commands share, with their help; the recipe they name; the command line."""
 
+import inspect
 import shlex
 import sys
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,7 +17,7 @@ TeacherArgument = Annotated[
     typer.Argument(
         metavar="TEACHER",
         help="The pretrained model to start from: a Hugging Face Hub id, a local folder, or a GGUF file. "
-        "Left out: the recipe's teacher, which is SmolLM2-135M-Instruct unless the recipe says otherwise.",
+        "Without it: the recipe's teacher, which is SmolLM2-135M-Instruct unless the recipe names another.",
     ),
 ]
 ModelArgument = Annotated[str, typer.Argument(help="A folder that `convert` wrote, or any causal language model.")]
@@ -25,11 +27,11 @@ RecipeOption = Annotated[
         "--recipe",
         "-r",
         metavar="NAME|FILE",
-        help="The recipe: mixer, selector, training stages and evaluation. One that ships with Subquad, or your own "
-        ".yaml file. For minutes on two CPU cores: quick, and the -quick form of each of these, which are for GPUs: "
-        "kl-guided, kl-guided-full, mohawk, mohawk-hybrid, llamba, radlads, lolcats, liger, "
-        "mamba-in-llama, retrieval-aware, distill-then-replace, cab; of images cab-vision and cab-features.",
-        show_default="quick; of images cab-vision-quick or cab-features-quick",
+        help="The recipe: mixer, selector, training stages and evaluation. A shipped one (see subquad recipe list) or "
+        "your own .yaml file. In minutes on two CPU cores: quick, and the -quick forms of most of the others, which "
+        "are for GPUs: kl-guided, kl-guided-full, mohawk, mohawk-hybrid, llamba, radlads, lolcats, liger, "
+        "mamba-in-llama, retrieval-aware, distill-then-replace, cab; for images cab-vision and cab-features.",
+        show_default="quick; for images cab-vision-quick or cab-features-quick",
     ),
 ]
 TaskOption = Annotated[
@@ -37,8 +39,8 @@ TaskOption = Annotated[
     typer.Option(
         "--task",
         metavar="TASK",
-        help="What the teacher is for: text-generation, image-classification (a classifier), or "
-        "image-feature-extraction (an encoder without a head).",
+        help="The teacher's task: text-generation, image-classification (a classifier), or image-feature-extraction "
+        "(an encoder without a head).",
         show_default="recipe's",
     ),
 ]
@@ -48,7 +50,7 @@ SetOption = Annotated[
         "--set",
         "-s",
         metavar="KEY=VALUE",
-        help="Change one value of the recipe, such as stages.0.tokens=50k or mixer.name=gla. May be given many times.",
+        help="Change one value of the recipe, such as stages.0.tokens=50k or mixer.name=gla. Can be repeated.",
     ),
 ]
 ScaleOption = Annotated[
@@ -56,12 +58,12 @@ ScaleOption = Annotated[
     typer.Option(
         "--tokens-scale",
         metavar="FACTOR",
-        help="Multiply all token budgets of the recipe: 0.01 tries it out at a hundredth of its cost.",
+        help="Multiply all token counts of the recipe: 0.01 tries it at a hundredth of its cost.",
     ),
 ]
 OutOption = Annotated[
     Path | None,
-    typer.Option("--out", "-o", metavar="DIR", help="Folder to write to.", show_default="runs/NAME OF THE RECIPE"),
+    typer.Option("--out", "-o", metavar="DIR", help="Folder to write to.", show_default="runs/RECIPE"),
 ]
 DataOption = Annotated[
     list[str] | None,
@@ -70,8 +72,9 @@ DataOption = Annotated[
         "-d",
         metavar="SOURCE",
         help="Text to train and measure on, instead of the recipe's: a .txt, .jsonl, .jsonl.gz or .parquet file, a "
-        "folder of them, or the id of a `datasets` data set (org/name[:config:split:column]). May be given many times. "
-        "Of images one: a folder of idx files, a folder with one of images for each class, or the id of a data set.",
+        "folder of them, or the id of a `datasets` data set (org/name[:config:split:column]). Can be repeated. For "
+        "images, exactly one: a folder of idx files, a folder with one subfolder of images per class, or the id of a "
+        "data set.",
     ),
 ]
 MixerOption = Annotated[
@@ -79,9 +82,9 @@ MixerOption = Annotated[
     typer.Option(
         "--mixer",
         metavar="NAME",
-        help="What takes the place of attention, instead of the recipe's: linear, hedgehog, liger, retention, gla, "
+        help="The mixer that replaces attention, instead of the recipe's: linear, hedgehog, liger, retention, gla, "
         "mamba2, discrete_mamba2, gated_deltanet, kda, rwkv7 or sliding_window. "
-        "Options of the mixer go through --set mixer.options.NAME=VALUE.",
+        "Set its options with --set mixer.options.NAME=VALUE.",
     ),
 ]
 BudgetOption = Annotated[
@@ -90,51 +93,78 @@ BudgetOption = Annotated[
         "--budget",
         "-b",
         metavar="BUDGET",
-        help="How much may stay attention, instead of the recipe's budget: a number of layers or heads (15), a share "
-        "of them (50%), the cache's bytes at a context length (64MiB@32k), a decoding speed in that of the teacher "
+        help="How much attention to keep, instead of the recipe's budget: a number of layers or heads (15), a share "
+        "of them (50%), cache bytes at a context length (64MiB@32k), a decoding speed relative to the teacher's "
         "(1.5x@32k), or the plan that the greedy selector finds (opt, best).",
     ),
 ]
 ResumeOption = Annotated[
-    bool, typer.Option("--resume", help="Go on from the last checkpoint of a run in --out that was interrupted.")
+    bool, typer.Option("--resume", help="Continue an interrupted run in --out from its last checkpoint.")
 ]
 OverwriteOption = Annotated[
-    bool, typer.Option("--overwrite", help="Delete an earlier run in --out first (never a folder of anything else).")
+    bool, typer.Option("--overwrite", help="Delete an earlier run in --out first (never a folder with other contents).")
 ]
 DryRunOption = Annotated[
     bool,
     typer.Option(
         "--dry-run",
-        help="Say what it would take (time, memory, disk), from ten seconds of trying it out, and write nothing.",
+        help="Estimate time, memory and disk from a ten-second trial, and write nothing.",
     ),
 ]
 SeedOption = Annotated[
     int | None,
-    typer.Option("--seed", min=0, help="Seed of the new weights and the order of the text.", show_default="recipe's"),
+    typer.Option(
+        "--seed", min=0, help="Seed of the new weights and of the order of the data.", show_default="recipe's"
+    ),
 ]
 PickleOption = Annotated[
     bool,
-    typer.Option("--allow-pickle", help="Accept pickled weights (.bin, .pt): a pickle can run code of its author's."),
+    typer.Option(
+        "--allow-pickle", help="Accept pickled weights (.bin, .pt), which can run arbitrary code when loaded."
+    ),
 ]
 RemoteCodeOption = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run model code that comes with the checkpoint.")
+    bool, typer.Option("--trust-remote-code", help="Run modelling code that comes with the checkpoint.")
 ]
+
+
+def parameters_of(
+    command: Callable[..., None], *, without: Collection[str] = ()
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorator: typer reads a function's `**options` as the parameters of `command`, except those named `without`.
+
+    Parameters that the function declares itself come first and take precedence.
+    """
+    shared = inspect.signature(command).parameters
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        *declared, _options = inspect.signature(function).parameters.values()
+        left_out = {*without, *(parameter.name for parameter in declared)}
+        inherited = [parameter for name, parameter in shared.items() if name not in left_out]
+        function.__signature__ = inspect.Signature([*declared, *inherited])  # type: ignore[attr-defined]
+        return function
+
+    return decorate
 
 
 def command_line() -> str:
-    """The command line as the user could type it again."""
+    """The command line, quoted for a shell."""
     return shlex.join(["subquad", *sys.argv[1:]])
 
 
-FOR_TASK = {"image-classification": "cab-vision-quick", "image-feature-extraction": "cab-features-quick"}
+DEFAULT_RECIPES = {"image-classification": "cab-vision-quick", "image-feature-extraction": "cab-features-quick"}
 
 
 def recipe_of(name: str | None, changes: list[str] | None, tokens_scale: float = 1.0, **options: object) -> "Recipe":
-    """The recipe with --set and the options that are short for one; without a name, what suits the task."""
+    """Load a recipe with `--set` changes and the options that stand for one; without a name, the task's default.
+
+    `options`: values of --budget, --by, --unit, --mixer, --seed and --task; None where one was not given.
+    Raises UserError for an unknown recipe, key or value.
+    """
     from subquad.recipes.load import load_recipe
 
     if name is None:
-        name = FOR_TASK.get(str(options.get("task")), "quick")
+        name = DEFAULT_RECIPES.get(str(options.get("task")), "quick")
 
     keys = {
         "budget": "selector.budget",

@@ -1,4 +1,4 @@
-"""The commands that make teachers: write one's answers down, or train a small one from nothing."""
+"""The commands that prepare teachers: `cache-teacher`, `train-teacher`, `train-vit`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -29,7 +29,7 @@ def cache_teacher(
         typer.Option(
             "--tokens",
             metavar="COUNT",
-            help="How much of the training text, from its start: 50000, 50k or 1.5M tokens.",
+            help="Tokens of training text to cache, from its start: 50000, 50k or 1.5M.",
             show_default="those of the recipe's first stage on logits",
         ),
     ] = None,
@@ -38,37 +38,43 @@ def cache_teacher(
         typer.Option(
             "--sequence-length",
             min=1,
-            help="Tokens of a row. Training must use the same.",
+            help="Tokens per row. Training must use the same length.",
             show_default="that of the recipe's first stage on logits",
         ),
     ] = None,
     top_k: Annotated[
         int,
-        typer.Option("--top-k", "-k", min=1, help="Likeliest next tokens to keep at each position: 4 to 6 bytes each."),
+        typer.Option(
+            "--top-k", "-k", min=1, help="Most likely next tokens to store at each position: 4 to 6 bytes each."
+        ),
     ] = 64,
     batch: Annotated[
         int | None,
         typer.Option(
             "--batch",
             min=1,
-            help="Rows that go through the teacher at a time.",
-            show_default="as the recipe's stage trains",
+            help="Rows per forward pass of the teacher.",
+            show_default="that of the recipe's stage",
         ),
     ] = None,
     changes: SetOption = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with a cache in --out that was interrupted, or make it longer.")
+        bool, typer.Option("--resume", help="Continue an interrupted cache in --out, or extend a finished one.")
     ] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Delete an earlier cache in --out (never a folder of anything else).")
+        bool,
+        typer.Option(
+            "--overwrite", help="Delete an earlier cache in --out first (never a folder with other contents)."
+        ),
     ] = False,
     allow_pickle: PickleOption = False,
     trust_remote_code: RemoteCodeOption = False,
 ) -> None:
-    """Write the teacher's answers to disk once, so that training on logits needs no teacher.
+    """Store the teacher's logits on disk once, so that training on logits does not run the teacher.
 
-    Keeps the likeliest next tokens at every position of the training text, and the mass of all others. Give the
-    teacher, recipe and data that you will train with; the last line says what the tokens left out lose.
+    Stores the most likely next tokens at every position of the training text, and the probability mass of the rest.
+    Give the teacher, recipe and data that you will train with. The last line reports the loss from leaving out the
+    other tokens.
 
     Examples:
 
@@ -105,16 +111,16 @@ def train_teacher(
     ),
     layers: Annotated[int, typer.Option("--layers", metavar="4-8", help="Layers of the new model.")] = 4,
     tokens: Annotated[
-        str, typer.Option("--tokens", metavar="COUNT", help="Tokens to train on at most, such as 14M or 500k.")
+        str, typer.Option("--tokens", metavar="COUNT", help="Maximum number of training tokens, such as 14M or 500k.")
     ] = "14M",
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the weights and of what they learn from.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the weights and of the training data.")] = 0,
     resume: ResumeOption = False,
     overwrite: OverwriteOption = False,
 ) -> None:
-    """Train a small teacher for experiments, from nothing, on text and retrieval tasks.
+    """Train a small text teacher from scratch, for experiments, on text and retrieval tasks.
 
-    It stops when it copies and looks up without a fault, or when the tokens are spent, and says which. Leaves in
-    --out a model that `convert` takes as a teacher, its model card, the metrics and the log.
+    Stops when the model copies and looks things up without errors, or when the tokens are used up, and reports which.
+    Writes to --out a model that `convert` accepts as a teacher, its model card, the metrics and the log.
 
     Examples:
 
@@ -134,23 +140,23 @@ def train_vit(
             "--data",
             "-d",
             metavar="SOURCE",
-            help="Labelled images: a folder of idx files, a folder with one of images for each class, or the id of a "
-            "`datasets` data set.",
+            help="Labelled images: a folder of idx files, a folder with one subfolder of images per class, or the id "
+            "of a `datasets` data set.",
         ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder to write to.")] = Path(
         "runs/small-vit"
     ),
-    epochs: Annotated[float, typer.Option("--epochs", help="Times that every image is read.")] = 5.0,
+    epochs: Annotated[float, typer.Option("--epochs", help="Passes over the training images.")] = 5.0,
     size: Annotated[int, typer.Option("--size", min=1, help="Height and width of the images, in pixels.")] = 28,
     patch: Annotated[int, typer.Option("--patch", min=1, help="Height and width of a patch, in pixels.")] = 4,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the weights and of the order of the images.")] = 0,
     resume: ResumeOption = False,
     overwrite: OverwriteOption = False,
 ) -> None:
-    """Train a small vision transformer for experiments, from nothing, on labelled images.
+    """Train a small vision transformer from scratch, for experiments, on labelled images.
 
-    Leaves in --out a model that `convert --task image-classification` takes as a teacher, its model card with its
+    Writes to --out a model that `convert --task image-classification` accepts as a teacher, its model card with the
     accuracy on test images, the metrics and the log.
 
     Examples:

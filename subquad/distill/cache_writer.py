@@ -1,11 +1,11 @@
-"""Writing the offline teacher: the store that teacher_cache.py reads, shard by shard.
+"""Writer of the offline teacher: the store that teacher_cache.py reads, shard by shard.
 
 Notable:
 - A shard is written aside, synced and renamed, and only then is `meta.json` replaced, in the same way. Whatever is
-  interrupted, `meta.json` names whole shards, and to resume is to go on after the last of them.
+  interrupted, `meta.json` names whole shards, and a resumed run continues after the last of them.
 - Ctrl-C ends with a shard of the rows that are done.
-- `kl_lost` is the KL of the teacher from what `lookup` will return, its rest spread evenly over the other tokens: what
-  truncation and rounding lose together, in nats per token, without regard to any student.
+- `kl_lost` is the KL of the teacher from what `lookup` will return, its rest spread evenly over the other tokens: the
+  loss by truncation and rounding together, in nats per token, without regard to any student.
 
 Legend of tensor suffixes: W rows of a shard, B rows, T tokens, K top-k, C positions of one chunk, V vocabulary, M model
 width.
@@ -38,7 +38,7 @@ from subquad.utils.progress import StageProgress
 
 FLOOR = -1e4  # least log-probability; float16 and float32 hold it exactly
 SHARD_BYTES, LEAST_SHARDS = 64 * 2**20, 16  # so many at least: an interruption loses little of a small cache
-# What must be as it was to go on with a cache: the key in meta.json, and what a user calls it.
+# Settings that must be the same to resume a cache: the key in meta.json, and its name for users.
 SETTINGS = {
     "teacher_fingerprint": "teacher",
     "dtype": "dtype",
@@ -68,13 +68,13 @@ def write_cache(
     console: Console | None = None,
     about: Meta | None = None,
 ) -> Meta:
-    """Writes what `teacher` says on the first `tokens` of `corpus.train` into `folder`; returns meta.json.
+    """Writes the answers of `teacher` on the first `tokens` of `corpus.train` into `folder`; returns meta.json.
 
     Args:
         tokens: rounded up to whole rows, and at most all windows of the text.
         batch: rows that go through the teacher at a time.
         shard_rows: rows of a shard, what an interruption loses; None for 64 MiB, or a sixteenth of a small cache.
-        resume: go on with the cache in `folder`. More tokens than it was planned for make it longer.
+        resume: continue the cache in `folder`. More tokens than it was planned for make it longer.
         console: where progress is shown.
         about: further entries of meta.json, such as versions and the command.
 
@@ -82,6 +82,7 @@ def write_cache(
         UserError: `folder` is not free, or its cache was made with other settings; top_k beyond the vocabulary; text
             shorter than one row; logits that are not finite; a disk that cannot be written.
     """
+    # Check the folder and the arguments
     claim_cache(folder, resume=resume)
     vocabulary = OutputHead.of(teacher.model).weight_VM.shape[0]
     if not 1 <= top_k <= vocabulary:
@@ -94,6 +95,8 @@ def write_cache(
             f"the training text has {len(corpus.train)} tokens, fewer than one sequence of {sequence_length}: "
             "give more text or a smaller sequence length"
         )
+
+    # Shards that are there already, and how many rows are to follow
     meta = {
         "kind": KIND,
         "format": FORMAT,
@@ -118,33 +121,35 @@ def write_cache(
         return written
 
     written = write_meta()  # at once: a folder with half a shard in it is then known as ours
+
+    # The other shards, one after another
     bar = StageProgress(console, "cache-teacher", steps=rows, step=done, unit="row")
     with bar, interrupt_waits() as interrupted:
         while done < rows and not interrupted():
             start, stop = done, min(rows, done + shard_rows)
-            began = time.perf_counter()
+            shard_started = time.perf_counter()
             parts = []
-            for at in range(start, stop, batch):
-                ids_BT = _rows(corpus, at, min(stop, at + batch), sequence_length)
-                parts.append(_answers(teacher, ids_BT, top_k, first_row=at))
-                done = at + len(ids_BT)
-                speed = (done - start) * sequence_length / (time.perf_counter() - began)
+            for row in range(start, stop, batch):
+                ids_BT = _rows(corpus, row, min(stop, row + batch), sequence_length)
+                parts.append(_answers(teacher, ids_BT, top_k, first_row=row))
+                done = row + len(ids_BT)
+                speed = (done - start) * sequence_length / (time.perf_counter() - shard_started)
                 bar.update(done, f"{speed:,.0f} tokens/s")
                 if interrupted():
                     break
             file = folder / f"shard-{len(shards):05d}.safetensors"
             data = save({name: torch.cat([stored[name] for stored, _ in parts]) for name in parts[0][0]})
             _write(file, data)
-            lost, kept = np.sum([sums for _, sums in parts], axis=0) / ((done - start) * sequence_length)
+            kl_lost, mass_kept = np.sum([sums for _, sums in parts], axis=0) / ((done - start) * sequence_length)
             shards.append(
                 {
                     "file": file.name,
                     "rows": done - start,
                     "bytes": len(data),
                     "sha256": hashlib.sha256(data).hexdigest(),
-                    "kl_lost": float(lost),
-                    "mass_kept": float(kept),
-                    "seconds": time.perf_counter() - began,
+                    "kl_lost": float(kl_lost),
+                    "mass_kept": float(mass_kept),
+                    "seconds": time.perf_counter() - shard_started,
                 }
             )
             written = write_meta()
@@ -152,23 +157,23 @@ def write_cache(
 
 
 def _whole_shards(folder: Path, meta: Meta, corpus: Corpus) -> list[Meta]:
-    """The shards of the cache that is in `folder`, if there is one and it is what `meta` and `corpus` would give."""
-    before = read_meta(folder)
-    if before is None:
+    """Shards of the cache in `folder`, if there is one; checks that it was made with `meta` and `corpus`."""
+    earlier = read_meta(folder)
+    if earlier is None:
         return []
-    shards: list[Meta] = before["shards"]
-    other = [name for key, name in SETTINGS.items() if before[key] != meta[key]]
-    if not other:
+    shards: list[Meta] = earlier["shards"]
+    differing = [name for key, name in SETTINGS.items() if earlier[key] != meta[key]]
+    if not differing:
         keys = np.concatenate([np.empty(0, "<i8"), *(shard_keys(folder, shard) for shard in shards)])
         length = meta["sequence_length"]
         # Hashes of the rows and not of the sources: a longer text may well begin as the shorter one did.
         rows = len(keys) if len(keys) <= len(corpus.train) // length else 0
         if not np.array_equal(keys, _corpus_keys(corpus, rows, length)):
-            other = ["text"]
-    if other:
+            differing = ["text"]
+    if differing:
         raise UserError(
-            f"cannot resume: the cache in '{folder}' was made with another {' and another '.join(other)}; resume with "
-            "the same settings, or replace it by --overwrite"
+            f"cannot resume: the cache in '{folder}' was made with another {' and another '.join(differing)}; resume "
+            "with the same settings, or replace it by --overwrite"
         )
     return shards
 
@@ -184,7 +189,7 @@ def _rows(corpus: Corpus, start: int, stop: int, length: int) -> Tensor:
 
 
 def _answers(teacher: Teacher, ids_BT: Tensor, k: int, first_row: int) -> tuple[dict[str, Tensor], list[float]]:
-    """What a shard holds of some rows, and the sums over their tokens of the KL that is lost and the mass kept."""
+    """Entries of a shard for some rows, and the sums over their tokens of the KL lost and the mass kept."""
     head = OutputHead.of(teacher.model)
     vocabulary = head.weight_VM.shape[0]
     hidden_NM = final_hidden(teacher.model, ids_BT.to(teacher.model.device)).flatten(0, 1)

@@ -131,11 +131,11 @@ class Checkpoints:
         return state | {"stage": self.stage, "identity": self.identity}
 
     def _check(self, state: State) -> None:
-        other = [what for what, value in self.identity.items() if state["identity"].get(what) != value]
-        if other:
+        differing = [setting for setting, value in self.identity.items() if state["identity"].get(setting) != value]
+        if differing:
             raise UserError(
                 f"cannot resume: the checkpoints in '{self.folder}' were made with another "
-                f"{' and another '.join(other)}; resume with the same settings, or start over in another folder."
+                f"{' and another '.join(differing)}; resume with the same settings, or start over in another folder."
             )
 
     @contextmanager

@@ -7,6 +7,7 @@ pass makes are counted.
 
 import weakref
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from subquad.distill.loop import StageInputs, micro_rows, prepared
 from subquad.model.base import BaseStudent
 from subquad.recipes.stage import Stage
-from subquad.utils.timing import clock
+from subquad.utils.timing import seconds_of
 
 SHORTEST = 64  # tokens of a row: shorter ones tell little of longer ones
 
@@ -56,16 +57,13 @@ def estimate_stage(stage: Stage, inputs: StageInputs, *, student: BaseStudent, t
         input_ids_BT = run.my_slice(inputs.data)
         with TensorBytes() as made, run.autocast():
             run.training_pass(input_ids_BT, 1.0)
-        start = clock(run.training_pass.device)
-        run.step(inputs.data)
-        stepped = clock(run.training_pass.device)
-        run.optimizer.step()
-        update = clock(run.training_pass.device) - stepped
+        step = seconds_of(partial(run.step, inputs.data), run.training_pass.device)
+        update = seconds_of(run.optimizer.step, run.training_pass.device)
         more = rows * longest / (tried * length)
         return StageEstimate(
             tokens=tried * length,
             whole=rows * longest,
-            pass_seconds=more * max(0.0, stepped - start - update),
+            pass_seconds=more * max(0.0, step - update),
             update_seconds=update,
             trained=sum(parameter.numel() for parameter in run.parameters.values()),
             trained_bytes=sum(parameter.nbytes for parameter in run.parameters.values()),

@@ -1,7 +1,7 @@
-"""How a stage is watched: one JSON line for every few steps.
+"""Training log of a run: one JSON line for every few steps.
 
-After a kill, the log may be ahead of the checkpoint that training goes on from. `RunLog` then cuts it back to that
-step, so that every step stands in it once.
+After a kill, the log may be ahead of the checkpoint that training resumes from. `RunLog` then cuts it back to that
+step, so that every step is in it once.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""The speed of the teacher's bare forward pass, by which training is measured."""
+"""Speed of the teacher's bare forward pass, with which the speed of training is compared."""
 
 import time
 
@@ -16,7 +16,7 @@ def bare_forward_speed(
     """Tokens per second of the teacher's forward pass from its inputs to all logits, on this process's device.
 
     Passes over the batch are repeated until `seconds` are over; the logits are made, and dropped, in chunks.
-    `sequence_length`: tokens that an image comes to.
+    `sequence_length`: tokens of an image.
     """
     inputs = inputs_of(batch)
     head = OutputHead.of(teacher) if has_head(teacher) else (lambda hidden: hidden)

@@ -1,4 +1,4 @@
-"""What a student is worth beside its teacher: likelihood, retrieval, tasks, memory, images, and text to read."""
+"""Measures of a student compared with its teacher: likelihood, retrieval, tasks, memory, images and samples."""
 
 from subquad.evaluate.footprint import cache_table, held_cache_bytes
 from subquad.evaluate.harness import harness

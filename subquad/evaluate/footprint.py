@@ -1,4 +1,4 @@
-"""Memory of caches: what a plan says its cache takes, and what a cache really holds."""
+"""Memory of caches: by the plan's arithmetic, and as a cache really allocates it."""
 
 from collections.abc import Iterator, Sequence
 

@@ -50,15 +50,17 @@ def harness(
     loaded = load_tasks(tasks, fewshot) if all(isinstance(task, str) for task in tasks) else list(tasks)
     if not loaded:
         return {}
+
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
+    # Run the tasks, on the documents asked for
     with evaluating(model), _quiet():
-        chosen = None
+        document_numbers = None
         if documents is not None:
             members = TaskManager(include_defaults=False).load(loaded)["tasks"]
-            chosen = {name: documents(len(task.eval_docs)) for name, task in members.items()}
+            document_numbers = {name: documents(len(task.eval_docs)) for name, task in members.items()}
         results = simple_evaluate(
             HFLM(
                 pretrained=model,
@@ -70,8 +72,8 @@ def harness(
             tasks=loaded,
             task_manager=TaskManager(include_defaults=False),
             num_fewshot=fewshot,
-            limit=limit if chosen is None else None,
-            samples=chosen,
+            limit=limit if document_numbers is None else None,
+            samples=document_numbers,
             bootstrap_iters=BOOTSTRAP,
             log_samples=False,
             random_seed=seed,
@@ -79,9 +81,11 @@ def harness(
             torch_random_seed=seed,
             fewshot_random_seed=seed,
         )
+
+    # Scores by task; a group with a score of its own stands for its members
     members = {member for group in results.get("groups", {}) for member in results["group_subtasks"][group]}
     scores = {task: _scores(row) for task, row in results["results"].items() if task not in members}
-    return {task: found for task, found in scores.items() if found}
+    return {task: metrics for task, metrics in scores.items() if metrics}
 
 
 def load_tasks(names: Sequence[str], fewshot: int | None = None) -> list[Any]:
@@ -93,7 +97,8 @@ def load_tasks(names: Sequence[str], fewshot: int | None = None) -> list[Any]:
     if not names:
         return []
     if find_spec("lm_eval") is None:
-        raise UserError(f"measuring the task '{names[0]}' needs lm-eval: run pip install 'subquad[eval]'")
+        install = "run pip install -e '.[eval]' in the checkout of Subquad"
+        raise UserError(f"measuring the task '{names[0]}' needs lm-eval: {install}")
     from lm_eval.tasks import TaskManager
 
     from subquad.evaluate.question_task import question_task
@@ -101,26 +106,32 @@ def load_tasks(names: Sequence[str], fewshot: int | None = None) -> list[Any]:
     loaded: list[Any] = []
     with _quiet():
         for name in dict.fromkeys(names):
+            # A file of questions
             if Path(name).suffix == ".jsonl":
                 loaded.append(question_task(Path(name), fewshot or 0))
                 continue
+
+            # A task or a group of lm-eval's
             manager = _task_manager()
             if name not in manager.all_tasks:
-                close = " or ".join(f"'{one}'" for one in get_close_matches(name, manager.all_tasks))
+                close = " or ".join(f"'{candidate}'" for candidate in get_close_matches(name, manager.all_tasks))
                 raise UserError(
                     f"unknown task '{name}': {f'did you mean {close}? ' if close else ''}"
                     "(valid: a .jsonl file, or a name that `lm-eval ls tasks` lists)"
                 )
             try:
-                found = manager.load([name])
+                loaded_task = manager.load([name])
             except Exception as error:  # of whatever library its data or its code needs
                 raise UserError(
                     f"the task '{name}' cannot be loaded ({first_line(error)}): check the network, or leave it out"
                 ) from error
-            for task in found["tasks"].values():
+
+            # No task that runs code or needs images
+            for task in loaded_task["tasks"].values():
                 if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
                     raise UserError(f"the task '{name}' runs code that models write, or needs more than text")
-            loaded += [found["groups"][name]] if name in found.get("groups", {}) else found["tasks"].values()
+            group = loaded_task.get("groups", {}).get(name)
+            loaded += loaded_task["tasks"].values() if group is None else [group]
         try:
             TaskManager(include_defaults=False).load(loaded)
         except ValueError as error:  # a task that stands in two of the groups

@@ -1,4 +1,4 @@
-"""How close students of images stay to their teacher: accuracy, agreement, divergence and distance of features.
+"""Fidelity of image students to their teacher: accuracy, agreement, divergence and distance of features.
 
 Shapes: B images, T tokens, M model width, V classes.
 """
@@ -41,29 +41,33 @@ def image_fidelity(
     everyone = {"teacher": teacher, **models}
     values: dict[str, dict[str, list[Tensor]]] = {name: {} for name in everyone}
     with evaluating(*everyone.values()):
-        for some in batches:
+        for batch in batches:
             answers = {
-                name: _answer(model, some.pixels_BCHW.to(model.device)).to(teacher.device)
+                name: _answer(model, batch.pixels_BCHW.to(model.device)).to(teacher.device)
                 for name, model in everyone.items()
             }
             for name, answer in answers.items():
-                for measure, value_B in _compared(answer, answers["teacher"], some.labels_B.to(teacher.device)).items():
+                labels_B = batch.labels_B.to(teacher.device)
+                for measure, value_B in _compared(answer, answers["teacher"], labels_B).items():
                     values[name].setdefault(measure, []).append(value_B.float().cpu())
-            tick(len(everyone) * len(some))
-    return {name: _summary({key: torch.cat(parts) for key, parts in found.items()}) for name, found in values.items()}
+            tick(len(everyone) * len(batch))
+    return {
+        name: _summary({measure: torch.cat(parts) for measure, parts in measures.items()})
+        for name, measures in values.items()
+    }
 
 
 @dataclass(frozen=True)
 class _Answer:
-    """The last hidden states, the logarithms of a classifier's probabilities, and a saliency model's map."""
+    """Last hidden states, log-probabilities of a classifier, and map of a saliency model."""
 
     hidden_BTM: Tensor
     logp_BV: Tensor | None = None
     map_BHW: Tensor | None = None
 
     def to(self, device: torch.device) -> "_Answer":
-        found = (self.hidden_BTM, self.logp_BV, self.map_BHW)
-        return _Answer(*(None if one is None else one.float().to(device) for one in found))  # type: ignore[arg-type]
+        parts = (self.hidden_BTM, self.logp_BV, self.map_BHW)
+        return _Answer(*(None if part is None else part.float().to(device) for part in parts))  # type: ignore[arg-type]
 
 
 def _answer(model: PreTrainedModel, pixels_BCHW: Tensor) -> _Answer:
@@ -77,22 +81,22 @@ def _answer(model: PreTrainedModel, pixels_BCHW: Tensor) -> _Answer:
     return _Answer(hidden_BTM, map_BHW=decode(hidden_BTM, pixels_BCHW.shape[-2:]).sigmoid())
 
 
-def _compared(mine: _Answer, theirs: _Answer, labels_B: Tensor) -> dict[str, Tensor]:
-    """Every measure, one value an image."""
-    found: dict[str, Tensor] = {}
-    if mine.hidden_BTM.shape == theirs.hidden_BTM.shape:  # a student of its own making may have another width
-        difference_BTM = mine.hidden_BTM - theirs.hidden_BTM
-        found["distance"] = difference_BTM.flatten(1).norm(dim=1) / theirs.hidden_BTM.flatten(1).norm(dim=1)
-    if mine.map_BHW is not None and theirs.map_BHW is not None:
-        found["saliency"] = (mine.map_BHW - theirs.map_BHW).abs().mean((1, 2))
-    if mine.logp_BV is not None and theirs.logp_BV is not None:
-        best_B = mine.logp_BV.argmax(-1)
-        found["kl"] = (theirs.logp_BV.exp() * (theirs.logp_BV - mine.logp_BV)).sum(-1)
-        found["agreement"] = best_B == theirs.logp_BV.argmax(-1)
+def _compared(student: _Answer, teacher: _Answer, labels_B: Tensor) -> dict[str, Tensor]:
+    """All measures, one value for each image."""
+    measures: dict[str, Tensor] = {}
+    if student.hidden_BTM.shape == teacher.hidden_BTM.shape:  # a student of its own making may have another width
+        difference_BTM = student.hidden_BTM - teacher.hidden_BTM
+        measures["distance"] = difference_BTM.flatten(1).norm(dim=1) / teacher.hidden_BTM.flatten(1).norm(dim=1)
+    if student.map_BHW is not None and teacher.map_BHW is not None:
+        measures["saliency"] = (student.map_BHW - teacher.map_BHW).abs().mean((1, 2))
+    if student.logp_BV is not None and teacher.logp_BV is not None:
+        best_B = student.logp_BV.argmax(-1)
+        measures["kl"] = (teacher.logp_BV.exp() * (teacher.logp_BV - student.logp_BV)).sum(-1)
+        measures["agreement"] = best_B == teacher.logp_BV.argmax(-1)
         known_B = labels_B != UNLABELLED
         if known_B.any():
-            found["accuracy"] = (best_B == labels_B)[known_B]
-    return found
+            measures["accuracy"] = (best_B == labels_B)[known_B]
+    return measures
 
 
 def _summary(values: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""How close students stay to their teacher on held-out text: KL, perplexity and agreement, by context length.
+"""Fidelity of students to their teacher on held-out text: KL, perplexity and agreement, by context length.
 
 Notable:
 - One pass at the longest context serves them all: the models are causal, so the first c positions of a row are what the
@@ -50,6 +50,7 @@ def likelihood(
     each row, summed over the models, when it is done.
     Raises `UserError` if a context is longer than the rows or below 2.
     """
+    # Check the arguments
     if "teacher" in models:
         raise ValueError("'teacher' is the name of the teacher's own row: give the model another one")
     rows, length = heldout_BT.shape
@@ -59,6 +60,8 @@ def likelihood(
                 f"cannot measure likelihood at a context of {context} tokens, the held-out rows have {length}: "
                 "choose contexts from 2 to that length, or hold out more text"
             )
+
+    # Every measure of every token, a chunk of positions at a time
     everyone = {"teacher": teacher, **models}
     longest = max(contexts, default=0)
     kl = {name: torch.zeros(rows, longest) for name in everyone}
@@ -70,20 +73,21 @@ def likelihood(
             ids_1T = heldout_BT[row : row + 1, :longest].to(teacher.device)
             hidden = {name: final_hidden(model, ids_1T.to(model.device)) for name, model in everyone.items()}
             for start in range(0, longest, chunk):
-                here = slice(start, min(start + chunk, longest))
-                targets_C = ids_1T[0, start + 1 : here.stop + 1]  # one less at the end of the row
+                positions = slice(start, min(start + chunk, longest))
+                targets_C = ids_1T[0, start + 1 : positions.stop + 1]  # one less at the end of the row
                 after = slice(start + 1, start + 1 + len(targets_C))
-                teacher_CV = _log_probabilities(teacher, hidden["teacher"][:, here])
+                teacher_CV = _log_probabilities(teacher, hidden["teacher"][:, positions])
                 p_CV, best_C = teacher_CV.exp(), teacher_CV.argmax(-1)
                 surprise["teacher"][row, after] = -_of_targets(teacher_CV, targets_C)
                 for name, model in models.items():
-                    logp_CV = _log_probabilities(model, hidden[name][:, here]).to(teacher_CV.device)
+                    logp_CV = _log_probabilities(model, hidden[name][:, positions]).to(teacher_CV.device)
                     surprise[name][row, after] = -_of_targets(logp_CV, targets_C)
-                    same[name][row, here] = (logp_CV.argmax(-1) == best_C).float().cpu()
+                    same[name][row, positions] = (logp_CV.argmax(-1) == best_C).float().cpu()
                     difference_CV = torch.sub(teacher_CV, logp_CV, out=logp_CV)  # their last use: overwrite them
-                    kl[name][row, here] = torch.einsum("cv,cv->c", p_CV, difference_CV).cpu()
+                    kl[name][row, positions] = torch.einsum("cv,cv->c", p_CV, difference_CV).cpu()
             tick(len(everyone) * longest)
 
+    # Means by context, and between one context and the next
     bounds = [0, *sorted(set(contexts))]
     result: dict[str, Measures] = {}
     for name in everyone:
@@ -131,18 +135,18 @@ def evaluating(*models: PreTrainedModel) -> Iterator[None]:
 
 
 def _sample_means(values_BT: Tensor) -> list[float]:
-    """Neighbouring tokens hang together: rows are the samples, or blocks of a single row."""
+    """Means of the samples: rows, or blocks of a single row, since neighbouring tokens are correlated."""
     groups = values_BT if len(values_BT) > 1 else values_BT[0].tensor_split(min(8, values_BT.shape[1]))
     return [group.double().mean().item() for group in groups]
 
 
 def standard_error(samples: Sequence[float]) -> float:
-    """Of the mean of at least two independent samples."""
+    """Standard error of the mean of at least two independent samples."""
     return stdev(samples) / math.sqrt(len(samples))
 
 
 class Gain(NamedTuple):
-    """By how much one mean lies below another over the same samples, and the standard error of that."""
+    """Difference of two means over the same samples, and its standard error."""
 
     mean: float
     stderr: float
@@ -153,6 +157,6 @@ class Gain(NamedTuple):
 
 
 def paired_gain(mine: Sequence[float], theirs: Sequence[float]) -> Gain:
-    """The gain of `mine` over `theirs`, sample by sample: it is these differences that have to stand out."""
-    gains = [other - one for one, other in zip(mine, theirs, strict=True)]
+    """Gain of `mine` over `theirs`, with the standard error of the differences between paired samples."""
+    gains = [baseline - sample for sample, baseline in zip(mine, theirs, strict=True)]
     return Gain(fmean(gains), standard_error(gains))

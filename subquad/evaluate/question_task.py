@@ -1,4 +1,4 @@
-"""A file of questions as a task of lm-eval's; what it measures is averaged over the questions.
+"""A file of questions as a task of lm-eval; metrics are averaged over the questions.
 
 With choices: `acc`, the right choice is the likeliest, and `acc_norm`, it is by log-probability per character. Without:
 `acc`, every token of the answer is the likeliest; `exact_match`, what the model writes greedily up to the end of the
@@ -41,7 +41,7 @@ def question_task(path: Path, fewshot: int) -> ConfigurableTask:
         kind, metrics = _WrittenAnswers, ["acc", "exact_match", "logprob"]
         rows = [{"prompt": question.spaced_prompt, "answer": question.answer} for question in questions]
         longest = max(len(row["answer"].encode()) for row in rows)  # a token has a byte at least
-        how = {
+        settings = {
             "output_type": "generate_until",
             "generation_kwargs": {"until": ["\n"], "max_gen_toks": longest + 1, "do_sample": False},
             "process_results": _scores,
@@ -52,7 +52,7 @@ def question_task(path: Path, fewshot: int) -> ConfigurableTask:
             {"prompt": question.spaced_prompt, "answer": question.right, "choices": question.choices}
             for question in questions
         ]
-        how = {"output_type": "multiple_choice", "doc_to_choice": "choices"}
+        settings = {"output_type": "multiple_choice", "doc_to_choice": "choices"}
     config = {
         "task": str(path),
         "custom_dataset": lambda: {"test": Dataset.from_list(rows)},
@@ -63,7 +63,7 @@ def question_task(path: Path, fewshot: int) -> ConfigurableTask:
         "target_delimiter": "",
         "metric_list": [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in metrics],
     }
-    return kind(config=config | how)
+    return kind(config=config | settings)
 
 
 def _scores(doc: dict[str, Any], results: tuple[str, tuple[float, bool]]) -> dict[str, float]:

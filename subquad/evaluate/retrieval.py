@@ -1,10 +1,10 @@
-"""Score retrieval probes: does the model give the answer, and how likely did it find it?
+"""Score retrieval probes by the share of answers right and their log-probability.
 
 Where one fact answers a question, its depth is known, and scores are also given by it (`by_depth`): with the context
 length, the two axes of the needle-in-a-haystack test.
 
-Accuracy alone says little of a small model (0 % and 0 % look equal, whatever was lost), so the log-probability of the
-answer stands beside it. Decoders run over whole rows; heads only see the positions that predict answer tokens.
+Accuracy alone says little of a small model (0% and 0% look equal, whatever was lost), so the log-probability of the
+answer is reported as well. Decoders run over whole rows; heads only see the positions that predict answer tokens.
 
 A probe that the teacher itself fails measures nothing in a student: `usable` says so before it is used.
 
@@ -26,7 +26,7 @@ from subquad.model.output_head import final_hidden, head_logits
 TOKENS_AT_ONCE = 4096  # short rows go through the decoder together
 POSITIONS_AT_ONCE = 256  # of logits
 
-FLOORS = {"accuracy": 0.5, "logprob": 1.0}  # of a teacher: share of answers right, nats/token that the facts are worth
+FLOORS = {"accuracy": 0.5, "logprob": 1.0}  # for a teacher: share of answers right, gain in nats/token from the facts
 
 DEPTHS = 5  # bands that depth is cut into
 
@@ -35,7 +35,7 @@ Score = dict[str, Any]
 
 @dataclass(frozen=True)
 class Answers:
-    """What a model made of the answers of a probe, row by row; four float64 tensors (N,) on the CPU.
+    """Scores of a model on the answers of a probe, row by row; four float64 tensors (N,) on the CPU.
 
     `hits_N` of `counted_N` were right: answer tokens if `probe.per_token`, otherwise the row's one answer, right if all
     its tokens are. `logprob_N`: natural log-probability of the row's whole answer of `tokens_N` tokens, given the true
@@ -59,9 +59,9 @@ class Answers:
         band_N = (depth_N * DEPTHS).long().clamp(0, DEPTHS - 1)
         bands = []
         for band in range(DEPTHS):
-            here = [part[band_N == band] for part in (self.hits_N, self.counted_N, self.logprob_N, self.tokens_N)]
-            rows = len(here[0])
-            bands.append({"rows": rows} | (Answers(*here).score() if rows else {}))
+            parts = [part[band_N == band] for part in (self.hits_N, self.counted_N, self.logprob_N, self.tokens_N)]
+            rows = len(parts[0])
+            bands.append({"rows": rows} | (Answers(*parts).score() if rows else {}))
         return bands
 
 
@@ -89,9 +89,9 @@ def retrieval(
     for task, by_context in probes.items():
         scores[task] = {}
         for context, probe in by_context.items():
-            found = answers(model, probe)
-            depths = {} if probe.depth is None else {"by_depth": found.by_depth(probe.depth)}
-            scores[task][context] = found.score() | depths
+            model_answers = answers(model, probe)
+            depths = {} if probe.depth is None else {"by_depth": model_answers.by_depth(probe.depth)}
+            scores[task][context] = model_answers.score() | depths
             tick(probe.input_ids.numel())
     return scores
 
@@ -100,7 +100,7 @@ def retrieval(
 def answers(
     model: PreTrainedModel, probe: Probe, hidden: Callable[[PreTrainedModel, Tensor], Tensor] = final_hidden
 ) -> Answers:
-    """What `model` makes of every row of `probe`, in evaluation mode.
+    """Scores of `model` on every row of `probe`, in evaluation mode.
 
     `hidden`: how its last hidden states (N, T, M) are computed from token ids (N, T), `TOKENS_AT_ONCE` at a time.
     """
@@ -146,9 +146,9 @@ def usable(
     floor = FLOORS[by] if floor is None else floor
     value = (answered or answers(teacher, probe)).score()[by]
     if by == "accuracy":
-        found = f"the teacher gives {value:.1%} of the answers, and should give {floor:.1%}"
+        finding = f"the teacher gives {value:.1%} of the answers, and should give {floor:.1%}"
     else:
         value -= answers(teacher, probe.exchanged()).score()["logprob"]
-        found = f"its facts make an answer {value:.2f} nats/token likelier to the teacher, and should by {floor:.2f}"
+        finding = f"its facts make an answer {value:.2f} nats/token likelier to the teacher, and should by {floor:.2f}"
     passed = value >= floor  # not where it is NaN
-    return Verdict(passed, f"{'usable' if passed else 'unusable'}: {found} or more")
+    return Verdict(passed, f"{'usable' if passed else 'unusable'}: {finding} or more")

@@ -41,9 +41,9 @@ def paired_samples(
     prompts: Sequence[str],
     max_new_tokens: int = 64,
 ) -> list[dict[str, str]]:
-    """What both go on to write, as `samples` does: [{"prompt", "teacher", "student"}]."""
-    theirs, mine = (samples(model, tokenizer, prompts, max_new_tokens) for model in (teacher, student))
+    """Continuations of both models, as `samples` makes them: [{"prompt", "teacher", "student"}]."""
+    by_teacher, by_student = (samples(model, tokenizer, prompts, max_new_tokens) for model in (teacher, student))
     return [
-        {"prompt": one["prompt"], "teacher": other["text"], "student": one["text"]}
-        for one, other in zip(mine, theirs, strict=True)
+        {"prompt": prompt, "teacher": teacher_sample["text"], "student": student_sample["text"]}
+        for prompt, teacher_sample, student_sample in zip(prompts, by_teacher, by_student, strict=True)
     ]

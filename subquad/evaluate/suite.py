@@ -1,6 +1,6 @@
-"""What a conversion is measured by: held-out text or images, retrieval, tasks, cache bytes, rivals of the same budget.
+"""All measures of a conversion: held-out text or images, retrieval, tasks and cache bytes.
 
-Every number of metrics.json's rows is made here, and in the same pass for all models.
+Every number in the rows of metrics.json is made here, in the same pass for all models.
 """
 
 import time
@@ -18,6 +18,8 @@ from subquad.evaluate.harness import load_tasks
 from subquad.model.base import plan_of
 from subquad.pretrained.load import Teacher
 from subquad.recipes.schema import EvaluateConfig
+from subquad.results.metrics import Variant
+from subquad.results.record import check_written
 from subquad.utils.progress import StageProgress
 from subquad.utils.token_cost import TokenCost
 
@@ -46,8 +48,8 @@ def evaluate_models(
         if isinstance(data, ImageSet):
             per_image = data.tokens
             images = data.heldout_batches(config.rows)
-            found = image_fidelity(models, source.model, images, tick=lambda count: tick(per_image * count))
-            rows: dict[str, dict[str, Any]] = {name: {"images": measures} for name, measures in found.items()}
+            fidelity = image_fidelity(models, source.model, images, tick=lambda count: tick(per_image * count))
+            rows: dict[str, dict[str, Any]] = {name: {"images": measures} for name, measures in fidelity.items()}
         else:
             rows = _on_text(models, source, data, config, tick)
     for name, row in rows.items():
@@ -55,6 +57,7 @@ def evaluate_models(
         if isinstance(data, Corpus):
             row["cache_bytes"] = cache_table(plan, config.cache_contexts, dtype)
         row |= {"attention_layers": plan.attention_layers, "plan_pattern": plan.pattern()}
+        check_written(Variant, row)
     metrics: dict[str, Any] = {**rows}
     if isinstance(data, Corpus):
         prompts, length = config.prompts, config.max_new_tokens
@@ -67,22 +70,22 @@ def _on_text(
 ) -> dict[str, dict[str, Any]]:
     """Likelihood, retrieval and tasks."""
     rows, probes = questions(config, source, corpus)
-    everyone = {"teacher": source.model, **models}
-    measured = likelihood(models, source.model, rows, config.contexts, tick=tick)
-    found = {name: retrieval(model, probes, tick) for name, model in everyone.items()}
+    all_models = {"teacher": source.model, **models}
+    likelihoods = likelihood(models, source.model, rows, config.contexts, tick=tick)
+    scores = {name: retrieval(model, probes, tick) for name, model in all_models.items()}
     tasks = load_tasks(config.tasks)
     return {
         name: {
-            **measured[name],
-            "retrieval": found[name],
+            **likelihoods[name],
+            "retrieval": scores[name],
             "tasks": harness(model, source.tokenizer, tasks, limit=config.task_limit),
         }
-        for name, model in everyone.items()
+        for name, model in all_models.items()
     }
 
 
 def check_heldout(config: EvaluateConfig, source: Teacher, data: Corpus | ImageSet) -> None:
-    """Raises UserError where there is less held-out data than is to be measured on."""
+    """Raises UserError where there is less held-out data than `config` asks for."""
     if isinstance(data, ImageSet):
         data.heldout_batches(config.rows)
     else:
@@ -106,7 +109,7 @@ def questions(
 
 
 def evaluation_cost(config: EvaluateConfig, models: int, data: Corpus | ImageSet) -> TokenCost:
-    """What measuring that many models, the teacher among them, costs on held-out data and retrieval (not on tasks)."""
+    """Cost of measuring `models` models, the teacher included, on held-out data and retrieval (not on tasks)."""
     if isinstance(data, ImageSet):
         return TokenCost(forward_tokens=models * config.rows * data.tokens)
     probes = len(config.retrieval.tasks) * config.retrieval.count * sum(config.retrieval.contexts)

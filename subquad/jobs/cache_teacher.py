@@ -35,9 +35,10 @@ def cache_teacher(
     """Writes the teacher's `top_k` likeliest next tokens on the text of `convert` into the folder `out`.
 
     `tokens`, `sequence_length` and `batch` (rows at a time) default to those of the recipe's first stage on logits.
-    `resume`: go on with an interrupted cache in `out`; `overwrite`: delete an earlier one first. Raises UserError for
+    `resume`: continue an interrupted cache in `out`; `overwrite`: delete an earlier one first. Raises UserError for
     anything wrong with what was given.
     """
+    # Settings: the caller's, else those of the recipe's first stage on logits
     recipe = checked_recipe(recipe, teacher, data)
     out = Path(out)
     stage = next((stage for stage in recipe.stages if "logits" in stage.weights), None)
@@ -46,6 +47,8 @@ def cache_teacher(
         batch = batch or stage.batch // stage.accumulate
     if tokens is None or sequence_length is None:
         raise UserError(f"the recipe '{recipe.name}' has no stage on logits: give --tokens and --sequence-length")
+
+    # The folder, the teacher and its text
     run = Run(recipe, out, make_accelerator(out), Console(), resume)
     if run.accelerator.num_processes > 1:
         raise UserError("the teacher's cache is written by one process: start the command without accelerate launch")
@@ -58,6 +61,8 @@ def cache_teacher(
     run.say(f"teacher: {source.name}; {corpus.amount}")
     if len(corpus.train) < tokens:
         run.say(f"the text is shorter than the {tokens:,} tokens that were asked for: all of it is cached")
+
+    # Write the cache, and open it as training will
     write_cache(
         out,
         source,

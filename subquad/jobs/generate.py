@@ -28,8 +28,11 @@ def generate(
         prompt = str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
     encoded = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat).to(lm.device)
     torch.manual_seed(seed)
-    how = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     tokens = cast(Any, lm).generate(  # of GenerationMixin, which transformers' types hide
-        input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"], max_new_tokens=max_new_tokens, **how
+        input_ids=encoded["input_ids"],
+        attention_mask=encoded["attention_mask"],
+        max_new_tokens=max_new_tokens,
+        **sampling,
     )
     return str(tokenizer.decode(tokens[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True))

@@ -1,4 +1,4 @@
-"""A run: its folder, its settings, what its parts took, and on what machine and versions it ran."""
+"""A run: its folder, its settings, the time of its parts, and the machine and versions it ran on."""
 
 import os
 import shutil
@@ -33,16 +33,16 @@ class Run:
 
     @property
     def main(self) -> bool:
-        """Whether this process is the one that writes and speaks."""
+        """Whether this process is the one that writes files and prints."""
         return bool(self.accelerator.is_main_process)
 
     def say(self, text: str) -> None:
-        """Tells the user, once for all processes."""
+        """Prints a line, once for all processes."""
         self.console.print(text, highlight=False, soft_wrap=True)
 
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:
-        """Enters the seconds that what is within takes."""
+        """Records the seconds that the block takes."""
         start = time.perf_counter()
         yield
         self.seconds[part] = time.perf_counter() - start
@@ -76,7 +76,8 @@ class Run:
 def start_run(recipe: Recipe, out: Path, *, resume: bool, overwrite: bool) -> Run:
     """A run in the folder `out`: new, emptied of an earlier run, or to be resumed with the same recipe.
 
-    Raises UserError, and touches nothing, for a folder that holds something else, or an earlier run without leave.
+    Raises UserError, and touches nothing, for a folder that holds something else, or an earlier run with neither
+    `resume` nor `overwrite`.
     """
     accelerator = make_accelerator(out)
     console = Console(quiet=not accelerator.is_main_process)
@@ -108,8 +109,8 @@ def provenance(run: Run, command: str | None) -> dict[str, Any]:
 def make_accelerator(out: Path, mixed_precision: Literal["no", "bf16"] | None = None) -> Accelerator:
     """This process among those that were launched, with its device; its tracker will write to `out`/tensorboard.
 
-    Nothing is written before `init_trackers("tensorboard")`; `end_training()` closes the tracker. Without
-    `mixed_precision` it is what `accelerate launch` was told, or none.
+    Nothing is written before `init_trackers("tensorboard")`; `end_training()` closes the tracker. `mixed_precision`
+    defaults to that of `accelerate launch`, or none.
     """
     # Without cpu=True, processes that were launched on a machine with no GPU would not find each other.
     on_cpu = not torch.accelerator.is_available()

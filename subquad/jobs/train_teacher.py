@@ -1,15 +1,15 @@
-"""A small teacher for experiments, trained from nothing until it copies and looks up perfectly.
+"""A small teacher for experiments, trained from scratch until it copies and looks up perfectly.
 
 A pretrained model is too slow for a test, and a random one has nothing to lose. This one is a Llama of 4 layers, small
-enough for two cores. It reads plain text and answers the retrieval probes almost without a fault, so that whatever a
-conversion takes from it shows.
+enough for two cores. It reads plain text and answers the retrieval probes almost without a fault, so that any loss in a
+conversion shows.
 
 Notable:
 - The contexts of `LADDER` are trained one after the other, in rounds. A round is a stage of the one training loop
   (distill/loop.py), with checkpoints and a learning rate that comes down; after it the probes of this context and the
   shorter ones are measured. The next context begins when nearly all are answered, and the run ends when, at the last
   one, as many are as `NEEDED` says.
-- What it reads is in lessons.py.
+- Its training data is in data/curriculum.py.
 """
 
 import time
@@ -66,8 +66,8 @@ def train_teacher(
 ) -> dict[str, Any]:
     """Trains a teacher of `layers` layers on at most about `tokens` tokens into the folder `out`; returns its metrics.
 
-    `data`: text instead of the default corpora. `resume`: go on with an interrupted run in `out`; `overwrite`: delete
-    an earlier run there first. Leaves the model, its tokenizer, README.md, metrics.json, log.jsonl and checkpoints.
+    `data`: text instead of the default corpora. `resume`: continue an interrupted run in `out`; `overwrite`: delete an
+    earlier run there first. Leaves the model, its tokenizer, README.md, metrics.json, log.jsonl and checkpoints.
     Raises UserError for anything wrong with what was given.
     """
     started = time.perf_counter()

@@ -1,4 +1,4 @@
-"""A small vision transformer for experiments, trained from nothing on a set of labelled images.
+"""A small vision transformer for experiments, trained from scratch on a set of labelled images.
 
 As with the small teacher of text (train_teacher.py), a run is a stage of the one training loop: an all-attention
 student that learns from labels. What comes out is a plain `ViTForImageClassification`, with its accuracy on test images
@@ -43,16 +43,18 @@ def train_vit(
 ) -> dict[str, Any]:
     """Trains a vision transformer of 4 layers on the images `data` into the folder `out`; returns its metrics.
 
-    `epochs`: times that every image is read. `size`, `patch`: pixels of an image's and of a patch's sides. `resume`: go
-    on with an interrupted run in `out`; `overwrite`: delete an earlier run there first. Leaves the model, its image
+    `epochs`: times that every image is read. `size`, `patch`: pixels of an image's and of a patch's sides. `resume`:
+    continue an interrupted run in `out`; `overwrite`: delete an earlier run there first. Leaves the model, its image
     processor, README.md, metrics.json, log.jsonl and checkpoints. Raises UserError for anything wrong with what was
     given.
     """
     started = time.perf_counter()
-    if size % patch or not epochs > 0:
+    if size % patch:
         raise UserError(
-            f"images of {size} pixels are not cut into patches of {patch}, or {epochs:g} epochs are no time"
+            f"images of {size} pixels are not cut into patches of {patch}: make --size a multiple of --patch"
         )
+    if not epochs > 0:
+        raise UserError(f"--epochs is {epochs:g}: give a number above 0")
     tokens = 1 + (size // patch) ** 2
     processor = ViTImageProcessorPil(size={"height": size, "width": size}, image_mean=PLAIN, image_std=PLAIN)
     images = load_images(data, processor, tokens=tokens, heldout_fraction=HELDOUT)

@@ -185,24 +185,3 @@ def register() -> None:
     """Makes transformers' auto classes know students; `import subquad` sees to it."""
     AutoConfig.register(StudentConfig.model_type, StudentConfig, exist_ok=True)
     AutoModelForCausalLM.register(StudentConfig, Student, exist_ok=True)
-
-
-def cache_after(student: Student, context: int) -> StudentCache:
-    """The cache of one sequence of `context` tokens, of the right size and with anything in it: no need to read them.
-
-    Reading 32k tokens would take most models far longer than all the steps.
-    """
-    cache = student.new_cache()
-    generator = torch.Generator().manual_seed(0)
-    for index, (layer, module) in enumerate(zip(cache.layers, student.attention_modules(), strict=True)):
-        device = next(module.parameters()).device
-        layer.tokens, layer.is_initialized = context, True
-        for name, mixer in student.mixers(index).items():
-            held = mixer.held(mixer.group, mixer.options, context)
-            layer.states[name] = {
-                key: torch.rand(1, *part.shape, generator=generator).to(
-                    device, torch.promote_types(student.dtype, torch.float32) if part.wide else student.dtype
-                )
-                for key, part in held.items()
-            }
-    return cache

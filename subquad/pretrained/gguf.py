@@ -1,9 +1,9 @@
-"""A GGUF file becomes a folder that any `from_pretrained` loads.
+"""Conversion of a GGUF file to a folder that any `from_pretrained` loads.
 
 Notable:
 - Weights are dequantised to float32 once; the folder, named by the file's SHA-256, stays in the cache.
-- The folder knows nothing of GGUF: a plain config, safetensors, and a tokenizer that cuts text as the file's metadata
-  says.
+- Nothing in the folder refers to GGUF: a plain config, safetensors, and a tokenizer that splits text as the file's
+  metadata asks for.
 """
 
 from pathlib import Path
@@ -16,12 +16,12 @@ from subquad.utils.files import build_once, cache_dir, first_line
 from subquad.utils.logging import quiet
 
 FORMAT = 1  # of a converted folder; raise it when the conversion changes
-# GGUF names of tokenizers that cut every digit off before the GPT-2 rule; transformers leaves that out.
+# GGUF names of tokenizers that split off every digit before the GPT-2 rule; transformers leaves that out.
 _DIGIT_SPLITTERS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
 
 
 def converted(file: Path, sha256: str) -> Path:
-    """The folder that `file`, whose digest is `sha256`, converts to; from the cache where it was converted before.
+    """Folder that `file`, of digest `sha256`, is converted to; from the cache if it was converted before.
 
     Raises:
         UserError: the file is damaged or cut short, of an architecture transformers does not read, or the disk is full.
@@ -58,7 +58,7 @@ def _convert(file: Path, folder: Path) -> None:
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         )
     tokenizer.save_pretrained(folder)
-    # A plain model, that knows nothing of GGUF, so that it saves, loads and trains like any other.
+    # A plain model without GGUF settings, so that it saves, loads and trains like any other.
     described = model.config.to_dict()
     described.pop("quantization_config", None)
     described.pop("_name_or_path", None)
@@ -72,7 +72,7 @@ def _convert(file: Path, folder: Path) -> None:
 
 
 def _string(file: Path, key: str) -> str | None:
-    """One text of a GGUF file's metadata."""
+    """String in the metadata of a GGUF file."""
     from gguf import GGUFReader
 
     entry = GGUFReader(file).get_field(key)

@@ -1,7 +1,7 @@
 """Load a teacher: a language model with its tokenizer, or a model of images with its processor.
 
 Notable:
-- Every source goes through the same checks (checkpoint.py) and the same `from_pretrained`. Safetensors are mapped into
+- Every source goes through the same checks (source.py) and the same `from_pretrained`. Safetensors are mapped into
   memory, so a folder loads in about a second.
 - After loading no weight may be missing, which transformers would fill with noise.
 """
@@ -37,16 +37,16 @@ PLAIN = (0.5, 0.5, 0.5)  # mean and deviation of images, where a folder has no p
 
 @dataclass
 class Teacher:
-    """A frozen model with what prepares its input.
+    """A frozen model with its tokenizer or image processor.
 
     Attributes:
         model: in evaluation mode, no parameter requires a gradient.
         reader: the tokenizer, or the image processor.
         name: for people.
-        source: what to give `load_pretrained` to get it again, from any working directory.
+        source: argument that makes `load_pretrained` load it again, from any working directory.
         fingerprint: hex SHA-256 of the config, the names and sizes of the weights files, and samples of their bytes.
-            Cheap, and tells a fine-tuned checkpoint from its base.
-        task: what it was loaded for.
+            Cheap, and differs between a fine-tuned checkpoint and its base.
+        task: the task that it was loaded for.
     """
 
     model: PreTrainedModel
@@ -72,7 +72,7 @@ class Teacher:
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The reader of a model of text."""
+        """The reader of a language model."""
         tokenizer: PreTrainedTokenizerBase = self.reader
         return tokenizer
 
@@ -90,7 +90,7 @@ def load_pretrained(
     """The teacher named by `source`: "default", a Hub id, a folder, or a GGUF file.
 
     Args:
-        task: what it is for: text-generation, image-classification, or image-feature-extraction.
+        task: text-generation, image-classification, or image-feature-extraction.
         dtype: of the weights.
         device: where to load them; None is the CPU, the memory-mapped way.
         trust_remote_code: run modelling code that the checkpoint brings along.
@@ -145,7 +145,7 @@ def load_processor(folder: Path, *, trust_remote_code: bool = False) -> Any:
         if (folder / "preprocessor_config.json").is_file():
             return AutoImageProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # whatever a library says of such a file
+    except Exception as error:  # of whatever type a library raises for such a file
         raise UserError(f"the image processor in {folder} cannot be read ({first_line(error)})") from error
     height, width = image_size(config)
     return ViTImageProcessorPil(size={"height": height, "width": width}, image_mean=PLAIN, image_std=PLAIN)

@@ -1,4 +1,4 @@
-"""A checkpoint's folder: where it is, what its config says it is, and whether its weights are whole.
+"""Folder of a checkpoint: its place, the check of its config, and of its weights.
 
 Notable:
 - Every source ends as a local folder with `config.json` and safetensors. A GGUF file is dequantised once; the folder,

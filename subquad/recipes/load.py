@@ -49,6 +49,15 @@ def load_recipe(name_or_path: str | Path, overrides: Iterable[str] = (), tokens_
     return recipe if tokens_scale == 1.0 else _scale_recipe(recipe, tokens_scale)
 
 
+def recipe_of(model: str | Path, overrides: Iterable[str] = ()) -> tuple[Recipe, str | None]:
+    """Recipe that made the model in a folder, and the teacher it names; without a recipe.yaml, "quick" and None."""
+    file = Path(model) / "recipe.yaml"
+    if not file.is_file():
+        return load_recipe("quick", overrides), None
+    recipe = load_recipe(file, overrides)
+    return recipe, recipe.teacher
+
+
 def _scale_recipe(recipe: Recipe, factor: float) -> Recipe:
     def tokens(count: int) -> int:
         return max(1, round(count * factor))

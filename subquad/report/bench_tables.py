@@ -1,6 +1,6 @@
-"""What `subquad bench` found: a table for each batch, where the student overtakes, and a picture.
+"""Report of `subquad bench`: a table for each batch size, conclusions in sentences, and a picture.
 
-An extrapolated number has a `~` before it in the table, and a hollow mark on a broken line in the picture.
+An extrapolated number is marked by `~` in a table, and by a hollow mark on a dashed line in the picture.
 """
 
 import math
@@ -67,7 +67,7 @@ def _table(report: Report, batch: int) -> Table:
 def _cell(row: Row, text: str) -> str:
     if row["seconds"] is None:
         return fmt.DASH
-    return f"{'' if row['measured'] else '~'}{text} [not bold dim]{fmt.percent(row['roofline']['share'], 0):>5}[/]"
+    return f"{'' if row['measured'] else '~'}{text} [not bold dim]{fmt.percent(row['roofline']['share'], 0):>4}[/]"
 
 
 def _seconds(value: float) -> str:
@@ -98,7 +98,7 @@ def _rows(report: Report, name: str, batch: int, measure: str | None = None) -> 
 
 
 def findings(report: Report) -> list[str]:
-    """What the numbers come to, a line each: overtaking, flatness, the machine, spread, what was extrapolated how."""
+    """Conclusions, a line each: overtaking, growth with context, the roofline, spread, extrapolation."""
     roof, machine = report["roof"], report["machine"]
     where = f"{machine['processor']}, {fmt.count(machine['threads'], 'thread')}"
     return [
@@ -114,24 +114,24 @@ def findings(report: Report) -> list[str]:
 
 
 def _overtakes(report: Report) -> list[str]:
-    """From which context on the first model is the faster one, a line each batch."""
+    """Contexts from which the first model is faster, a line for each batch size."""
     lines = []
     for batch in report["settings"]["batches"]:
-        found = [one for one in report["overtakes"] if one["batch"] == batch]
-        parts = [f"{NAMES[one['measure']]} {_where(one)}" for one in found]
+        crossings = [crossing for crossing in report["overtakes"] if crossing["batch"] == batch]
+        parts = [f"{NAMES[crossing['measure']]} {_where(crossing)}" for crossing in crossings]
         if parts:
             first, second = report["models"]
             lines.append(f"the {first} overtakes the {second}, batch {batch}: {', '.join(parts)}")
     return lines
 
 
-def _where(found: Mapping[str, Any]) -> str:
-    doubt = " (extrapolated)" if found["extrapolated"] else ""
-    return (f"from {found['context']:,.0f} tokens on" if found["where"] == "from" else found["where"]) + doubt
+def _where(crossing: Mapping[str, Any]) -> str:
+    doubt = " (extrapolated)" if crossing["extrapolated"] else ""
+    return (f"from {crossing['context']:,.0f} tokens on" if crossing["where"] == "from" else crossing["where"]) + doubt
 
 
 def _growth(report: Report) -> list[str]:
-    """How much longer a token of `generate` takes at the longest context than at the shortest."""
+    """Time of a token of `generate` at the longest context over that at the shortest."""
     lines = []
     for batch in report["settings"]["batches"]:
         parts, doubt = [], ""
@@ -164,25 +164,22 @@ def _apart(row: Row) -> float:
 
 
 def _extrapolated(report: Report) -> list[str]:
-    """What was extrapolated how, a line for each measure and formula: from where, for want of what, and how firmly."""
+    """Extrapolations, a line for each measure and formula: beyond which context, why, and how accurate."""
     several = len(report["settings"]["batches"]) > 1
     groups: dict[tuple[str, str], dict[str, list[Row]]] = {}
     for row in report["cells"]:
         if not row["measured"] and row["seconds"] is not None:
-            who = row["model"] + (f" at batch {row['batch']}" if several else "")
-            groups.setdefault((row["measure"], row["formula"]), {}).setdefault(who, []).append(row)
+            model = row["model"] + (f" at batch {row['batch']}" if several else "")
+            groups.setdefault((row["measure"], row["formula"]), {}).setdefault(model, []).append(row)
     lines = []
-    for (measure, formula), by_whom in groups.items():
+    for (measure, formula), by_model in groups.items():
         parts = [
-            f"{who} beyond {fmt.context(max(rows[0]['fitted_to'], default=0))} tokens "
+            f"{model} beyond {fmt.context(max(rows[0]['fitted_to'], default=0))} tokens "
             f"(too little {rows[0]['too_little']}; known within {fmt.percent(max(map(_apart, rows)), 0)})"
-            for who, rows in by_whom.items()
+            for model, rows in by_model.items()
         ]
         lines.append(f"~ extrapolated, N being the context: {NAMES[measure]} as {formula}: {', '.join(parts)}")
     return lines
-
-
-# The picture ---------------------------------------------------------------------------------------------------------
 
 
 def draw_bench(report: Report, path: Path) -> None:
@@ -217,8 +214,8 @@ def _draw(ax: Axes, report: Report, measure: str, key: str, label: str, text: Ca
             several = f", batch {batch}" if len(report["settings"]["batches"]) > 1 else ""
             ax.plot(*_points(measured, key), linewidth=1.8, label=f"{name}{several}", **style)
             if len(measured) < len(rows):
-                rest = rows[max(len(measured) - 1, 0) :]
-                ax.plot(*_points(rest, key), linestyle="--", linewidth=1.2, color=colour, zorder=1)
+                extrapolated = rows[max(len(measured) - 1, 0) :]
+                ax.plot(*_points(extrapolated, key), linestyle="--", linewidth=1.2, color=colour, zorder=1)
                 ax.plot(
                     *_points(rows[len(measured) :], key),
                     linestyle="none",

@@ -6,9 +6,9 @@ from pathlib import Path
 from huggingface_hub import ModelCardData
 
 from subquad.model.tasks import TASKS, TEXT
-from subquad.report.metrics import VARIANTS
 from subquad.report.page import templates, write_text
 from subquad.report.run_files import RunFiles, read_run
+from subquad.results.metrics import VARIANTS
 from subquad.utils import format as fmt
 
 DEFAULT_TEACHER = {"base_model": "HuggingFaceTB/SmolLM2-135M-Instruct", "license": "apache-2.0"}

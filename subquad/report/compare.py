@@ -1,8 +1,8 @@
-"""What differs between two runs: recipe, plan, results, stages, time, versions and machine.
+"""Differences between two runs: recipe, plan, results, stages, time, versions and machine.
 
 Everything is read from the files of the two folders, as the report is, so an unfinished run is compared as far as it
-got. Two students that were measured on the same text are compared row by row: rows differ far more than students do,
-so it is the differences that have to stand out of their spread.
+got. Two students that were measured on the same text are compared row by row: rows differ far more than students do, so
+the standard error is that of the differences.
 """
 
 import math
@@ -19,9 +19,9 @@ from subquad.evaluate import paired_gain
 from subquad.mixers import mixer_options
 from subquad.plan import Plan
 from subquad.report.console import make_table
-from subquad.report.metrics import Answer, Measure, Metrics, StageRecord, Variant
 from subquad.report.plan_table import CONTEXTS
 from subquad.report.run_files import RunFiles, read_run
+from subquad.results.metrics import Answer, Measure, Metrics, StageRecord, Variant
 from subquad.utils import format as fmt
 from subquad.utils.files import write_json
 from subquad.utils.format import NAN
@@ -29,7 +29,7 @@ from subquad.utils.format import NAN
 Pair: TypeAlias = tuple[Any, Any]  # what A has and what B has
 
 FILES = {"recipe.yaml": "recipes", "plan.yaml": "plans", "metrics.json": "results, stages, time and machines"}
-"""What is compared, by the file that tells it."""
+"""Parts that are compared, by the file that holds them."""
 
 UNITS: dict[str, Callable[[float], str]] = {
     "nats": fmt.nats,
@@ -42,7 +42,7 @@ UNITS: dict[str, Callable[[float], str]] = {
     "tokens": fmt.integer,
     "tokens/s": fmt.integer,
 }
-AS_RATIO = ("bytes", "seconds", "tokens", "tokens/s")  # of these, B is told as so many times A
+AS_RATIO = ("bytes", "seconds", "tokens", "tokens/s")  # whose change is shown as a ratio
 
 
 @dataclass
@@ -64,7 +64,7 @@ class Row:
 
 @dataclass
 class Comparison:
-    """What differs between the runs in the folders `a` and `b`, by part; None where one of them lacks the part."""
+    """Differences between the runs in the folders `a` and `b`, by part; None where either lacks the part."""
 
     a: str
     b: str
@@ -81,32 +81,32 @@ class Comparison:
 
     @property
     def same(self) -> bool:
-        """Whether all that was recorded of both is there, and is the same."""
+        """Whether nothing is missing and nothing differs."""
         rows = [row for part in (self.cache, self.results, self.stages, self.time) for row in part or []]
         differ = self.missing or self.recipe or self.plan or self.machine
         return not differ and all(row.same for row in rows)
 
 
 def compare_runs(a: Path | str, b: Path | str, *, json_path: Path | str | None = None) -> Comparison:
-    """Reads two run folders and says what differs; `json_path`: also writes that as JSON, NaN as null.
+    """Compares two run folders; with `json_path` also writes the comparison as JSON, NaN as null.
 
     Raises UserError for a folder that holds no run, or a damaged file.
     """
-    one, other = read_run(a), read_run(b)
-    found = Comparison(str(a), str(b), missing=[*_missing(one), *_missing(other)])
-    if one.settings is not None and other.settings is not None:
-        found.recipe = dict(differences(one.settings, other.settings))
-    if one.plan is not None and other.plan is not None:
-        found.plan, found.layers, found.heads = _of_plans(one.plan, other.plan)
-        found.cache = _caches(one, one.plan, other, other.plan)
-    if all((run.folder / "metrics.json").is_file() for run in (one, other)):
-        found.results = _results(one.metrics, other.metrics)
-        found.stages = _stages(one.metrics, other.metrics)
-        found.time = _time(one.metrics, other.metrics)
-        found.machine = dict(differences(_machine(one.metrics), _machine(other.metrics)))
+    run_a, run_b = read_run(a), read_run(b)
+    comparison = Comparison(str(a), str(b), missing=[*_missing(run_a), *_missing(run_b)])
+    if run_a.settings is not None and run_b.settings is not None:
+        comparison.recipe = dict(differences(run_a.settings, run_b.settings))
+    if run_a.plan is not None and run_b.plan is not None:
+        comparison.plan, comparison.layers, comparison.heads = _of_plans(run_a.plan, run_b.plan)
+        comparison.cache = _caches(run_a, run_a.plan, run_b, run_b.plan)
+    if all((run.folder / "metrics.json").is_file() for run in (run_a, run_b)):
+        comparison.results = _results(run_a.metrics, run_b.metrics)
+        comparison.stages = _stages(run_a.metrics, run_b.metrics)
+        comparison.time = _time(run_a.metrics, run_b.metrics)
+        comparison.machine = dict(differences(_machine(run_a.metrics), _machine(run_b.metrics)))
     if json_path is not None:
-        write_json(Path(json_path), _finite(asdict(found) | {"same": found.same}))
-    return found
+        write_json(Path(json_path), _finite(asdict(comparison) | {"same": comparison.same}))
+    return comparison
 
 
 def differences(a: Any, b: Any, at: str = "") -> Iterator[tuple[str, Pair]]:
@@ -127,30 +127,27 @@ def differences(a: Any, b: Any, at: str = "") -> Iterator[tuple[str, Pair]]:
 
 
 def _missing(run: RunFiles) -> list[str]:
-    said = []
-    for file, what in FILES.items():
+    sentences = []
+    for file, contents in FILES.items():
         if not (run.folder / file).is_file():
-            said.append(f"{run.folder} has no {file}, so the {what} are not compared")
+            sentences.append(f"{run.folder} has no {file}, so the {contents} are not compared")
             if file == "metrics.json" and run.curves:
                 (_, stage), points = [*run.curves.items()][-1]
                 so_far = f"{points[-1].tokens:,.0f} tokens at a loss of {fmt.nats(points[-1].loss)}"
-                said[-1] += f"; its log ends in stage '{stage}' after {so_far}"
-    return said
-
-
-# Plans ---------------------------------------------------------------------------------------------------------------
+                sentences[-1] += f"; its log ends in stage '{stage}' after {so_far}"
+    return sentences
 
 
 def _of_plans(a: Plan, b: Plan) -> tuple[dict[str, Pair], list[int], int]:
-    """What differs in words, the layers that differ, and how many heads do (none of either between other shapes)."""
+    """Differences in words, the layers that differ, and the number of heads that do; none between other shapes."""
     pairs = dict(differences({"join": a.join, "mixers": _mixers(a)}, {"join": b.join, "mixers": _mixers(b)}))
     if a.shapes != b.shapes:
         return {"shape": (_shape(a), _shape(b))} | pairs, [], 0
     by_pair: dict[Pair, list[int]] = {}
     for layer in range(a.num_layers):
-        mine, theirs = _layer(a, layer), _layer(b, layer)
-        if mine != theirs:
-            by_pair.setdefault((mine, theirs), []).append(layer)
+        layer_a, layer_b = _layer(a, layer), _layer(b, layer)
+        if layer_a != layer_b:
+            by_pair.setdefault((layer_a, layer_b), []).append(layer)
     for pair, layers in by_pair.items():
         pairs[f"layer{'s' if len(layers) > 1 else ''} {fmt.ranges(layers)}"] = pair
     counts = [{name: sum(len(layer.get(name, [])) for layer in plan.layers) for name in plan.mixers} for plan in (a, b)]
@@ -159,7 +156,7 @@ def _of_plans(a: Plan, b: Plan) -> tuple[dict[str, Pair], list[int], int]:
         if of_a != of_b:
             pairs[f"heads with {name}"] = (of_a, of_b)
     both = zip(a.head_table(), b.head_table(), strict=True)
-    heads = sum(x != y for mine, theirs in both for x, y in zip(mine, theirs, strict=True))
+    heads = sum(x != y for layer_a, layer_b in both for x, y in zip(layer_a, layer_b, strict=True))
     return pairs, sorted(layer for layers in by_pair.values() for layer in layers), heads
 
 
@@ -195,33 +192,32 @@ def _caches(a: RunFiles, plan_a: Plan, b: RunFiles, plan_b: Plan) -> list[Row]:
     ]
 
 
-# Numbers -------------------------------------------------------------------------------------------------------------
-
-
 def _results(a: Metrics, b: Metrics) -> list[Row]:
     """The two students: held-out text by context, retrieval, tasks."""
-    mine, theirs = a.student or Variant(), b.student or Variant()
+    student_a, student_b = a.student or Variant(), b.student or Variant()
     rows = []
-    for context in _keys(mine.kl, theirs.kl):
-        kl = mine.kl.get(context, NAN), theirs.kl.get(context, NAN)
-        errors = mine.kl_stderr.get(context, NAN), theirs.kl_stderr.get(context, NAN)
+    for context in _keys(student_a.kl, student_b.kl):
+        kl = student_a.kl.get(context, NAN), student_b.kl.get(context, NAN)
+        errors = student_a.kl_stderr.get(context, NAN), student_b.kl_stderr.get(context, NAN)
         rows.append(Row(f"KL at {context}", *kl, "nats", *errors, _verdict(a, b, context)))
-    for context in _keys(mine.perplexity, theirs.perplexity):
-        pair = mine.perplexity.get(context, NAN), theirs.perplexity.get(context, NAN)
+    for context in _keys(student_a.perplexity, student_b.perplexity):
+        pair = student_a.perplexity.get(context, NAN), student_b.perplexity.get(context, NAN)
         rows.append(Row(f"perplexity at {context}", *pair, "perplexity"))
-    for context in _keys(mine.top1, theirs.top1):
-        rows.append(Row(f"top-1 at {context}", mine.top1.get(context, NAN), theirs.top1.get(context, NAN), "share"))
-    for task in _keys(mine.retrieval, theirs.retrieval):
-        found = mine.retrieval.get(task, {}), theirs.retrieval.get(task, {})
-        for context in _keys(*found):
-            one, other = (answers.get(context, Answer()) for answers in found)
-            rows.append(Row(f"{task} at {context}", one.accuracy, other.accuracy, "share"))
-            rows.append(Row(f"{task} at {context}, log-prob.", one.logprob, other.logprob, "log-probability"))
-    for task in _keys(mine.tasks, theirs.tasks):
-        measures = mine.tasks.get(task, {}), theirs.tasks.get(task, {})
+    for context in _keys(student_a.top1, student_b.top1):
+        pair = student_a.top1.get(context, NAN), student_b.top1.get(context, NAN)
+        rows.append(Row(f"top-1 at {context}", *pair, "share"))
+    for task in _keys(student_a.retrieval, student_b.retrieval):
+        answers_by_context = student_a.retrieval.get(task, {}), student_b.retrieval.get(task, {})
+        for context in _keys(*answers_by_context):
+            answer_a, answer_b = (answers.get(context, Answer()) for answers in answers_by_context)
+            rows.append(Row(f"{task} at {context}", answer_a.accuracy, answer_b.accuracy, "share"))
+            rows.append(Row(f"{task} at {context}, log-prob.", answer_a.logprob, answer_b.logprob, "log-probability"))
+    for task in _keys(student_a.tasks, student_b.tasks):
+        measures = student_a.tasks.get(task, {}), student_b.tasks.get(task, {})
         for metric in _keys(*measures):
-            x, y = (measured.get(metric, Measure()) for measured in measures)
-            rows.append(Row(f"{task} {metric}", x.value, y.value, "measure", x.stderr, y.stderr))
+            measure_a, measure_b = (measured.get(metric, Measure()) for measured in measures)
+            errors = measure_a.stderr, measure_b.stderr
+            rows.append(Row(f"{task} {metric}", measure_a.value, measure_b.value, "measure", *errors))
     return rows
 
 
@@ -243,13 +239,13 @@ def _verdict(a: Metrics, b: Metrics, context: int) -> str:
 
 
 def _stages(a: Metrics, b: Metrics) -> list[Row]:
-    mine, theirs = ({stage.name: stage for stage in metrics.stages} for metrics in (a, b))
+    stages_a, stages_b = ({stage.name: stage for stage in metrics.stages} for metrics in (a, b))
     rows = []
-    for name in {**mine, **theirs}:
-        x, y = (stages.get(name, StageRecord(name=name)) for stages in (mine, theirs))
-        rows.append(Row(f"{name}: tokens", x.tokens, y.tokens, "tokens"))
-        rows.append(Row(f"{name}: tokens/s", x.tokens_per_second, y.tokens_per_second, "tokens/s"))
-        rows.append(Row(f"{name}: final loss", x.final_loss, y.final_loss, "nats"))
+    for name in {**stages_a, **stages_b}:
+        stage_a, stage_b = (stages.get(name, StageRecord(name=name)) for stages in (stages_a, stages_b))
+        rows.append(Row(f"{name}: tokens", stage_a.tokens, stage_b.tokens, "tokens"))
+        rows.append(Row(f"{name}: tokens/s", stage_a.tokens_per_second, stage_b.tokens_per_second, "tokens/s"))
+        rows.append(Row(f"{name}: final loss", stage_a.final_loss, stage_b.final_loss, "nats"))
     return rows
 
 
@@ -269,7 +265,7 @@ def _keys(a: Mapping[Any, Any], b: Mapping[Any, Any]) -> list[Any]:
 
 
 def _finite(value: Any) -> Any:
-    """For JSON: what is not a finite number is null."""
+    """`value` for JSON: numbers that are not finite become None."""
     if isinstance(value, dict):
         return {key: _finite(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -277,29 +273,26 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-# In the terminal -----------------------------------------------------------------------------------------------------
-
-
-def print_comparison(found: Comparison, console: Console) -> None:
+def print_comparison(comparison: Comparison, console: Console) -> None:
     """Prints what differs, part by part, and in one line each what is the same."""
-    console.print(Text(f"A  {found.a}\nB  {found.b}"))
-    for missing in found.missing:
+    console.print(Text(f"A  {comparison.a}\nB  {comparison.b}"))
+    for missing in comparison.missing:
         console.print(Text(f"· {missing}"))
-    if found.same:
+    if comparison.same:
         console.print("The two runs are the same.")
         return
-    differ = f": {fmt.count(len(found.layers), 'layer')} and {fmt.count(found.heads, 'head')} differ"
-    _print_pairs("Recipe", found.recipe, console)
-    _print_pairs("Plan", found.plan, console, differ if found.layers else "")
-    _print_rows("Cache of one sequence", found.cache, console)
-    _print_rows("Results", found.results, console)
-    differing = [row for row in found.results or [] if not row.same]
+    differ = f": {fmt.count(len(comparison.layers), 'layer')} and {fmt.count(comparison.heads, 'head')} differ"
+    _print_pairs("Recipe", comparison.recipe, console)
+    _print_pairs("Plan", comparison.plan, console, differ if comparison.layers else "")
+    _print_rows("Cache of one sequence", comparison.cache, console)
+    _print_rows("Results", comparison.results, console)
+    differing = [row for row in comparison.results or [] if not row.same]
     for verdict in dict.fromkeys(row.verdict for row in differing if row.verdict):
         names = ", ".join(row.name for row in differing if row.verdict == verdict)
         console.print(Text(f"· {names}: {verdict}"))
-    _print_rows("Stages", found.stages, console)
-    _print_rows("Time and memory", found.time, console)
-    _print_pairs("Versions and machine", found.machine, console)
+    _print_rows("Stages", comparison.stages, console)
+    _print_rows("Time and memory", comparison.time, console)
+    _print_pairs("Versions and machine", comparison.machine, console)
 
 
 def _print_pairs(title: str, pairs: dict[str, Pair] | None, console: Console, also: str = "") -> None:

@@ -7,16 +7,16 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from subquad.report.metrics import Variant
 from subquad.report.plots import STUDENT, TEACHER, in_bytes, legend_above
 from subquad.report.run_files import RunFiles
+from subquad.results.metrics import Variant
 from subquad.utils import format as fmt
 from subquad.utils.format import NAN
 
 
 @dataclass(frozen=True)
 class Standing:
-    """One run beside the others; what was not measured is NaN."""
+    """One run in a comparison of several; NaN where a number was not measured."""
 
     name: str
     run: RunFiles
@@ -33,7 +33,7 @@ class Standing:
 
     @property
     def tokens(self) -> float:
-        """That were trained on, in all stages together."""
+        """Training tokens over all stages."""
         return sum(stage.tokens for stage in self.run.metrics.stages)
 
     @property
@@ -52,16 +52,16 @@ class Overview:
 
     @property
     def comparable(self) -> list[Standing]:
-        """Those with a place in the picture."""
-        return [one for one in self.standings if math.isfinite(one.kl) and math.isfinite(one.cache_bytes)]
+        """Runs that have both coordinates of the picture."""
+        return [run for run in self.standings if math.isfinite(run.kl) and math.isfinite(run.cache_bytes)]
 
     @property
     def front(self) -> list[Standing]:
-        """Those that no other beats: none has less KL for as few bytes. In the order of their bytes."""
+        """Runs that no other beats in both KL and bytes, in the order of their bytes."""
         return [
-            one
-            for one in sorted(self.comparable, key=lambda one: (one.cache_bytes, one.kl))
-            if not any(_beats(other, one) for other in self.comparable)
+            run
+            for run in sorted(self.comparable, key=lambda run: (run.cache_bytes, run.kl))
+            if not any(_beats(rival, run) for rival in self.comparable)
         ]
 
 
@@ -75,12 +75,12 @@ def overview(runs: Sequence[tuple[str, RunFiles]]) -> Overview:
         [_standing(name, run, context, cache_context) for name, run in runs],
         context,
         cache_context,
-        all(first.same_text(other, context) for other in all_metrics[1:]),
+        all(first.same_text(metrics, context) for metrics in all_metrics[1:]),
     )
 
 
 def _shared(lengths: Sequence[Sequence[int]]) -> int:
-    """The longest that all have."""
+    """Longest of the lengths that all runs have."""
     return max(set(lengths[0]).intersection(*lengths[1:]), default=0)
 
 
@@ -98,32 +98,32 @@ def _standing(name: str, run: RunFiles, context: int, cache_context: int) -> Sta
     )
 
 
-def _beats(one: Standing, other: Standing) -> bool:
-    no_worse = one.kl <= other.kl and one.cache_bytes <= other.cache_bytes
-    return no_worse and (one.kl < other.kl or one.cache_bytes < other.cache_bytes)
+def _beats(standing: Standing, rival: Standing) -> bool:
+    no_worse = standing.kl <= rival.kl and standing.cache_bytes <= rival.cache_bytes
+    return no_worse and (standing.kl < rival.kl or standing.cache_bytes < rival.cache_bytes)
 
 
-def draw_overview(ax: Axes, found: Overview) -> None:
+def draw_overview(ax: Axes, comparison: Overview) -> None:
     """KL over cache bytes: the runs that no other beats are joined, the rest are hollow."""
-    front = found.front
-    ax.plot([one.cache_bytes for one in front], [one.kl for one in front], color=STUDENT, linewidth=1.2, zorder=1)
+    front = comparison.front
+    ax.plot([run.cache_bytes for run in front], [run.kl for run in front], color=STUDENT, linewidth=1.2, zorder=1)
     for label, runs, fill in (
         ("not beaten", front, STUDENT),
-        ("beaten by another run in both", [one for one in found.comparable if one not in front], "none"),
+        ("beaten by another run in both", [run for run in comparison.comparable if run not in front], "none"),
     ):
         if runs:
-            points = [one.cache_bytes for one in runs], [one.kl for one in runs]
+            points = [run.cache_bytes for run in runs], [run.kl for run in runs]
             style: dict[str, Any] = {"color": STUDENT, "markerfacecolor": fill, "clip_on": False}
             ax.plot(*points, linestyle="none", marker="o", label=label, **style)
-    for one in found.comparable:  # above and to the right of its mark there is no line: the front falls
-        ax.annotate(one.name, (one.cache_bytes, one.kl), xytext=(6, 4), textcoords="offset points", fontsize=8)
-    look: dict[str, Any] = {"linestyle": "none", "marker": "s", "color": TEACHER, "clip_on": False}
-    teachers = sorted({one.teacher_bytes for one in found.comparable if math.isfinite(one.teacher_bytes)})
-    ax.plot(teachers, [0.0] * len(teachers), label="teacher", **look)
+    for run in comparison.comparable:  # above and to the right of its mark there is no line: the front falls
+        ax.annotate(run.name, (run.cache_bytes, run.kl), xytext=(6, 4), textcoords="offset points", fontsize=8)
+    square: dict[str, Any] = {"linestyle": "none", "marker": "s", "color": TEACHER, "clip_on": False}
+    teachers = sorted({run.teacher_bytes for run in comparison.comparable if math.isfinite(run.teacher_bytes)})
+    ax.plot(teachers, [0.0] * len(teachers), label="teacher", **square)
     ax.margins(x=0.1)
-    ax.set_ylim(0, 1.15 * max(one.kl for one in found.comparable) or 1)
+    ax.set_ylim(0, 1.15 * max(run.kl for run in comparison.comparable) or 1)
     in_bytes(ax)
     ax.grid()
-    ax.set_xlabel(f"cache of one sequence at {fmt.context(found.cache_context)} tokens")
-    ax.set_ylabel(f"KL at {fmt.context(found.context)} tokens (nats)")
+    ax.set_xlabel(f"cache of one sequence at {fmt.context(comparison.cache_context)} tokens")
+    ax.set_ylabel(f"KL at {fmt.context(comparison.context)} tokens (nats)")
     legend_above(ax, ax.get_legend_handles_labels()[0])

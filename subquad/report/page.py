@@ -16,11 +16,11 @@ from matplotlib.figure import Figure
 from subquad.errors import UserError
 from subquad.report import plots, score_plots
 from subquad.report.bench_tables import draw_speed
-from subquad.report.metrics import VARIANTS, Metrics
 from subquad.report.overview import Overview, draw_overview, overview
 from subquad.report.retrieval_plots import depth_picture
 from subquad.report.run_files import RunFiles, read_run
-from subquad.report.scores import Scores
+from subquad.results.metrics import VARIANTS, Metrics
+from subquad.results.scores import Scores
 from subquad.utils import format as fmt
 from subquad.utils.files import write_aside
 from subquad.utils.format import NAN
@@ -66,7 +66,7 @@ def write_report(run_dir: Path | str, *others: Path | str, out: Path | str | Non
 
 
 def _names(folders: list[Path]) -> list[str]:
-    """What the runs are called: by their folders' names, or, where these do not tell them apart, by their paths."""
+    """Names of the runs: those of their folders, or, where two are equal, their paths."""
     names = [folder.resolve().name for folder in folders]
     return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
 
@@ -107,60 +107,61 @@ def _view(name: str, run: RunFiles, prefix: str) -> View:
 
 
 def _samples(runs: list[tuple[str, RunFiles]]) -> dict[str, list[tuple[str, str]]]:
-    """What was written after each prompt, and by whom: the teacher's text once, then that of each run's student."""
-    found: dict[str, list[tuple[str, str]]] = {}
+    """Continuations by prompt, each with its author: the teacher's once, then that of each run's student."""
+    texts_by_prompt: dict[str, list[tuple[str, str]]] = {}
     for name, run in runs:
         for sample in run.metrics.samples:
-            texts = found.setdefault(sample.prompt, [])
+            texts = texts_by_prompt.setdefault(sample.prompt, [])
             if ("teacher", sample.teacher) not in texts:
                 texts.append(("teacher", sample.teacher))
             texts.append((name if len(runs) > 1 else "student", sample.student))
-    return found
+    return texts_by_prompt
 
 
 def run_facts(run: RunFiles) -> dict[str, str]:
     """The few numbers that stand at the top, as label -> text."""
     metrics, context = run.metrics, run.metrics.headline_context
-    found: dict[str, str] = {}
+    facts: dict[str, str] = {}
     student, teacher = metrics.student, metrics.teacher
     if student and context:
         kl, top1, ppl = (table.get(context, NAN) for table in (student.kl, student.top1, student.perplexity))
         if math.isfinite(kl):
-            found[f"KL to the teacher at {context}, nats"] = fmt.nats(kl)
+            facts[f"KL to the teacher at {context}, nats"] = fmt.nats(kl)
         if math.isfinite(top1):
-            found[f"same next token as the teacher at {context}"] = fmt.percent(top1)
+            facts[f"same next token as the teacher at {context}"] = fmt.percent(top1)
         if math.isfinite(ppl):
             against = f", teacher {fmt.perplexity(teacher.perplexity.get(context, NAN))}" if teacher else ""
-            found[f"perplexity at {context}{against}"] = fmt.perplexity(ppl)
+            facts[f"perplexity at {context}{against}"] = fmt.perplexity(ppl)
     for measure, heading in metrics.image_measures.items():
         if student and student.images:
             value = getattr(student.images, measure)
-            theirs = getattr(teacher.images, measure) if measure == "accuracy" and teacher and teacher.images else NAN
-            against = f", teacher {fmt.of_image(measure, theirs)}" if math.isfinite(theirs) else ""
-            found[f"{heading}{against}"] = fmt.of_image(measure, value)
+            images = teacher.images if teacher else None
+            accuracy = images.accuracy if images and measure == "accuracy" else NAN
+            against = f", teacher {fmt.of_image(measure, accuracy)}" if math.isfinite(accuracy) else ""
+            facts[f"{heading}{against}"] = fmt.of_image(measure, value)
     longest = max(metrics.cache_contexts, default=0)
     if math.isfinite(metrics.cache_ratio(longest)):
-        found[f"of the teacher’s cache at {fmt.context(longest)}"] = fmt.percent(metrics.cache_ratio(longest))
+        facts[f"of the teacher’s cache at {fmt.context(longest)}"] = fmt.percent(metrics.cache_ratio(longest))
     total = metrics.seconds.get("total", NAN)
     if math.isfinite(total):
-        found["for the whole run"] = fmt.duration(total)
-    return found
+        facts["for the whole run"] = fmt.duration(total)
+    return facts
 
 
 def best(metrics: Metrics) -> dict[tuple[str, int], float]:
     """The best value of each held-out column, the teacher apart, so that the table can mark it."""
-    found: dict[tuple[str, int], float] = {}
+    best_values: dict[tuple[str, int], float] = {}
     for column, choose in (("kl", min), ("perplexity", min), ("top1", max)):
         for context in metrics.contexts:
             values = [getattr(v, column).get(context, NAN) for name, v in metrics.variants.items() if name != "teacher"]
             finite = [value for value in values if math.isfinite(value)]
             if len(finite) > 1:
-                found[column, context] = choose(finite)
-    return found
+                best_values[column, context] = choose(finite)
+    return best_values
 
 
 def templates(*, autoescape: bool) -> jinja2.Environment:
-    """The templates beside this file, with the number formats as filters."""
+    """Environment of the templates in this folder, with the number formats as filters."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=autoescape,
@@ -229,7 +230,7 @@ def _speed(run: RunFiles, measure: str) -> Figure | None:
     return plots.picture(draw)
 
 
-def _together(found: Overview | None) -> Markup | None:
-    if found is None or len(found.comparable) < 2:
+def _together(comparison: Overview | None) -> Markup | None:
+    if comparison is None or len(comparison.comparable) < 2:
         return None
-    return Markup(plots.svg(plots.picture(lambda ax: draw_overview(ax, found)), "together"))
+    return Markup(plots.svg(plots.picture(lambda ax: draw_overview(ax, comparison)), "together"))

@@ -37,7 +37,7 @@ def print_plan(plan: Plan, console: Console, dtype: str = "float32") -> None:
 
 
 def _picture(plan: Plan, width: int) -> list[Text]:
-    """The lines of the picture; where `width` columns are too few for all layers, it goes on below."""
+    """Lines of the picture, in several bands where `width` columns are too few for all layers."""
     table, colours, letters = plan.head_table(), mixer_colours(plan), _letters(plan)
     cell = 2 if LABEL + 2 * len(table) <= width else 1
     band = max(TICK, (width - LABEL) // cell // TICK * TICK)

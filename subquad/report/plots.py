@@ -23,8 +23,8 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocat
 
 from subquad.errors import UserError
 from subquad.plan import Plan
-from subquad.report.metrics import Metrics
 from subquad.report.run_files import LossPoint, RunFiles, read_run
+from subquad.results.metrics import Metrics
 from subquad.utils import format as fmt
 from subquad.utils.files import write_aside
 from subquad.utils.format import NAN
@@ -190,17 +190,17 @@ def draw_loss(ax: Axes, points: list[LossPoint]) -> None:
 
 def draw_kl(ax: Axes, metrics: Metrics, context: int) -> None:
     """KL to the teacher at one context length, one bar a variant, with standard errors where measured."""
-    found = {name: v for name, v in metrics.variants.items() if math.isfinite(v.kl.get(context, NAN))}
-    values = [variant.kl[context] for variant in found.values()]
-    measured = [variant.kl_stderr.get(context, NAN) for variant in found.values()]
+    variants = {name: v for name, v in metrics.variants.items() if math.isfinite(v.kl.get(context, NAN))}
+    values = [variant.kl[context] for variant in variants.values()]
+    measured = [variant.kl_stderr.get(context, NAN) for variant in variants.values()]
     errors = [error if math.isfinite(error) else 0.0 for error in measured]
-    rows = range(len(found))
-    ax.barh(rows, values, color=[VARIANT_COLOURS.get(name, OTHER) for name in found], height=0.68)
+    rows = range(len(variants))
+    ax.barh(rows, values, color=[VARIANT_COLOURS.get(name, OTHER) for name in variants], height=0.68)
     ax.errorbar(values, rows, xerr=errors, fmt="none", ecolor=INK, elinewidth=0.8)
     top = max((value + error for value, error in zip(values, errors, strict=True)), default=0) or 1
     for row, value, error in zip(rows, values, errors, strict=True):
         ax.text(value + error + 0.015 * top, row, fmt.nats(value), va="center", fontsize=8)
-    ax.set_yticks(rows, list(found))
+    ax.set_yticks(rows, list(variants))
     ax.set_xlim(0, 1.16 * top)
     ax.invert_yaxis()
     ax.xaxis.set_major_locator(MaxNLocator(nbins=5))
@@ -287,7 +287,7 @@ def in_bytes(ax: Axes) -> None:
 
 
 def legend_above(ax: Axes, handles: list) -> None:
-    """A row of keys over the axes, in as many columns as the longest label lets stand side by side."""
+    """Adds a legend above the axes, in as many columns as the longest label leaves room for."""
     if not handles:
         return
     longest = max(len(handle.get_label()) for handle in handles)

@@ -7,8 +7,8 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, to_rgba
 from matplotlib.figure import Figure
 
-from subquad.report.metrics import Answer, Band, Metrics, Variant
 from subquad.report.plots import INK, STYLE, WIDTH
+from subquad.results.metrics import Answer, Band, Metrics, Variant
 from subquad.utils import format as fmt
 
 RIGHT = "#4f9d69"

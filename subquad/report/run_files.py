@@ -1,7 +1,7 @@
 """The files of one run, read and checked once for every form of the report.
 
 A run may hold any part of what `convert` leaves (a folder with only a plan and its scores is fine): what is missing is
-empty here, and the report leaves it out. What is there but damaged is the user's to know about: a `UserError`.
+empty here, and the report leaves it out. A damaged file is a `UserError`.
 """
 
 import json
@@ -15,8 +15,10 @@ from pydantic import BaseModel
 
 from subquad.errors import UserError
 from subquad.plan import Plan
-from subquad.report.metrics import AGAIN, Bench, ImageFidelity, Metrics, check, check_metrics
-from subquad.report.scores import Scores
+from subquad.results.bench import Bench
+from subquad.results.metrics import ImageFidelity, Metrics, check_metrics
+from subquad.results.record import AGAIN, check
+from subquad.results.scores import Scores
 from subquad.utils import format as fmt
 from subquad.utils.format import NAN, Number
 
@@ -83,34 +85,34 @@ class RunFiles:
         return f"{self.scores.unit} {index}"
 
     def plan_sentence(self) -> str:
-        """What the plan keeps, in one sentence; empty without a plan."""
+        """Summary of the plan in one sentence; empty without a plan."""
         if self.plan is None:
             return ""
-        kept, all_of_them, what = self._kept()
+        attending, total, units = self._kept()
         mixers = self._mixers()
         if not mixers:
-            return f"All {all_of_them} {what} keep attention."
+            return f"All {total} {units} keep attention."
         names = " and ".join(mixers)
         longer = "the number of patches" if self.metrics.image_measures else "context"
         gain = f"run {names}, whose cost per token does not grow with {longer}."
-        if kept == 0:
-            return f"None of {all_of_them} {what} keeps attention: all {gain}"
-        return f"{kept} of {all_of_them} {what} keep attention; the other {what} {gain}"
+        if attending == 0:
+            return f"None of {total} {units} keeps attention: all {gain}"
+        return f"{attending} of {total} {units} keep attention; the other {units} {gain}"
 
     def plan_summary(self) -> str:
         """The same in a few words: `15 of 30 layers, hedgehog`; empty without a plan."""
         if self.plan is None:
             return ""
-        kept, all_of_them, what = self._kept()
-        return ", ".join([f"{kept} of {all_of_them} {what}", *self._mixers()])
+        attending, total, units = self._kept()
+        return ", ".join([f"{attending} of {total} {units}", *self._mixers()])
 
     def _mixers(self) -> list[str]:
-        """What stands in the place of attention."""
+        """Names of the mixers that replace attention."""
         assert self.plan is not None
         return sorted({mixer for heads in self.plan.head_table() for mixer in heads} - {"attention"})
 
     def _kept(self) -> tuple[int, int, str]:
-        """How many keep attention, of how many: layers, where the heads of each agree, else heads."""
+        """Number that keep attention, total number, and unit: layers where the heads of each agree, else heads."""
         assert self.plan is not None
         table = self.plan.head_table()
         if all(len(set(heads)) == 1 for heads in table):

@@ -20,7 +20,7 @@ from subquad.report.plots import (
     legend_above,
     picture,
 )
-from subquad.report.scores import Picked, ReplacementPath, Scores
+from subquad.results.scores import Picked, ReplacementPath, Scores
 from subquad.utils import format as fmt
 from subquad.utils.format import NAN
 
@@ -78,9 +78,9 @@ def _middles(count: int) -> tuple[list[float], list[str]]:
 
 def draw_layer_scores(ax: Axes, scores: Scores) -> None:
     """One bar a layer, or group of them, with its bounds; those that keep attention stand out in its colour."""
-    kept, values, labels = set(scores.chosen), [row[0] for row in scores.rows], scores.labels
+    attending, values, labels = set(scores.chosen), [row[0] for row in scores.rows], scores.labels
     linear = MIXER_COLOURS.get(scores.mixer, SPARE_COLOURS[0])
-    colours = [MIXER_COLOURS["attention"] if layer in kept else linear for layer in range(len(values))]
+    colours = [MIXER_COLOURS["attention"] if layer in attending else linear for layer in range(len(values))]
     ax.bar(range(len(values)), values, color=colours, width=0.8)
     for unit, (low, high) in scores.bounds.items():
         ax.vlines(unit, low, high, color=INK, linewidth=0.8)
@@ -109,11 +109,11 @@ def draw_path(ax: Axes, path: ReplacementPath, unit: str) -> None:
     for plan in path.picked:
         names.setdefault(plan._replace(name=""), []).append(plan.name)
     looks = (("o", TEACHER), ("D", STUDENT), ("s", MIXER_COLOURS["gated_deltanet"]))
-    for (plan, called), (marker, colour) in zip(names.items(), looks, strict=False):
+    for (plan, plan_names), (marker, colour) in zip(names.items(), looks, strict=False):
         ax.plot([plan.steps] * 2, [plan.validation, plan.test], color=colour, linewidth=0.8)
-        look: dict[str, Any] = {"color": colour, "marker": marker, "linestyle": "none"}
-        ax.plot(plan.steps, plan.validation, **look, markersize=5, label=" = ".join(called))
-        ax.plot(plan.steps, plan.test, **look, markersize=7, fillstyle="none")
+        style: dict[str, Any] = {"color": colour, "marker": marker, "linestyle": "none"}
+        ax.plot(plan.steps, plan.validation, **style, markersize=5, label=" = ".join(plan_names))
+        ax.plot(plan.steps, plan.test, **style, markersize=7, fillstyle="none")
     ax.plot([], [], color=INK, marker="o", linestyle="none", markersize=7, fillstyle="none", label="test")
     ax.set_xlim(-0.5, len(path.steps) + 0.5)
     ax.xaxis.set_major_locator(MaxNLocator(nbins=10, integer=True, min_n_ticks=1))

@@ -1,4 +1,4 @@
-"""The result in the terminal: held-out text, retrieval, tasks, the stages, what both models write, what was found."""
+"""Results in the terminal: held-out text, retrieval, tasks, stages, samples and verdicts."""
 
 import math
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from subquad.report.console import make_table, style_of
-from subquad.report.metrics import Answer, Band, ImageFidelity, Measure, Metrics, Sample, Variant, check_metrics
+from subquad.results.metrics import Answer, Band, ImageFidelity, Measure, Metrics, Sample, Variant, check_metrics
 from subquad.utils import format as fmt
 from subquad.utils.format import NAN
 
@@ -58,13 +58,13 @@ def _variants(metrics: Metrics) -> Table:
 
 
 def _buckets(metrics: Metrics) -> Table:
-    """What is at the end of a text is in the means over all of it, too, but is hidden there."""
+    """Measures by position: a mean over the whole text hides those at its end."""
     table = make_table("By position in the text", ["", "", *metrics.buckets.values()], words=(0, 1))
     for label, measure, text in (("KL", "kl", fmt.nats), ("ppl", "perplexity", fmt.perplexity)):
         for name, variant in metrics.variants.items():
-            found = [variant.buckets.get(end) for end in metrics.buckets]
-            if any(found) and (measure, name) != ("kl", "teacher"):
-                cells = (text(getattr(bucket, measure)) if bucket else fmt.DASH for bucket in found)
+            buckets = [variant.buckets.get(end) for end in metrics.buckets]
+            if any(buckets) and (measure, name) != ("kl", "teacher"):
+                cells = (text(getattr(bucket, measure)) if bucket else fmt.DASH for bucket in buckets)
                 table.add_row(label, name, *cells, style=style_of(name))
     return table
 
@@ -74,14 +74,14 @@ def _retrieval(metrics: Metrics) -> Table:
     table = make_table(title, ["", "context", *metrics.variants])
     for task, contexts in metrics.retrieval_tasks.items():
         for context in contexts:
-            found = [variant.retrieval.get(task, {}).get(context, Answer()) for variant in metrics.variants.values()]
-            cells = (f"{fmt.percent(one.accuracy, 0)} {fmt.logprob(one.logprob):>6}" for one in found)
+            answers = [variant.retrieval.get(task, {}).get(context, Answer()) for variant in metrics.variants.values()]
+            cells = (f"{fmt.percent(answer.accuracy, 0)} {fmt.logprob(answer.logprob):>6}" for answer in answers)
             table.add_row(Text(task), fmt.context(context), *cells)
     return table
 
 
 def _depths(metrics: Metrics) -> Table:
-    """The student's answers by the depth of the fact, beside the teacher's."""
+    """The student's accuracy by depth of the fact, with the teacher's in brackets."""
     contexts = sorted({context for known in metrics.depth_tasks.values() for context in known})
     title = "Retrieval by depth of the fact: the student (the teacher)"
     table = make_table(title, ["", "depth", *map(fmt.context, contexts)], words=(0, 1))
@@ -104,9 +104,9 @@ def _accuracy(bands: list[Band], depth: int) -> str:
 
 def _tasks(metrics: Metrics) -> Table:
     table = make_table("Tasks", ["", "metric", *metrics.variants], words=(0, 1))
-    for (task, metric), found in metrics.task_rows.items():
-        measures = [found.get(name, Measure()) for name in metrics.variants]
-        table.add_row(Text(task), Text(metric), *(fmt.measure(one.value, one.stderr) for one in measures))
+    for (task, metric), by_model in metrics.task_rows.items():
+        measures = [by_model.get(name, Measure()) for name in metrics.variants]
+        table.add_row(Text(task), Text(metric), *(fmt.measure(measure.value, measure.stderr) for measure in measures))
     return table
 
 
@@ -125,7 +125,7 @@ def _stages(metrics: Metrics) -> Table:
 
 
 def _sample(sample: Sample) -> Table:
-    """What both wrote after one prompt, side by side."""
+    """Continuations of one prompt by both models, side by side."""
     table = Table(title=Text(sample.prompt, "italic"), title_justify="left", box=None, pad_edge=False, expand=True)
     for name in ("teacher", "student"):
         table.add_column(name, ratio=1, overflow="fold", header_style=style_of(name))

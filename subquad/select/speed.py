@@ -17,9 +17,10 @@ from functools import partial
 from typing import Any
 
 import torch
+from transformers import Cache
 
-from subquad.model.cache import StudentCache
-from subquad.model.student import Student, cache_after
+from subquad.model.random_cache import random_cache
+from subquad.model.student import Student
 from subquad.plan import ATTENTION, Plan
 from subquad.utils.timing import clock
 
@@ -57,7 +58,7 @@ def layer_seconds(student: Student, context: int, steps: int = 8) -> tuple[list[
 @torch.no_grad()
 def _in_turns(students: Sequence[Student], context: int, steps: int) -> list[tuple[list[float], float]]:
     """Medians over `steps` steps of each student; they take turns, so that the machine's state affects all equally."""
-    caches = [cache_after(student, context) for student in students]
+    caches = [random_cache(student, student.plan, context) for student in students]
     samples: list[list[list[float]]] = [[] for _ in students]
     for _ in range(1 + steps):
         for student, cache, of_student in zip(students, caches, samples, strict=True):
@@ -67,7 +68,7 @@ def _in_turns(students: Sequence[Student], context: int, steps: int) -> list[tup
     return [(mixing, rest) for *mixing, rest in medians]
 
 
-def _step(student: Student, cache: StudentCache) -> list[float]:
+def _step(student: Student, cache: Cache) -> list[float]:
     """Seconds of each layer's mixing in one step, and of the rest of it."""
     mixing = [0.0] * student.plan.num_layers
 

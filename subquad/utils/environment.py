@@ -3,12 +3,14 @@
 import os
 import platform
 import subprocess
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
+from subquad.utils.format import plain, size
 from subquad.version import __version__
 
 
@@ -62,9 +64,64 @@ def device_name(device: torch.device) -> str:
 
 def source_commit() -> str | None:
     """The commit of the source tree, if Subquad runs from one."""
-    here = Path(__file__).parent
+    folder = Path(__file__).parent
     try:
-        git = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
+        command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
+        git = subprocess.run(command, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return git.stdout.strip() if git.returncode == 0 else None
+
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "accelerate",
+    "datasets",
+    "peft",
+    "safetensors",
+    "triton",
+    "flash-linear-attention",
+    "lm-eval",
+)
+# Variables that change results, speed or what is loaded; a name that could hold a token must not be added.
+VARIABLES = (
+    "CUDA_VISIBLE_DEVICES",
+    "HF_DATASETS_OFFLINE",
+    "HF_HOME",
+    "HF_HUB_OFFLINE",
+    "OMP_NUM_THREADS",
+    "SUBQUAD_CACHE",
+    "TRANSFORMERS_OFFLINE",
+)
+
+
+def environment_report() -> dict[str, str]:
+    """Versions, hardware, commit and environment variables, for a bug report: labels and values in reading order."""
+    packages = {name: _installed_version(name) for name in PACKAGES}
+    variables = sorted(name for name in os.environ if name in VARIABLES or name.startswith("MALLOC_"))
+    return {
+        "subquad": __version__,
+        "commit": source_commit() or "none (not run from a git checkout)",
+        **packages,
+        "Python": platform.python_version(),
+        "OS": platform.platform(),
+        "processor": processor(),
+        "cores": f"{os.cpu_count()} ({torch.get_num_threads()} threads in use)",
+        "memory": plain(size(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))),
+        "GPUs": ", ".join(_gpus()) or "none",
+        **{name: os.environ[name] for name in variables},
+    }
+
+
+def _installed_version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _gpus() -> list[str]:
+    """Name and memory of each GPU that PyTorch can use."""
+    properties = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return [f"{gpu.name} ({plain(size(gpu.total_memory))}, CUDA {torch.version.cuda})" for gpu in properties]

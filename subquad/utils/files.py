@@ -3,9 +3,8 @@
 Notable:
 - `write_aside` writes every file of a run: under another name first, then renamed, so that a reader or a resumed run
   never meets half a file.
-- A cached folder appears whole or not at all: it is built under a temporary name beside its place and renamed. Two
-  processes that build the same folder at once (as under `accelerate launch`) do the work twice; the first to finish
-  wins.
+- `build_once` builds folders of the cache in the same way. Two processes that build the same folder at once (as under
+  `accelerate launch`) do the work twice; the first to finish wins.
 """
 
 import errno
@@ -25,7 +24,7 @@ from subquad.errors import UserError
 
 @contextmanager
 def write_aside(path: Path, *, durable: bool = False) -> Iterator[Path]:
-    """Path beside `path` to write a file or a folder to, which takes the place of `path` when the block ends.
+    """Temporary path to write a file or a folder to; it is renamed to `path` when the block ends.
 
     `durable` syncs to disk before and after the rename, so that it also survives a power cut. After an error nothing
     of the new file is left, and the old one is untouched.
@@ -55,7 +54,7 @@ def _remove(path: Path) -> None:
 
 
 def cache_dir() -> Path:
-    """Where converted teachers and token files are kept: `$SUBQUAD_CACHE`, or `~/.cache/subquad`."""
+    """Folder of converted teachers and token files: `$SUBQUAD_CACHE`, or `~/.cache/subquad`."""
     return Path(os.environ.get("SUBQUAD_CACHE") or "~/.cache/subquad").expanduser()
 
 
@@ -94,7 +93,7 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether an exception says that the disk is full; safetensors' own error type says so in words only."""
+    """Whether an exception means that the disk is full; safetensors' own error type has it only in its message."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
     return "No space left on device" in str(error)
@@ -112,7 +111,7 @@ def sha256_of_file(path: Path) -> str:
 def package_file(package: str, inside: str) -> Path | None:
     """A file or folder of an installed top-level package, or None if it is not there.
 
-    The package is not imported: that might need what it depends on, and its data does not.
+    The package is not imported, so its dependencies may be missing.
     """
     spec = importlib.util.find_spec(package)
     folders = (spec.submodule_search_locations or []) if spec else []
@@ -152,10 +151,10 @@ def sync(path: Path) -> None:
 
 
 def claim_folder(folder: Path, *, earlier: bool, kind: str, resume: bool, overwrite: bool) -> None:
-    """Makes `folder` ready to write a `kind` into: new, emptied of an earlier one, or with one that is gone on with.
+    """Makes `folder` ready to write a `kind` into: new, emptied, or as it is if the earlier one is to be resumed.
 
     `earlier`: whether it holds one. Raises UserError, and touches nothing, for a folder that holds something else, or
-    an earlier one without leave.
+    an earlier one with neither `resume` nor `overwrite`.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; give another folder with --out")

@@ -1,7 +1,7 @@
 """Numbers as people read them; shared by the page, the model card, the pictures and the terminal table.
 
-Every function takes a plain number (NaN where a file had none) and returns text. A number and its unit are held
-together by a no-break space, and what is not a number is shown as a dash, so that no table ever breaks or lies.
+Every function takes a plain number (NaN where a file had none) and returns text. A no-break space joins a
+number to its unit, but for the percent sign, which follows at once. NaN is a dash, so that no table breaks or lies.
 """
 
 import math
@@ -19,12 +19,12 @@ Number = Annotated[float, BeforeValidator(lambda value: NAN if value is None els
 
 
 def plain(text: str) -> str:
-    """What these functions return, in ASCII."""
+    """`text`, as these functions return it, in ASCII."""
     return text.translate({ord(DASH): "-", ord(NBSP): " "})
 
 
 def nats(value: float) -> str:
-    """A divergence or a loss in nats, three decimals where that says enough."""
+    """A divergence or a loss in nats, with three decimals or one significant figure."""
     if not math.isfinite(value):
         return DASH if math.isnan(value) else "∞"
     return f"{value:.3f}" if value == 0 or abs(value) >= 0.001 else f"{value:.1g}"
@@ -44,7 +44,7 @@ def perplexity(value: float) -> str:
 
 def percent(value: float, digits: int = 1) -> str:
     """A fraction as a percentage."""
-    return f"{100 * value:.{digits}f}{NBSP}%" if math.isfinite(value) else DASH
+    return f"{100 * value:.{digits}f}%" if math.isfinite(value) else DASH
 
 
 def of_image(measure: str, value: float) -> str:
@@ -86,7 +86,7 @@ def size(value: float) -> str:
 
 
 def budget(value: float, tokens: int) -> str:
-    """The budget for a cache of so many bytes at a context length, rounded up so that it fits: `12.35MiB@32k`."""
+    """Budget for a cache of `value` bytes at a context of `tokens`, rounded up: `12.35MiB@32k`."""
     value, unit = _binary(value)
     return f"{math.ceil(100 * value) / 100:g}{unit}@{context(tokens)}"
 
@@ -104,8 +104,8 @@ def context(tokens: int) -> str:
 
 
 def band(index: int, bands: int) -> str:
-    """One of equal parts of a whole: `20–40 %`."""
-    return f"{100 * index / bands:.0f}–{100 * (index + 1) / bands:.0f}{NBSP}%"
+    """One of equal parts of a whole: `20–40%`."""
+    return f"{100 * index / bands:.0f}–{100 * (index + 1) / bands:.0f}%"
 
 
 def duration(seconds: float) -> str:
@@ -114,9 +114,9 @@ def duration(seconds: float) -> str:
         return DASH
     if seconds < 60:
         return f"{seconds:.{1 if seconds < 10 else 0}f}{NBSP}s"
-    minutes, rest = divmod(round(seconds), 60)
+    minutes, seconds_rest = divmod(round(seconds), 60)
     if minutes < 60:
-        return f"{minutes}{NBSP}min{NBSP}{rest:02d}{NBSP}s"
+        return f"{minutes}{NBSP}min{NBSP}{seconds_rest:02d}{NBSP}s"
     return f"{minutes // 60}{NBSP}h{NBSP}{minutes % 60:02d}{NBSP}min"
 
 

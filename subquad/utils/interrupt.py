@@ -1,4 +1,4 @@
-"""Ctrl-C that waits: long work ends where it can be gone on with, and not in the middle of a step."""
+"""Ctrl-C that waits: long work stops where it can be resumed, not in the middle of a step."""
 
 import os
 import signal
@@ -11,11 +11,10 @@ WAIT = b"\nstopping as soon as what is done is saved; Ctrl-C again stops at once
 
 @contextmanager
 def interrupt_waits() -> Iterator[Callable[[], bool]]:
-    """Within, the first Ctrl-C is only noted, and what is yielded says whether it was; the second one is as ever.
+    """Delays the first Ctrl-C to the end of the block; yields a function that returns whether there was one.
 
-    The work within asks between two steps, and saves and ends if so. At the end of the block KeyboardInterrupt is
-    raised, if there was a Ctrl-C. Where that means something else already (in another thread, or where the process was
-    started to ignore it) nothing changes.
+    The block calls it between two steps, and saves and ends if so; KeyboardInterrupt is raised afterwards. A second
+    Ctrl-C interrupts at once. Nothing changes in another thread, or where Ctrl-C has another handler already.
     """
     noted = False
 
@@ -26,8 +25,8 @@ def interrupt_waits() -> Iterator[Callable[[], bool]]:
         noted = True
         os.write(2, WAIT)  # print() may be what was interrupted, and cannot be entered twice
 
-    ours = threading.current_thread() is threading.main_thread()
-    if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not in_main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield lambda: False
         return
     signal.signal(signal.SIGINT, note)

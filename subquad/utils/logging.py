@@ -8,7 +8,7 @@ import transformers
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars and no warnings from transformers: what matters is checked, and said in one sentence."""
+    """Silences the progress bars and warnings of transformers; Subquad checks what matters itself."""
     log = transformers.logging
     level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
     log.set_verbosity_error()

@@ -1,4 +1,4 @@
-"""What this process holds, the most it took, and what is left: of the GPU where there is one, else of the machine."""
+"""Memory that this process holds, its peak, and what is available: of the GPU if there is one, else of the machine."""
 
 import ctypes
 import math
@@ -13,7 +13,7 @@ _LIMIT, _USE = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.st
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Lets `peak_memory_bytes` start from what is held now, where the system can (Linux, CUDA)."""
+    """Resets `peak_memory_bytes` to the bytes held now, where the system can (Linux, CUDA)."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
@@ -24,24 +24,24 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 def release_free_memory() -> None:
-    """Gives memory that was freed back to the system, where the C library can (glibc), so that it is held no more."""
+    """Returns freed memory to the system, where the C library can (glibc)."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
 
 
 def available_bytes(device: torch.device) -> float:
-    """What can still be taken, of the machine within the container's limit; infinite where the system does not say."""
+    """Bytes that can still be allocated, within the container's limit; infinite where the system gives no number."""
     if device.type == "cuda":
         freed = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return freed + torch.cuda.mem_get_info(device)[0]
-    left = 1024 * _entry(_MACHINE, "MemAvailable") if _MACHINE.exists() else math.inf
+    available = 1024 * _entry(_MACHINE, "MemAvailable") if _MACHINE.exists() else math.inf
     limit = _LIMIT.read_text().strip() if _LIMIT.exists() else "max"
-    return left if limit == "max" else min(left, int(limit) - _entry(_USE, "anon"))
+    return available if limit == "max" else min(available, int(limit) - _entry(_USE, "anon"))
 
 
 def held_bytes(device: torch.device) -> int:
-    """What is held now (on a system without /proc: the most so far)."""
+    """Bytes held now; the peak so far on a system without /proc."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else _status("VmRSS")
 
 
@@ -57,12 +57,12 @@ def _status(key: str) -> int:
 
 
 def _entry(file: Path, key: str) -> int:
-    """The number beside a key of one of the kernel's files: kB under /proc, bytes elsewhere."""
+    """Number after a key in one of the kernel's files: kB under /proc, bytes elsewhere."""
     rows = (line.split() for line in file.read_text().splitlines())
     return next(int(row[1]) for row in rows if row[0].rstrip(":") == key)
 
 
 def peak_rss_bytes() -> int:
-    """The most memory this process has held at once so far (maximum resident set size), in bytes."""
+    """Peak memory of this process so far (maximum resident set size), in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in kB, macOS in bytes

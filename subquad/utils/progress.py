@@ -10,7 +10,7 @@ PLAIN_SECONDS = 10.0
 
 
 class StageProgress:
-    """A bar with some figures and the time left; nothing at all without a console. `unit`: what is counted."""
+    """A bar with figures and the time left; silent without a console. `unit`: of the steps, such as "piece"."""
 
     def __init__(
         self, console: Console | None, name: str, *, steps: int = 0, step: int = 0, unit: str = "step"
@@ -41,7 +41,7 @@ class StageProgress:
             self.bar.stop()
 
     def update(self, step: int, figures: str, steps: int | None = None) -> None:
-        """`step` steps are done; of `steps`, where that is known only now, or another part of the work began."""
+        """Shows that `step` steps are done, of `steps` if that number is new or another part of the work began."""
         now = time.monotonic()
         if steps is not None and (steps != self.steps or step < self.step):
             self.steps, self.first, self.start = steps, step - 1, self.last
@@ -51,8 +51,7 @@ class StageProgress:
         if self.bar is not None:
             self.bar.update(self.task, completed=step, figures=figures)
         elif self.console is not None and (now - self.last_line >= PLAIN_SECONDS or step == self.steps):
-            left = (now - self.start) / (step - self.first) * (self.steps - step)
-            self.console.print(
-                f"{self.name}: {self.unit} {step:,}/{self.steps:,}  {figures}  {left:,.0f} s left", highlight=False
-            )
+            seconds_left = (now - self.start) / (step - self.first) * (self.steps - step)
+            line = f"{self.name}: {self.unit} {step:,}/{self.steps:,}  {figures}  {seconds_left:,.0f} s left"
+            self.console.print(line, highlight=False)
             self.last_line = now

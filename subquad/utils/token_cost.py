@@ -1,4 +1,4 @@
-"""Cost of work in tokens that go through a model."""
+"""Cost of work, counted in tokens that pass through a model."""
 
 from dataclasses import dataclass
 

@@ -24,16 +24,17 @@ from subquad.bench.extrapolate import (
     overtaking,
     spread,
 )
-from subquad.bench.models import BenchModel, cache_of, within_positions
+from subquad.bench.models import BenchModel, within_positions
 from subquad.bench.roofline import Costs, PassCost, Roof, mixing_flops
 from subquad.cli.app import app
 from subquad.cli.bench import numbers
 from subquad.evaluate import held_cache_bytes
 from subquad.model.cache import CACHE
 from subquad.model.interface import shapes_of
+from subquad.model.random_cache import random_cache
 from subquad.report import draw_bench, print_bench
 from subquad.report.bench_tables import findings
-from subquad.utils import memory
+from subquad.utils import memory, timing
 from subquad.utils.files import make_room, write_json
 from tests.helpers import make_teacher, tiny
 
@@ -81,9 +82,6 @@ def report(folders):
 
 def rows_of(report, **wanted):
     return [row for row in report["cells"] if all(row[key] == value for key, value in wanted.items())]
-
-
-# What a report holds -------------------------------------------------------------------------------------------------
 
 
 def test_a_report_has_every_cell(report):
@@ -169,9 +167,6 @@ def test_where_nothing_is_known_nothing_is_claimed(folders, small, monkeypatch):
     assert printed(report).count("–") == 2 * 2 * 5
 
 
-# What people see -----------------------------------------------------------------------------------------------------
-
-
 def printed(report):
     console = Console(width=200, record=True, file=open("/dev/null", "w"))
     print_bench(report, console)
@@ -226,9 +221,6 @@ def test_json_is_written_aside_and_renamed(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["bench.json"]
 
 
-# The command ---------------------------------------------------------------------------------------------------------
-
-
 def command(monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["subquad", "bench", *map(str, arguments)])
     return CliRunner(env={"COLUMNS": "200"}).invoke(app, sys.argv[1:], prog_name="subquad")
@@ -274,9 +266,6 @@ def test_a_place_that_cannot_be_written_is_found_first(tmp_path):
     assert (tmp_path / "new").is_dir()
 
 
-# The models ----------------------------------------------------------------------------------------------------------
-
-
 def test_models_of_other_vocabularies_are_refused(folders, tmp_path):
     make_teacher(tmp_path)
     tiny("llama", vocab_size=101).save_pretrained(tmp_path)
@@ -298,7 +287,7 @@ def test_without_a_recipe_there_is_no_other_model(folders):
 def test_a_made_cache_is_like_one_that_was_read(family, context):
     subject = subject_of(tiny(family))
     tokens = torch.zeros(2, context, dtype=torch.long)
-    read, made = subject.model(tokens, use_cache=True)[CACHE], cache_of(subject, 2, context)
+    read, made = subject.model(tokens, use_cache=True)[CACHE], random_cache(subject.model, subject.plan, context, 2)
     for cache in (read, made):
         subject.model(tokens[:, :1], use_cache=True, **{CACHE: cache})
     assert made.get_seq_length() == read.get_seq_length() == context + 1
@@ -311,7 +300,7 @@ def test_a_made_cache_of_a_student_is_like_one_that_was_read():
     teacher = tiny("llama")
     plan = Plan.by_layer(shapes_of(teacher), [0], "hedgehog", {"window": 8})
     subject = subject_of(Student.from_teacher(teacher, plan), plan)
-    made = cache_of(subject, 2, 20)
+    made = random_cache(subject.model, subject.plan, 20, 2)
     assert held_cache_bytes(made) == subject.costs.cache_bytes(20, 2)
     subject.model(torch.zeros(2, 1, dtype=torch.long), past_key_values=made, use_cache=True)
     assert made.get_seq_length() == 21 and made.nbytes() == subject.costs.cache_bytes(21, 2)
@@ -338,9 +327,6 @@ def test_what_the_seconds_of_a_model_are_made_of():
     eager = tiny("llama")
     eager.set_attn_implementation("eager")
     assert subject_of(eager).memory_powers == (0, 2) and subject_of(teacher).memory_powers == (0, 1)
-
-
-# Curves --------------------------------------------------------------------------------------------------------------
 
 
 def quadratic(n):
@@ -425,9 +411,6 @@ def test_spread_is_median_and_quartiles():
     assert spread([1, 2, 3, 4, 50]) == (2, 3, 4)
 
 
-# The roofline --------------------------------------------------------------------------------------------------------
-
-
 def test_the_roof_is_the_slower_of_moving_and_computing():
     roof = Roof(bytes_per_second=100.0, flops_per_second=1000.0)
     assert roof.seconds(PassCost(bytes=200, flops=1000)) == 2.0
@@ -462,7 +445,7 @@ def test_mixing_by_states_costs_the_same_at_every_context():
 
 def test_the_machine_is_measured(monkeypatch):
     ticks = itertools.count()
-    monkeypatch.setattr(roofline, "clock", lambda _: next(ticks))  # every copy and product takes a second
+    monkeypatch.setattr(timing, "clock", lambda _: next(ticks))  # every copy and product takes a second
     roof = roofline.measure_roof(torch.device("cpu"), torch.float32)
     assert (roof.bytes_per_second, roof.flops_per_second) == (2 * 2**28, 2 * 1024**3)
 

@@ -4,6 +4,8 @@ import errno
 import importlib
 import subprocess
 import sys
+from importlib import metadata
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from unittest.mock import ANY, create_autospec
 
@@ -28,8 +30,11 @@ COMMANDS = [
     "report",
     "cache-teacher",
     "train-teacher",
+    "train-vit",
     "plan",
     "compare",
+    "recipe",
+    "env",
 ]
 
 
@@ -206,6 +211,27 @@ def test_report_prints_where_it_is(run, called):
     write_report.assert_called_with(Path("one"), Path("other"), out=Path("report.html"))
 
 
+def test_env_prints_versions_and_settings_without_secrets(run, monkeypatch):
+    def version(package: str) -> str:
+        if package in ("lm-eval", "triton", "flash-linear-attention"):
+            raise PackageNotFoundError(package)
+        return real_version(package)
+
+    real_version = metadata.version
+    monkeypatch.setattr(metadata, "version", version)
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "2")
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    result = run("env")
+    assert result.exit_code == 0, result.output
+    rows = dict(line.split(":", 1) for line in result.output.splitlines())
+    values = {label: value.strip() for label, value in rows.items()}
+    assert values["subquad"] == subquad.__version__ and values["torch"] == torch.__version__
+    assert values["lm-eval"] == values["triton"] == "not installed"
+    assert {"commit", "transformers", "Python", "OS", "processor", "cores", "memory", "GPUs"} <= values.keys()
+    assert (values["MALLOC_ARENA_MAX"], values["HF_HUB_OFFLINE"]) == ("2", "1")
+    assert "secret" not in result.output and "TOKEN" not in result.output
+
+
 def test_a_users_mistake_is_one_line_and_code_2(run):
     result = run("convert", "--recipe", "quik")
     assert result.exit_code == 2
@@ -236,7 +262,7 @@ def test_interrupted_says_how_to_go_on(already, run, called):
 @pytest.mark.parametrize(
     "command, name, module",
     [
-        (["generate", "folder", "Once"], "generate", "subquad.jobs.evaluate"),
+        (["generate", "folder", "Once"], "generate", "subquad.jobs.generate"),
         (["eval", "folder"], "evaluate_model", "subquad.jobs.evaluate"),
         (["bench", "folder"], "bench", "subquad.bench.measure"),
     ],

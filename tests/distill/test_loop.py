@@ -60,9 +60,6 @@ def _one_pass_of_the_bare_teacher(monkeypatch):
     monkeypatch.setattr(loop, "bare_forward_speed", partial(bare_forward_speed, seconds=0.0))
 
 
-# The schedule and the choice of parameters --------------------------------------------------------------------------
-
-
 def test_schedules():
     factor = partial(learning_rate_factor, steps=100, warmup=10, min_ratio=0.2)
     assert factor(0) == pytest.approx(0.1) and factor(9) == 1.0
@@ -97,9 +94,6 @@ def test_nothing_to_train_is_an_error(tmp_path):
     teacher = tiny("llama")
     with pytest.raises(UserError, match="nothing to train"):
         train(tmp_path, teacher=teacher, student=make_student(teacher, mixer="sliding_window"))
-
-
-# What the passes compute --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "gpt_neox"])
@@ -254,9 +248,6 @@ def test_progress_of_work_in_several_parts():
     ]
 
 
-# Going on after a kill ----------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("settings", [ALIGN, LOGITS, BRIDGE], ids=["mixer_output", "logits", "bridge"])
 def test_interrupted_at_any_write_it_ends_with_the_same_bits(tmp_path, settings, monkeypatch):
     """Each run dies at another write to the disk, and is resumed until it is through."""
@@ -379,9 +370,6 @@ def test_resuming_something_else_is_refused_and_named(tmp_path):
     train(tmp_path, {**ALIGN, "log_every": 3, "checkpoint_every": 1}, resume=True)  # these change no weight
 
 
-# When something goes wrong ------------------------------------------------------------------------------------------
-
-
 def test_full_disk_during_a_checkpoint_keeps_the_one_before(tmp_path, monkeypatch):
     save = checkpoint_module.save_file
 
@@ -433,9 +421,6 @@ def test_nan_is_named_and_the_last_good_checkpoint_kept(tmp_path, settings, wher
     resumed, _ = train(tmp_path, settings, resume=True)
     plain, _ = train(tmp_path / "plain", settings)
     assert_same_bits(weights(resumed), weights(plain))
-
-
-# Several processes --------------------------------------------------------------------------------------------------
 
 
 def test_batch_that_does_not_divide_is_an_error(tmp_path):

@@ -85,9 +85,6 @@ def copy(whole, tmp_path):
     return tmp_path
 
 
-# What is stored ------------------------------------------------------------------------------------------------------
-
-
 def test_what_is_found_is_the_plain_softmax_to_float16(teacher, corpus, whole):
     ids_BT = rows_of(corpus)
     log_p_BTV = plain(teacher, ids_BT)
@@ -174,9 +171,6 @@ def test_shards_are_bounded_in_bytes_and_a_small_cache_has_several(teacher, corp
         assert [shard["rows"] for shard in meta["shards"]] == rows
 
 
-# What is found -------------------------------------------------------------------------------------------------------
-
-
 def test_rows_are_found_in_any_order(teacher, corpus, whole, monkeypatch):
     monkeypatch.setattr(teacher_cache, "OPEN_SHARDS", 1)  # every change of shard opens a file
     cache = opened(whole, teacher)
@@ -217,9 +211,6 @@ def test_rows_that_are_not_there(teacher, corpus, whole):
     for ids_BT in (other, other[:1, :-1], rows_of(corpus).flatten()[1 : T + 1][None]):
         with pytest.raises(UserError, match=message):
             cache.lookup(ids_BT)
-
-
-# What is interrupted -------------------------------------------------------------------------------------------------
 
 
 class Stop(BaseException):
@@ -331,9 +322,6 @@ def test_resuming_with_other_settings_names_them(teacher, corpus, copy):
     assert bytes_of(copy) == before
 
 
-# What is refused -----------------------------------------------------------------------------------------------------
-
-
 def test_another_teacher_or_tokenizer(teacher, whole, tmp_path):
     right = {"teacher_fingerprint": teacher.fingerprint, "tokenizer_hash": tokenizer_hash(teacher.tokenizer)}
     with pytest.raises(UserError, match=rf"was made with another teacher \('{teacher.name}'\)"):
@@ -416,9 +404,6 @@ def test_progress(terminal, teacher, corpus, tmp_path):
     write_cache(tmp_path, teacher, corpus, **SETTINGS, console=console)
     assert ("cache-teacher" in shown.getvalue()) and "tokens/s" in shown.getvalue() and "7/7" in shown.getvalue()
     assert shown.getvalue().count("\n") == 1 or terminal
-
-
-# The command ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

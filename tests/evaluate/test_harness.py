@@ -36,7 +36,7 @@ ANSWERS = "\n".join(map(json.dumps, WRITTEN))
 
 @pytest.fixture(scope="module")
 def lm_eval():
-    return pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'subquad[eval]'")
+    return pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install -e '.[eval]'")
 
 
 @pytest.fixture(scope="module")
@@ -66,9 +66,6 @@ def logprobs(model, tokenizer, prompt, answer):
     logp_AV = model(whole[:, :-1], use_cache=False).logits[0, -asked:].log_softmax(-1)
     targets_A = whole[0, -asked:]
     return logp_AV.gather(-1, targets_A[:, None]).sum().item(), bool((logp_AV.argmax(-1) == targets_A).all())
-
-
-# Everywhere ----------------------------------------------------------------------------------------------------------
 
 
 def test_questions_are_read_as_they_stand(files):
@@ -138,12 +135,9 @@ def test_without_lm_eval_a_recipe_with_tasks_is_refused_at_the_start(tmp_path, m
     monkeypatch.setattr(sys.modules["subquad.evaluate.harness"], "find_spec", lambda name: None)
     assert load_tasks([]) == []
     recipe = Recipe(name="mine", evaluate={"tasks": ["arc_easy"], "task_limit": 5})
-    with pytest.raises(UserError, match=r"the task 'arc_easy' needs lm-eval: run pip install 'subquad\[eval\]'"):
+    with pytest.raises(UserError, match=r"the task 'arc_easy' needs lm-eval: run pip install -e '\.\[eval\]'"):
         convert("no/teacher", recipe, tmp_path / "out")
     assert not list(tmp_path.iterdir())
-
-
-# With lm-eval --------------------------------------------------------------------------------------------------------
 
 
 def test_unknown_tasks_are_named_at_the_start(lm_eval, tmp_path):

@@ -57,9 +57,6 @@ def small(monkeypatch):
     monkeypatch.setattr(module, "HELDOUT_ROWS", 2)
 
 
-# What it learns from -------------------------------------------------------------------------------------------------
-
-
 def test_the_tokenizer_has_single_digits_and_one_special_token(lessons):
     tokenizer = lessons.tokenizer
     assert len(tokenizer) == VOCABULARY
@@ -195,9 +192,6 @@ def test_associations_are_asked_as_they_were_said(lessons, monkeypatch):
     assert strides == {4, 8}
 
 
-# Training ------------------------------------------------------------------------------------------------------------
-
-
 def test_a_run_leaves_a_teacher_that_converts(tmp_path, text, small):
     metrics = train_teacher(tmp_path / "run", tokens="6k", data=text, command="subquad train-teacher")
     assert json.loads((tmp_path / "run/metrics.json").read_text())["tokens"] == metrics["tokens"] == 6144
@@ -273,9 +267,6 @@ def test_a_run_is_not_replaced_unasked(tmp_path, text, small):
     train_teacher(tmp_path / "run", tokens=2048, data=text)
     with pytest.raises(UserError, match="earlier run"):
         train_teacher(tmp_path / "run", tokens=2048, data=text)
-
-
-# The one that ships --------------------------------------------------------------------------------------------------
 
 
 def test_the_shipped_teacher_scores_what_its_metrics_say():

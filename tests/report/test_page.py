@@ -55,8 +55,6 @@ def three(tmp_path):
     return folders
 
 
-# In a browser --------------------------------------------------------------------------------------------------------
-
 LOOK = """
 <!doctype html><meta charset="utf-8">
 <iframe src="PAGE" style="width:1280px;height:900px"></iframe>
@@ -147,9 +145,6 @@ def test_the_browser_would_tell(three, tmp_path):
     assert any("attribute d" in line for line in said)
 
 
-# Several runs --------------------------------------------------------------------------------------------------------
-
-
 def test_runs_stand_side_by_side(three, tmp_path):
     page = Page(write_report(*three, out=tmp_path / "page.html").read_text(encoding="utf-8"))
     text = page.text.replace(fmt.NBSP, " ")
@@ -201,9 +196,6 @@ def test_runs_that_have_nothing_in_common(three, tmp_path):
     assert (found.context, found.cache_context, found.same_text) == (0, 0, False) and not found.front
     text = Page(write_report(*three, out=tmp_path / "page.html").read_text(encoding="utf-8")).text
     assert "Which to take" not in text and "What was converted" in text and not re.search(r"\bnan\b", text)
-
-
-# Pictures of one run -------------------------------------------------------------------------------------------------
 
 
 def test_the_map_of_depths_has_a_cell_for_what_was_asked(three):

@@ -17,7 +17,7 @@ from subquad.report import plan_picture, print_table, write_model_card, write_pi
 from subquad.report.plots import picture
 from subquad.report.run_files import read_run
 from subquad.report.score_plots import draw_front, draw_path, scores_picture
-from subquad.report.scores import ReplacementPath, Scores
+from subquad.results.scores import ReplacementPath, Scores
 from subquad.select.budget import Budget
 from subquad.utils import format as fmt
 from tests.report.made_up import VARIANT_KL, Page, make_metrics, make_plan, make_run
@@ -57,7 +57,7 @@ def test_page_shows_what_the_files_hold(run):
     assert "15 of 30 layers keep attention; the other layers run hedgehog, whose cost per token" in text
     assert "1024 tokens the student is 0.043 nats per token from its teacher" in text
     student, teacher = metrics["student"]["cache_bytes"], metrics["teacher"]["cache_bytes"]
-    assert f"at 128k tokens of context its cache takes {100 * student['131072'] / teacher['131072']:.1f} %" in text
+    assert f"at 128k tokens of context its cache takes {100 * student['131072'] / teacher['131072']:.1f}%" in text
     for name, kl in VARIANT_KL.items():
         assert name in text and f"{kl:.3f}" in text
         assert f"{metrics[name]['perplexity']['2048']:.2f}" in text
@@ -70,7 +70,7 @@ def test_page_shows_what_the_files_hold(run):
         "AMD EPYC 7763",
         "2.13.0+cpu",
         "61,440",
-        "44 %",
+        "44%",
         "logits + 0.1 labels",
         "by kl, budget 50%",
         "8,192",
@@ -160,9 +160,6 @@ def test_damaged_files_are_named(run, file, content, words):
 def test_no_run_at_all(tmp_path):
     with pytest.raises(UserError, match="no run to report"):
         write_report(tmp_path / "nowhere")
-
-
-# How it was selected -------------------------------------------------------------------------------------------------
 
 
 def test_bars_of_layers_and_groups_have_labels_and_whiskers(run):
@@ -344,13 +341,13 @@ def test_table_in_the_terminal():
     rows = [line.split()[0] for line in text.splitlines() if line.strip()]
     assert [row for row in rows if row in VARIANT_KL][: len(VARIANT_KL)] == list(VARIANT_KL)
     assert "0.496 ± 0.020" in text and "−0.043" in text  # tasks
-    assert "0.043" in text and "44 %" in text and "beats the uniform plan" in text
+    assert "0.043" in text and "44%" in text and "beats the uniform plan" in text
     assert [line.split() for line in text.splitlines() if line.startswith("KL  ")][
         0
     ] == "KL student 0.025 0.056 0.090".split()
     passkey = [line for line in text.splitlines() if line.startswith("passkey")]
-    assert passkey[0].split()[:6] == ["passkey", "256", "75", "%", "−0.40", "67"]
-    assert passkey[3].split() == "passkey 0–20 % – (–) 0 % (0 %) 0 % (0 %)".split()
+    assert passkey[0].split()[:5] == ["passkey", "256", "75%", "−0.40", "67%"]
+    assert passkey[3].split() == "passkey 0–20% – (–) 0% (0%) 0% (0%)".split()
     assert "force which pulls objects" in text and "Gravity is" in text
     with pytest.raises(UserError, match="stages"):
         print_table({"stages": 3}, console)
@@ -363,7 +360,7 @@ def test_table_in_the_terminal():
         (fmt.nats(math.nan), "–"),
         (fmt.logprob(-0.5), "−0.50"),
         (fmt.perplexity(12345.6), "12,346"),
-        (fmt.percent(0.5049), "50.5 %"),
+        (fmt.percent(0.5049), "50.5%"),
         (fmt.size(90 * 2**20), "90 MiB"),
         (fmt.size(1.5 * 2**30), "1.5 GiB"),
         (fmt.size(2**50), "1,024 TiB"),

@@ -9,7 +9,8 @@ import torch
 
 from subquad.errors import UserError
 from subquad.model.interface import shapes_of
-from subquad.model.student import Student, cache_after
+from subquad.model.random_cache import random_cache
+from subquad.model.student import Student
 from subquad.plan import AttentionShape, Plan
 from subquad.select.budget import Budget, largest_within
 from subquad.select.cost import best_units, by_layers, front, groups_of
@@ -233,10 +234,10 @@ def student_of(teacher, layers, mixer="gla"):
 def test_a_cache_of_nothing_in_particular_is_like_a_real_one(family):
     """The same tensors as after reading a text; layers of attention, of a mixer, and of a window."""
     student = student_of(tiny(family), [1, 2], "gated_deltanet")
-    read, made = student.new_cache(), cache_after(student, 40)
+    read, made, read_on = student.new_cache(), *(random_cache(student, student.plan, 40) for _ in range(2))
     with torch.no_grad():
         student(torch.randint(3, 97, (1, 40)), past_key_values=read, use_cache=True)
-        student(torch.ones(1, 1, dtype=torch.long), past_key_values=cache_after(student, 40), use_cache=True)
+        student(torch.ones(1, 1, dtype=torch.long), past_key_values=read_on, use_cache=True)
     for layer, wanted in zip(made.layers, read.layers, strict=True):
         assert layer.tokens == wanted.tokens and layer.is_initialized == wanted.is_initialized
         assert layer.states.keys() == wanted.states.keys()

@@ -1,19 +1,14 @@
-"""What was measured, as the files hold it: metrics.json of a run, and what `subquad eval` and `subquad bench` write.
+"""metrics.json of a run, which `subquad eval --json` writes as well: what was measured, and what it took.
 
 Whatever is missing is empty here: a file may be older than what is measured today.
 """
 
 import math
-from typing import Any, TypeVar
+from typing import Any
 
-from pydantic import BaseModel, ValidationError
-
-from subquad.errors import UserError
+from subquad.results.record import Record, check
 from subquad.utils import format as fmt
 from subquad.utils.format import NAN, Number
-
-AGAIN = "run the command that wrote it again."
-Model = TypeVar("Model", bound=BaseModel)
 
 VARIANTS = {
     "teacher": "the model that was converted",
@@ -23,22 +18,23 @@ VARIANTS = {
     "untrained": "the chosen plan before any training",
     "window": "a training-free sliding window with sinks, at the same cache bytes",
 }
-"""The rows of every table, in order, with what each is."""
+"""Models that are measured, in the order of the tables, each with its description."""
 
 HEADLINE_CONTEXT = 1024
 """Context length of the headline numbers where it was measured (below it a window alone sees nearly everything)."""
 
 
-class Bucket(BaseModel):
-    """What was measured between two positions of the text: from `start` up to the one it is listed under."""
+class Bucket(Record):
+    """Means over the positions of the text from `start` up to the one that it is listed under."""
 
     start: int
     kl: Number = NAN
+    cross_entropy: Number = NAN
     perplexity: Number = NAN
     top1: Number = NAN
 
 
-class Band(BaseModel):
+class Band(Record):
     """Retrieval of the facts that lie in one band of depth; nothing is known where there were no rows."""
 
     rows: int = 0
@@ -46,7 +42,7 @@ class Band(BaseModel):
     logprob: Number = NAN
 
 
-class Answer(BaseModel):
+class Answer(Record):
     """Retrieval at one context length: share of answers right, mean log-probability of an answer token (nats).
 
     `by_depth`: the same in bands of equal width, from the beginning of the text to the question; none for tasks whose
@@ -58,8 +54,11 @@ class Answer(BaseModel):
     by_depth: list[Band] = []
 
 
-class ImageFidelity(BaseModel):
-    """What was measured on images; `kl`, `agreement` and `accuracy` of classifiers only."""
+class ImageFidelity(Record):
+    """Means over images. `kl`, `agreement` and `accuracy`: of classifiers only; `saliency`: of saliency models.
+
+    `samples`: divergences, or else distances, of groups of images, for comparisons in pairs.
+    """
 
     count: int = 0
     accuracy: Number = NAN
@@ -72,6 +71,7 @@ class ImageFidelity(BaseModel):
     distance_stderr: Number = NAN
     saliency: Number = NAN
     saliency_stderr: Number = NAN
+    samples: list[Number] = []
 
 
 IMAGE_MEASURES = {
@@ -81,23 +81,24 @@ IMAGE_MEASURES = {
     "distance": "distance of features",
     "saliency": "difference of saliency maps",
 }
-"""What images are measured by, with the headings of the tables."""
+"""Measures of images, with the headings of the tables."""
 
 
-class Measure(BaseModel):
+class Measure(Record):
     """One metric of a task; no standard error where lm-eval has none."""
 
     value: Number = NAN
     stderr: Number = NAN
 
 
-class Variant(BaseModel):
-    """What was measured of one model; dictionaries are keyed by context length in tokens."""
+class Variant(Record):
+    """Measures of one model; dictionaries are keyed by context length in tokens."""
 
     kl: dict[int, Number] = {}
     kl_stderr: dict[int, Number] = {}
     kl_samples: dict[int, list[Number]] = {}
     perplexity: dict[int, Number] = {}
+    cross_entropy: dict[int, Number] = {}
     top1: dict[int, Number] = {}
     buckets: dict[int, Bucket] = {}
     retrieval: dict[str, dict[int, Answer]] = {}
@@ -108,29 +109,34 @@ class Variant(BaseModel):
     plan_pattern: str | None = None
 
 
-class StageRecord(BaseModel):
-    """One stage as it went: `share_of_bare_forward` is its tokens/s over those of the teacher's bare forward pass."""
+class StageRecord(Record):
+    """Result of a stage: `share_of_bare_forward` is its tokens/s over those of the teacher's bare forward pass."""
 
     name: str
     objective: str | dict[str, float] = ""
-    seconds: Number = NAN
+    steps: Number = NAN
     tokens: Number = NAN
+    seconds: Number = NAN
     tokens_per_second: Number = NAN
     bare_forward_tokens_per_second: Number = NAN
     share_of_bare_forward: Number = NAN
+    peak_memory_bytes: Number = NAN
+    ended_on_plateau: bool = False
+    first_loss: Number = NAN
     final_loss: Number = NAN
+    final_parts: dict[str, Number] = {}
 
 
-class Sample(BaseModel):
-    """One prompt and what the two models went on to write."""
+class Sample(Record):
+    """A prompt and its continuations by the two models."""
 
     prompt: str
     teacher: str = ""
     student: str = ""
 
 
-class Selection(BaseModel):
-    """What the selector was told, and what it took."""
+class Selection(Record):
+    """Settings of the selector, and the work that it took."""
 
     by: str | None = None
     budget: str | int | float | None = None
@@ -138,14 +144,14 @@ class Selection(BaseModel):
     seconds: Number = NAN
 
 
-class TextSource(BaseModel):
+class TextSource(Record):
     """A text that was read, and the hash of its bytes."""
 
     name: str
     sha256: str
 
 
-class Metrics(BaseModel):
+class Metrics(Record):
     """metrics.json, and what `subquad eval --json` writes."""
 
     teacher: Variant | None = None
@@ -156,7 +162,9 @@ class Metrics(BaseModel):
     window: Variant | None = None
     stages: list[StageRecord] = []
     selection: Selection = Selection()
-    seconds: dict[str, Number] = {}
+    seconds: dict[str, Number] = {}  # by part of the run
+    tokens: dict[str, Number] = {}  # by stage
+    tokens_per_second: dict[str, Number] = {}
     peak_rss_bytes: Number = NAN
     seed: int | None = None
     versions: dict[str, Any] = {}
@@ -173,8 +181,8 @@ class Metrics(BaseModel):
     @property
     def variants(self) -> dict[str, Variant]:
         """The models that were measured, in the order of the tables."""
-        found = {name: getattr(self, name) for name in VARIANTS}
-        return {name: variant for name, variant in found.items() if variant is not None}
+        measured = {name: getattr(self, name) for name in VARIANTS}
+        return {name: variant for name, variant in measured.items() if variant is not None}
 
     @property
     def contexts(self) -> list[int]:
@@ -220,12 +228,12 @@ class Metrics(BaseModel):
 
     @property
     def image_measures(self) -> dict[str, str]:
-        """What was measured on images, with its heading."""
-        found = [variant.images for variant in self.variants.values() if variant.images]
+        """Measures taken on images, each with its heading."""
+        fidelities = [variant.images for variant in self.variants.values() if variant.images]
         return {
             measure: heading
             for measure, heading in IMAGE_MEASURES.items()
-            if any(math.isfinite(getattr(one, measure)) for one in found)
+            if any(math.isfinite(getattr(fidelity, measure)) for fidelity in fidelities)
         }
 
     @property
@@ -246,75 +254,40 @@ class Metrics(BaseModel):
     @property
     def ledger(self) -> list[StageRecord]:
         """The stages and then the selection, as rows of one table: the tokens, the time and the speed of each."""
-        chosen = self.selection
-        if chosen.by is None:
+        selection = self.selection
+        if selection.by is None:
             return self.stages
-        tokens = sum((chosen.spent or {}).values())
+        tokens = sum((selection.spent or {}).values())
         return [
             *self.stages,
             StageRecord(
                 name="selection",
-                objective=f"by {chosen.by}, budget {chosen.budget}",
-                seconds=chosen.seconds,
+                objective=f"by {selection.by}, budget {selection.budget}",
+                seconds=selection.seconds,
                 tokens=tokens or NAN,
-                tokens_per_second=tokens / chosen.seconds if tokens and chosen.seconds > 0 else NAN,
+                tokens_per_second=tokens / selection.seconds if tokens and selection.seconds > 0 else NAN,
             ),
         ]
 
     @property
     def hashes(self) -> dict[str, str]:
-        """What the run read and wrote, by name: the teacher, the texts, the files of weights."""
+        """Hashes of what the run read and wrote, by name: the teacher, the texts, the weights files."""
         teacher = {"teacher": self.teacher_fingerprint} if self.teacher_fingerprint else {}
         return teacher | {source.name: source.sha256 for source in self.text} | self.sha256
 
     def same_text(self, other: "Metrics", context: int) -> bool:
-        """Whether both were measured on the same text beside the same teacher: its perplexity tells."""
-        read = [one.teacher.perplexity.get(context, NAN) if one.teacher else NAN for one in (self, other)]
-        return math.isclose(*read, rel_tol=1e-4)
+        """Whether both were measured on the same text with the same teacher, which then has the same perplexity."""
+        teachers = (metrics.teacher or Variant() for metrics in (self, other))
+        return math.isclose(*(teacher.perplexity.get(context, NAN) for teacher in teachers), rel_tol=1e-4)
 
     def cache_ratio(self, context: int) -> float:
         """The student's cache bytes over the teacher's, at one context length; NaN where either is unknown."""
         if not (self.teacher and self.student):
             return NAN
-        ours, theirs = self.student.cache_bytes.get(context, NAN), self.teacher.cache_bytes.get(context, NAN)
-        return ours / theirs if theirs else NAN
-
-
-class BenchCell(BaseModel):
-    """One speed of bench.json, as far as the report draws it; None where it could be neither measured nor expected."""
-
-    measure: str
-    model: str
-    batch: int
-    context: int
-    measured: bool
-    tokens_per_second: float | None = None
-
-
-class BenchSettings(BaseModel):
-    """What `subquad bench` was told."""
-
-    batches: list[int]
-    dtype: str
-
-
-class Bench(BaseModel):
-    """bench.json."""
-
-    models: dict[str, Any]
-    settings: BenchSettings
-    cells: list[BenchCell]
+        teacher_bytes = self.teacher.cache_bytes.get(context, NAN)
+        return self.student.cache_bytes.get(context, NAN) / teacher_bytes if teacher_bytes else NAN
 
 
 def check_metrics(metrics: Any, source: str = "metrics") -> Metrics:
     """Parsed JSON -> `Metrics`. Raises `UserError` that names the first field which does not fit."""
     return check(Metrics, metrics, source)
-
-
-def check(model: type[Model], value: Any, source: str) -> Model:
-    try:
-        return model.model_validate(value)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the top level"
-        raise UserError(f"{source} cannot be reported: {where}: {first['msg']}; {AGAIN}") from error

@@ -1,19 +1,20 @@
-"""scores.json: what a selector measured, and what it chose by it. Every part but the selector's name may be missing."""
+"""scores.json: scores of a selector, and its choice. Every part but the selector's name may be missing."""
 
 import math
 from itertools import chain
 from typing import Literal, NamedTuple, TypeAlias
 
-from pydantic import AliasChoices, BaseModel, Field
+from pydantic import AliasChoices, Field
 
+from subquad.results.record import Record
 from subquad.utils import format as fmt
 from subquad.utils.format import NAN, Number
 
 Table: TypeAlias = list[Number] | list[list[Number]]
 
 
-class Step(BaseModel):
-    """One unit replaced by its mixer, and what the task's validation documents score since."""
+class ReplacementStep(Record):
+    """One unit replaced by its mixer, and the score on the task's validation documents since then."""
 
     unit: int
     score: Number = NAN
@@ -28,13 +29,13 @@ class Picked(NamedTuple):
     test: float
 
 
-class ReplacementPath(BaseModel):
+class ReplacementPath(Record):
     """The greedy selector's path from the teacher. `best`, `opt`: numbers of steps. `test`: on other documents."""
 
     task: str
     floor: Number = NAN
     base: Number = NAN  # the teacher's score
-    steps: list[Step] = []
+    steps: list[ReplacementStep] = []
     best: int
     opt: int
     test: dict[str, Number] = {}
@@ -51,14 +52,14 @@ class ReplacementPath(BaseModel):
         return [Picked(name, steps, self.scores[steps], self.test.get(key, NAN)) for name, steps, key in plans]
 
 
-class FrontPoint(BaseModel):
+class FrontPoint(Record):
     """The most of the measured worth (a share of it) that a cache of `cost` bytes can keep."""
 
     cost: float
     value: float
 
 
-class Scores(BaseModel):
+class Scores(Record):
     """scores.json: one score a unit, higher for one that should rather keep its attention.
 
     Of layers, or groups of them, one list; of heads, a list for each layer. `low` and `high`, the bounds of the scores,
@@ -109,7 +110,7 @@ class Scores(BaseModel):
 
     @property
     def effort(self) -> str:
-        """What the selection took: `4,096 tokens forward and 512 tokens of training, in 50 s`."""
+        """Work of the selection: `4,096 tokens forward and 512 tokens of training, in 50 s`."""
         forward, training = (self.spent.get(f"{what}_tokens", NAN) for what in ("forward", "training"))
         counts = {"tokens of text": self.tokens, "tokens forward": forward, "tokens of training": training}
         tokens = " and ".join(f"{fmt.integer(count)} {what}" for what, count in counts.items() if count > 0)
