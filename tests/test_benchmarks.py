@@ -149,6 +149,7 @@ def test_compile_says_where_it_fails(monkeypatch, works):
     assert table.row_count == 4
 
 
+@pytest.mark.slow
 def test_resolution(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(resolution, "SIDES", (2, 3))
     resolution.main(["--quick", "--json", str(tmp_path / "a.json"), "--plot", str(tmp_path / "a.png")])

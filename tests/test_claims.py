@@ -105,6 +105,7 @@ def test_tuning_finds_the_deeper_of_two_valleys(aligns):
     assert aligns or {layers for _, layers, _ in asked} == {1e-4}
 
 
+@pytest.mark.slow
 def test_mohawk_from_end_to_end(tmp_path, tiny_runs, capsys):
     arguments = ["--quick", "--work", str(tmp_path / "work"), "--json", str(tmp_path / "a.json")]
     mohawk.main([*arguments, "--plot", str(tmp_path / "a.png")])
@@ -135,6 +136,7 @@ def test_known_numbers_that_cannot_be_read(tmp_path, capsys):
         assert f"{file} cannot be read" in (said := capsys.readouterr().err) and why in said
 
 
+@pytest.mark.slow
 def test_retrieval_aware_from_end_to_end(tmp_path, monkeypatch, capsys):
     changes = {
         "probe_rows": 8,
@@ -167,6 +169,7 @@ def test_retrieval_aware_from_end_to_end(tmp_path, monkeypatch, capsys):
     assert "retrieval coverage" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_selection_from_end_to_end(tmp_path, monkeypatch, capsys):
     changes = {"align_tokens": 1024, "retrain_tokens": 256, "logits_tokens": 512, "batch": 2, "sequence_length": 128}
     changes |= {"unit": "layer", "context": 128, "probe_rows": 4, "score_rows": 1, "greedy_rows": 2, "rows": 2}
@@ -210,6 +213,7 @@ def test_rank_correlation():
     assert overlap([5, 4, 1, 0], [5, 0, 4, 1], 2) == 0.5
 
 
+@pytest.mark.slow
 def test_cab_from_end_to_end(tmp_path, monkeypatch, capsys):
     changes = {"layers": (4, 2), "budgets": (2048,), "batch": 2, "rows": 2, "sequence_length": 128, "lengths": (32, 64)}
     monkeypatch.setattr(cab, "QUICK", {**cab.QUICK, **changes})
@@ -236,6 +240,7 @@ def test_cab_from_end_to_end(tmp_path, monkeypatch, capsys):
 # CAB on images -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_cab_on_images(monkeypatch, tmp_path, capsys):
     folder = tmp_path / "pictures"
     folder.mkdir()

@@ -1,6 +1,7 @@
 """The Python examples of the documentation run, in order, page by page."""
 
 import re
+import shutil
 from pathlib import Path
 from typing import get_args
 from unittest.mock import patch
@@ -28,16 +29,24 @@ def examples(page: Path) -> str:
     return "\n".join(re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL))
 
 
+@pytest.fixture(scope="module")
+def tiny_run(tmp_path_factory):
+    """The folder that `make convert` leaves, here a tiny one."""
+    folder = tmp_path_factory.mktemp("docs")
+    for name in ("teacher", "text"):
+        (folder / name).mkdir()
+    teacher, text = make_teacher(folder / "teacher"), make_text(folder / "text")
+    convert(teacher, Recipe(**RECIPE), folder / "run", data=text)
+    return folder / "run"
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if examples(page)], ids=lambda page: page.name)
-def test_examples_run(page, tmp_path, monkeypatch):
+def test_examples_run(page, tiny_run, tmp_path, monkeypatch):
     program = examples(page)
     if "harness(" in program:
         pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install -e '.[eval]'")
-    if "runs/quick" in program:  # the folder that `make convert` leaves, here a tiny one
-        for name in ("teacher", "text"):
-            (tmp_path / name).mkdir()
-        teacher, text = make_teacher(tmp_path / "teacher"), make_text(tmp_path / "text")
-        convert(teacher, Recipe(**RECIPE), tmp_path / "runs" / "quick", data=text)
+    if "runs/quick" in program:
+        shutil.copytree(tiny_run, tmp_path / "runs" / "quick")
     if "runs/cab-vision-quick" in program:
         converted_classifier(tmp_path / "runs" / "cab-vision-quick")
     monkeypatch.chdir(tmp_path)

@@ -314,10 +314,16 @@ def student_folder(tmp_path_factory):
     [
         "import subquad\nfrom transformers import AutoModelForCausalLM",
         "from transformers import AutoModelForCausalLM\nimport subquad",
-        "import transformers, subquad\nfrom transformers import AutoTokenizer, AutoModelForCausalLM",
         "import subquad.model.cache\nfrom transformers import AutoModelForCausalLM",
-        "import subquad\nfrom transformers.models.llama import LlamaForCausalLM\n"
-        "from transformers import AutoModelForCausalLM",
+        pytest.param(
+            "import transformers, subquad\nfrom transformers import AutoTokenizer, AutoModelForCausalLM",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "import subquad\nfrom transformers.models.llama import LlamaForCausalLM\n"
+            "from transformers import AutoModelForCausalLM",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_auto_classes_know_students_in_every_import_order(imports, student_folder):
