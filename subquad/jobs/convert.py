@@ -22,6 +22,8 @@ from subquad.model.base import BaseStudent
 from subquad.plan import Plan
 from subquad.recipes.schema import Recipe
 from subquad.report import print_table, write_model_card, write_report
+from subquad.results.metrics import Metrics
+from subquad.results.record import check_written
 from subquad.utils import format as fmt
 from subquad.utils.files import sha256_of_file
 
@@ -77,6 +79,7 @@ def convert(
             _save_named_plans(conversion, chosen, linear)
             run.seconds["total"] = time.perf_counter() - started
             metrics |= _costs(conversion, results, scores) | provenance(run, command) | _hashes(conversion)
+            check_written(Metrics, metrics)
             run.write("metrics.json", json.dumps(metrics, indent=1))
             write_report(run.out)
             write_model_card(run.out)

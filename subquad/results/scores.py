@@ -45,6 +45,11 @@ class ReplacementPath(Record):
         """On the validation documents, by number of units replaced."""
         return [self.base, *(step.score for step in self.steps)]
 
+    def remaining(self, units: int, steps: int) -> list[int]:
+        """The units that still attend after this many steps, of `units` in all."""
+        replaced = {step.unit for step in self.steps[:steps]}
+        return [unit for unit in range(units) if unit not in replaced]
+
     @property
     def picked(self) -> list[Picked]:
         """The teacher, and the two plans that were picked."""

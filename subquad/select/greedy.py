@@ -11,14 +11,13 @@ Source: Distill-then-Replace (arXiv 2601.11667, algorithm 1). Ties, which it doe
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from subquad.data.probes import PROBE_TASKS
 from subquad.plan import Plan
 from subquad.recipes.stage import Length
+from subquad.results.scores import ReplacementPath, ReplacementStep
 from subquad.select.inputs import SelectorInputs
 from subquad.select.ranking import Ranking
 from subquad.select.registry import Selector, selector
@@ -73,7 +72,7 @@ class Greedy(Selector):
         )
         order = [*path.remaining(len(units), len(path.steps)), *(step.unit for step in reversed(path.steps))]
         named = {"best": path.remaining(len(units), path.best), "opt": path.remaining(len(units), path.opt)}
-        report = {"order": order, "path": path.as_dict()}
+        report = {"order": order, "path": path.model_dump()}
         return Ranking(units, lambda count: sorted(order[:count]), inputs.unit, named=named, report=report)
 
     def _task(self, inputs: SelectorInputs) -> TaskScore:
@@ -96,35 +95,6 @@ class Greedy(Selector):
         return self.limit * self.context if self.task in PROBE_TASKS else 0
 
 
-@dataclass
-class GreedyStep:
-    """A replaced unit, and the score after replacing it."""
-
-    unit: int
-    score: float
-
-
-@dataclass
-class GreedyPath:
-    """The path from the teacher, and M_best and M_opt on it, as numbers of steps."""
-
-    task: str
-    floor: float
-    base: float
-    steps: list[GreedyStep]
-    best: int
-    opt: int
-    test: dict[str, float]  # test scores of the teacher (base), M_best and M_opt
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def remaining(self, units: int, steps: int) -> list[int]:
-        """The units that still attend after this many steps."""
-        replaced = {step.unit for step in self.steps[:steps]}
-        return [unit for unit in range(units) if unit not in replaced]
-
-
 def greedy_path(
     supernet: Supernet,
     units: Sequence[Unit],
@@ -135,7 +105,7 @@ def greedy_path(
     tolerance: float = 0.05,
     max_steps: int | None = None,
     document_tokens: int = 0,
-) -> GreedyPath:
+) -> ReplacementPath:
     """The path to the floor, or until `max_steps` units are replaced, whatever the floor.
 
     `document_tokens`: tokens of all validation documents, for the cost; 0 if unknown.
@@ -156,7 +126,7 @@ def greedy_path(
     base = scores_of("teacher", [plan_without([])])[0]
     floor = (1 - tolerance) * base
     replaced: list[int] = []
-    steps: list[GreedyStep] = []
+    steps: list[ReplacementStep] = []
     while len(replaced) < (len(units) if max_steps is None else max_steps):
         attending = [unit for unit in range(len(units)) if unit not in replaced]
         scores = scores_of(f"step {len(replaced)}", [plan_without([*replaced, unit]) for unit in attending])
@@ -164,7 +134,7 @@ def greedy_path(
         if max_steps is None and score < floor:
             break
         replaced.append(unit)
-        steps.append(GreedyStep(unit, score))
+        steps.append(ReplacementStep(unit=unit, score=score))
 
     # Choose the two plans, and score them on test documents.
     path_scores = [base, *(step.score for step in steps)]
@@ -172,4 +142,4 @@ def greedy_path(
     opt = max([0, *(number for number, step in enumerate(steps, 1) if step.score >= floor)])
     test_scores = scores_of("test", [plan_without(replaced[:count]) for count in (0, best, opt)], "test")
     test = dict(zip(("base", "best", "opt"), test_scores, strict=True))
-    return GreedyPath(task.name, floor, base, steps, best, opt, test)
+    return ReplacementPath(task=task.name, floor=floor, base=base, steps=steps, best=best, opt=opt, test=test)

@@ -22,7 +22,7 @@ from transformers import Cache
 from subquad.model.random_cache import random_cache
 from subquad.model.student import Student
 from subquad.plan import ATTENTION, Plan
-from subquad.utils.timing import clock
+from subquad.utils.timing import clock, take_turns
 
 
 @dataclass(frozen=True)
@@ -58,13 +58,14 @@ def layer_seconds(student: Student, context: int, steps: int = 8) -> tuple[list[
 @torch.no_grad()
 def _in_turns(students: Sequence[Student], context: int, steps: int) -> list[tuple[list[float], float]]:
     """Medians over `steps` steps of each student; they take turns, so that the machine's state affects all equally."""
-    caches = [random_cache(student, student.plan, context) for student in students]
-    samples: list[list[list[float]]] = [[] for _ in students]
-    for _ in range(1 + steps):
-        for student, cache, of_student in zip(students, caches, samples, strict=True):
-            of_student.append(_step(student, cache))
-    # The first step of each is a warm-up.
-    medians = [[statistics.median(part) for part in zip(*of_student[1:], strict=True)] for of_student in samples]
+    calls = {
+        str(index): partial(_step, student, random_cache(student, student.plan, context))
+        for index, student in enumerate(students)
+    }
+    _, *rounds = take_turns(calls, (1 + steps, 1 + steps))  # the first round is a warm-up
+    medians = [
+        [statistics.median(part) for part in zip(*(results[name] for results in rounds), strict=True)] for name in calls
+    ]
     return [(mixing, rest) for *mixing, rest in medians]
 
 
