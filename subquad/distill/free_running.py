@@ -4,10 +4,7 @@ Its losses are the divergence from the teacher, the cross-entropy, and distances
 Legend: B sequences, T tokens, M model width, H and W height and width of a saliency map.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from functools import partial
-from typing import Any
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +18,7 @@ from subquad.distill.passes import LogitsStore, hidden_states, in_mixer_order, l
 from subquad.errors import UserError
 from subquad.mixers import MixerInputs
 from subquad.model.base import BaseStudent
-from subquad.model.interface import AttentionCall, find_attention, input_device, watched_attention
+from subquad.model.interface import AttentionCall, find_attention, input_device, record_outputs, watched_attention
 from subquad.model.layer_call import attending
 from subquad.model.output_head import OutputHead, causal_lm, final_hidden, has_head
 from subquad.model.saliency import saliency_distance, saliency_model
@@ -78,20 +75,24 @@ class FreeRunning:
         inputs = inputs_of(batch)
 
         # Run the teacher without gradients
-        teacher_modules = {name: modules[0] for name, modules in self.modules.items()}
         calls: dict[nn.Module, AttentionCall] = {}
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
-            teacher_outputs = stack.enter_context(_recorded_outputs(teacher_modules))
+            teacher_outputs = {
+                name: stack.enter_context(record_outputs(modules[0], hidden_states))
+                for name, modules in self.modules.items()
+            }
             if self.bridge is not None:
                 calls = stack.enter_context(watched_attention(self.teacher))
             teacher_BTM, teacher_logits = self._run_teacher(inputs)
 
         # Run the student on its own hidden states
-        student_modules = {name: modules[1] for name, modules in self.modules.items()}
         mixer_inputs: dict[int, list[MixerInputs]] = {}
         with ExitStack() as stack:
-            student_outputs = stack.enter_context(_recorded_outputs(student_modules))
+            student_outputs = {
+                name: stack.enter_context(record_outputs(modules[1], hidden_states))
+                for name, modules in self.modules.items()
+            }
             if self.bridge is not None:
                 mixer_inputs = stack.enter_context(self.bridge.recorded_inputs())
             student_BTM = self.student.final_hidden(inputs, forward_context=self.forward_context)
@@ -175,18 +176,3 @@ def _check_outputs(stage: Stage, student: BaseStudent, teacher: PreTrainedModel)
             f"stage '{stage.name}' compares last hidden states ('features'), and the student's are {widths[0]} wide, "
             f"the teacher's {widths[1]}: choose logits, labels or bridge"
         )
-
-
-@contextmanager
-def _recorded_outputs(modules: Mapping[str, list[nn.Module]]) -> Iterator[dict[str, list[Tensor]]]:
-    """Within, appends the hidden states that these modules return to the list of their name."""
-    outputs: dict[str, list[Tensor]] = {name: [] for name in modules}
-
-    def record(name: str, module: nn.Module, args: Any, output: Any) -> None:
-        outputs[name].append(hidden_states(output))
-
-    with ExitStack() as hooks:
-        for name, named_modules in modules.items():
-            for module in named_modules:
-                hooks.callback(module.register_forward_hook(partial(record, name)).remove)
-        yield outputs
