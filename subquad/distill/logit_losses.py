@@ -31,7 +31,7 @@ CHUNK_ELEMENTS = 2**24  # logits of one chunk: 64 MiB in float32, large enough f
 
 
 class TeacherLogits(Protocol):
-    """The teacher's next-token distribution at N positions."""
+    """Next-token distribution of the teacher at N positions."""
 
     def log_probs(self, rows: slice, student_CV: Tensor, temperature: float) -> Tensor:
         """Log-probabilities (C, V) at the positions `rows`, as a new tensor; `student_CV` are the student's."""
@@ -40,7 +40,7 @@ class TeacherLogits(Protocol):
 
 @dataclass(frozen=True)
 class FromHidden:
-    """The teacher's head on its last hidden states (B, T, M)."""
+    """Distribution from the teacher's head and its last hidden states (B, T, M)."""
 
     hidden_BTM: Tensor
     head: OutputHead
@@ -51,10 +51,10 @@ class FromHidden:
 
 
 class FromTopK(NamedTuple):
-    """The teacher's K likeliest tokens (B, T, K), their log-probabilities, and the log mass of all other tokens.
+    """Distribution from stored top-k tokens (B, T, K), their log-probabilities, and the log mass of all other tokens.
 
     This rest mass is spread over the other tokens in proportion to the student's probabilities. So a divergence from
-    this distribution is one between K + 1 outcomes, of which the last is "any other token". It never exceeds the
+    this distribution is one between K + 1 outcomes, the last being "any other token". It never exceeds the
     divergence from the whole distribution, and its gradient treats the spread mass as constant.
     """
 
@@ -114,7 +114,7 @@ def divergence(
 
 
 class TokenLoss(NamedTuple):
-    """The weighted sum to minimise, and its parts for the log (without gradient; None where the weight is zero)."""
+    """Weighted sum to minimise, and its parts for the log (without gradient; None where the weight is zero)."""
 
     total: Tensor
     divergence: Tensor | None

@@ -115,7 +115,7 @@ def run_stage(
             first_step = ledger.step + 1
             while not run.is_done:
                 batch = run.step(inputs.data)
-                # Warm by now; twice, because the load of the machine varies
+                # Time the warm teacher, and again at the end, because the load of the machine varies
                 if ledger.step == first_step or run.is_done:
                     bare_speeds.append(run.bare_speed(inputs.teacher, batch))
                 speed = run.tokens(ledger.step) / ledger.seconds
@@ -207,11 +207,11 @@ class StageRun:
         """Raises UserError if a value is not finite. `quantity`: "loss" or "gradient"."""
         names = [name for name, value in values.items() if not math.isfinite(value)]
         if names:
-            more = f" (and of {len(names) - 1} others)" if len(names) > 1 else ""
+            note = f" (and of {len(names) - 1} others)" if len(names) > 1 else ""
             stage = self.stage
             raise UserError(
                 f"stage '{stage.name}' stopped at step {self.ledger.step + 1} of {stage.steps}: the {quantity} of "
-                f"{names[0]}{more} is {values[names[0]]}; lower 'lr' (now {stage.lr:g}) or 'clip' and start again; "
+                f"{names[0]}{note} is {values[names[0]]}; lower 'lr' (now {stage.lr:g}) or 'clip' and start again; "
                 "the last good checkpoint is kept."
             )
 
@@ -338,7 +338,7 @@ def make_pass(
 
 
 def any_process(flag: bool, accelerator: Accelerator) -> bool:
-    """Whether `flag` is true in any process; the same answer in all of them."""
+    """Returns whether `flag` is true in any process: the same answer in all of them."""
     if accelerator.num_processes == 1:
         return flag
     return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), reduction="sum") > 0)
