@@ -1,1 +1,1 @@
-"""Training: what to minimise (objectives), how fast (schedule), and the one loop that does it (loop)."""
+"""Training of students: losses, training passes, schedules, the training loop, and what it reads and writes."""

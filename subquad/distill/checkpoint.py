@@ -1,17 +1,18 @@
-"""Checkpoints that survive a kill at any moment, and hold safetensors and JSON only.
+"""Checkpoints as safetensors and JSON, which a kill at any moment does not damage.
 
     checkpoints/
       latest.json                        {"folder": "stage-0-step-000120"}
       stage-0-step-000120/
-        trainable.safetensors            the tensors that this stage trains
+        trainable.safetensors            the trained tensors of this stage
         optimizer.safetensors            AdamW's moments, "exp_avg/<parameter>", and torch's random state, "torch_rng"
-        state.json                       stage, step, losses so far, and what the run is: seed, teacher, plan, text ...
+        state.json                       stage, step, losses so far, and the run's identity: seed, teacher, plan, text
       stage-0.safetensors                the trained tensors of a finished stage; its header holds the state
 
 Notable:
-- A checkpoint is written under a temporary name, synced to disk and renamed, and only then `latest.json` is replaced,
-  in the same way. Whatever is interrupted, `latest.json` names a whole checkpoint.
-- A run may be resumed only as what it was: `Checkpoints.identity` is compared, and what differs is named.
+- A checkpoint is written under a temporary name, synced to disk and renamed. `latest.json` is replaced afterwards, in
+  the same way, so that it names a complete checkpoint whenever a run is interrupted.
+- A run can be resumed only with the settings it had: `Checkpoints.identity` is compared, and errors name the settings
+  that differ.
 """
 
 import json
@@ -31,31 +32,31 @@ from subquad.distill.parameters import Parameters
 from subquad.errors import UserError
 from subquad.utils.files import is_disk_full, write_aside
 
-KEEP = 2  # step checkpoints that are kept
+KEEP = 2  # number of step checkpoints on disk
 RNG = "torch_rng"
 State = dict[str, Any]
 
 
 @dataclass
 class Checkpoints:
-    """The checkpoints of one stage of a run."""
+    """Checkpoints of one stage of a run."""
 
     folder: Path
     stage: int
-    identity: dict[str, str] = field(default_factory=dict)  # what the run is: {"seed": "0", "teacher": "3f1c...", ...}
+    identity: dict[str, str] = field(default_factory=dict)  # of the run: {"seed": "0", "teacher": "3f1c...", ...}
 
     @property
     def finished_path(self) -> Path:
-        """The tensors of this stage, once it is done."""
+        """File of the trained tensors of this stage, once it is finished."""
         return self.folder / f"stage-{self.stage}.safetensors"
 
     def start_over(self) -> None:
-        """Removes what an earlier run left of this stage and all later ones."""
+        """Removes the checkpoints of this stage and all later ones."""
         for path in {*self.folder.glob("stage-*"), *self.folder.glob("*.tmp")}:
             stage = path.name.removeprefix("stage-").partition("-")[0].partition(".")[0]
             if path.suffix == ".tmp" or int(stage) >= self.stage:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-        self._latest.unlink(missing_ok=True)
+        self._latest_path.unlink(missing_ok=True)
 
     def save(self, parameters: Parameters, optimizer: torch.optim.Optimizer, state: State) -> None:
         """Writes the checkpoint of `state["step"]`. Raises UserError if the disk fails; older checkpoints stay."""
@@ -65,30 +66,30 @@ class Checkpoints:
             for name, parameter in parameters.items()
             for kind, value in optimizer.state[parameter].items()
         }
-        with self._writing(f"the checkpoint of step {state['step']}"):
-            with write_aside(folder, durable=True) as aside:  # in the place of one that latest.json does not name yet
+        with self._write_errors(f"the checkpoint of step {state['step']}"):
+            with write_aside(folder, durable=True) as aside:  # replaces one that latest.json does not name yet
                 aside.mkdir(parents=True)
-                save_file(_plain(parameters), aside / "trainable.safetensors")
-                save_file(_plain(moments) | {RNG: torch.get_rng_state()}, aside / "optimizer.safetensors")
-                (aside / "state.json").write_text(json.dumps(self._signed(state)), encoding="utf-8")
-            with write_aside(self._latest, durable=True) as aside:
+                save_file(_contiguous(parameters), aside / "trainable.safetensors")
+                save_file(_contiguous(moments) | {RNG: torch.get_rng_state()}, aside / "optimizer.safetensors")
+                (aside / "state.json").write_text(json.dumps(self._with_identity(state)), encoding="utf-8")
+            with write_aside(self._latest_path, durable=True) as aside:
                 aside.write_text(json.dumps({"folder": folder.name}), encoding="utf-8")
-        for old in self._steps()[:-KEEP]:
-            shutil.rmtree(old, ignore_errors=True)
+        for step_folder in self._step_folders()[:-KEEP]:
+            shutil.rmtree(step_folder, ignore_errors=True)
 
     def load(self, parameters: Parameters, optimizer: torch.optim.Optimizer) -> State | None:
-        """Puts the latest checkpoint of this stage in place and returns its state; None if there is none.
+        """Loads the latest checkpoint of this stage and returns its state; None if there is none.
 
-        Raises UserError if the checkpoint is of another run, or damaged.
+        Raises UserError if the checkpoint belongs to another run or is damaged.
         """
-        if not self._latest.exists():
+        if not self._latest_path.exists():
             return None
-        with self._reading():
-            folder = self.folder / json.loads(self._latest.read_text(encoding="utf-8"))["folder"]
+        with self._read_errors():
+            folder = self.folder / json.loads(self._latest_path.read_text(encoding="utf-8"))["folder"]
             state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
             if state["stage"] != self.stage:
                 return None
-            self._check(state)
+            self._check_identity(state)
             _restore(parameters, load_file(folder / "trainable.safetensors"))
             moments = load_file(folder / "optimizer.safetensors")
             torch.set_rng_state(moments.pop(RNG))
@@ -98,60 +99,62 @@ class Checkpoints:
         return state
 
     def finish(self, parameters: Parameters, state: State) -> None:
-        """Writes the trained tensors of the finished stage, and removes its step checkpoints."""
-        header = json.dumps(self._signed(state) | {RNG: torch.get_rng_state().numpy().tobytes().hex()})
-        with self._writing(f"the weights of stage {self.stage}"):
+        """Writes the trained tensors of the finished stage and removes its step checkpoints."""
+        header = json.dumps(self._with_identity(state) | {RNG: torch.get_rng_state().numpy().tobytes().hex()})
+        with self._write_errors(f"the weights of stage {self.stage}"):
             self.folder.mkdir(parents=True, exist_ok=True)
             with write_aside(self.finished_path, durable=True) as aside:
-                save_file(_plain(parameters), aside, metadata={"state": header})
-        self._latest.unlink(missing_ok=True)
-        for old in self._steps():
-            shutil.rmtree(old, ignore_errors=True)
+                save_file(_contiguous(parameters), aside, metadata={"state": header})
+        self._latest_path.unlink(missing_ok=True)
+        for step_folder in self._step_folders():
+            shutil.rmtree(step_folder, ignore_errors=True)
 
     def load_finished(self, parameters: Parameters) -> State | None:
-        """Puts the tensors of the finished stage in place and returns its state; None if it is not finished."""
+        """Loads the tensors of the finished stage and returns its state; None if it is not finished."""
         if not self.finished_path.exists():
             return None
-        with self._reading():
+        with self._read_errors():
             with safe_open(self.finished_path, "pt") as file:
                 state = json.loads(file.metadata()["state"])
-            self._check(state)
+            self._check_identity(state)
             _restore(parameters, load_file(self.finished_path))
             torch.set_rng_state(torch.frombuffer(bytearray.fromhex(state[RNG]), dtype=torch.uint8))
         return state
 
     @property
-    def _latest(self) -> Path:
+    def _latest_path(self) -> Path:
         return self.folder / "latest.json"
 
-    def _steps(self) -> list[Path]:
+    def _step_folders(self) -> list[Path]:
         return sorted(path for path in self.folder.glob(f"stage-{self.stage}-step-*") if path.suffix != ".tmp")
 
-    def _signed(self, state: State) -> State:
+    def _with_identity(self, state: State) -> State:
         return state | {"stage": self.stage, "identity": self.identity}
 
-    def _check(self, state: State) -> None:
-        differing = [setting for setting, value in self.identity.items() if state["identity"].get(setting) != value]
-        if differing:
+    def _check_identity(self, state: State) -> None:
+        differences = [setting for setting, value in self.identity.items() if state["identity"].get(setting) != value]
+        if differences:
             raise UserError(
                 f"cannot resume: the checkpoints in '{self.folder}' were made with another "
-                f"{' and another '.join(differing)}; resume with the same settings, or start over in another folder."
+                f"{' and another '.join(differences)}; resume with the same settings, or start over in another folder."
             )
 
     @contextmanager
-    def _writing(self, what: str) -> Iterator[None]:
+    def _write_errors(self, content: str) -> Iterator[None]:
+        """Turns errors of writing `content` into UserErrors."""
         try:
             yield
         except (OSError, SafetensorError) as error:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
             remedy = "free some space" if is_disk_full(error) else "make the folder writable"
             raise UserError(
-                f"could not write {what} to '{self.folder}' ({reason}): {remedy} and go on with --resume; "
-                "the checkpoint before it is intact."
+                f"could not write {content} to '{self.folder}' ({reason}): {remedy} and resume with --resume; "
+                "the previous checkpoint is intact."
             ) from None
 
     @contextmanager
-    def _reading(self) -> Iterator[None]:
+    def _read_errors(self) -> Iterator[None]:
+        """Turns errors of reading a checkpoint into UserErrors."""
         try:
             yield
         except (OSError, SafetensorError, KeyError, ValueError) as error:
@@ -160,7 +163,7 @@ class Checkpoints:
             ) from None
 
 
-def _plain(tensors: dict[str, Any]) -> dict[str, Tensor]:
+def _contiguous(tensors: dict[str, Any]) -> dict[str, Tensor]:
     return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
 
 

@@ -1,8 +1,8 @@
-"""What a stage will take, from a few of its steps on few tokens: seconds, and bytes by what holds them.
+"""Estimate of a stage's time and memory from a few of its steps on few tokens.
 
-The steps are real ones, with the stage's own objective, what it trains and its optimiser; what they change is meant to
-be thrown away. The first is slower than all others and is not timed; between it and the timed one, the tensors that a
-pass makes are counted.
+The steps are real ones, with the stage's objective, trained parameters and optimiser, so they change the student, which
+should then be discarded. The first step is slower than all others and is not timed. Before the timed steps, the tensors
+of one pass are counted.
 """
 
 import weakref
@@ -15,85 +15,92 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from subquad.distill.loop import StageInputs, micro_rows, prepared
+from subquad.distill.loop import StageInputs, micro_rows, prepared_run
 from subquad.model.base import BaseStudent
 from subquad.recipes.stage import Stage
 from subquad.utils.timing import seconds_of
 
-SHORTEST = 64  # tokens of a row: shorter ones tell little of longer ones
+SHORTEST = 64  # tokens of a row: shorter rows do not predict longer ones
 
 
 @dataclass(frozen=True)
 class StageEstimate:
-    """One process's part in a stage, as tried."""
+    """Time and memory of one process in a stage, as measured on a trial micro-batch."""
 
-    tokens: int  # of the micro-batch that was tried
-    whole: int  # tokens of a micro-batch as the stage has it
-    pass_seconds: float  # of that whole micro-batch, forward and backward
+    tokens: int  # of the trial micro-batch
+    whole: int  # tokens of a full micro-batch of the stage
+    pass_seconds: float  # of a full micro-batch, forward and backward
     update_seconds: float  # of the optimiser
-    trained: int  # weights
-    trained_bytes: int  # of them while they are trained; their gradients take as much, AdamW's moments twice that
-    activation_bytes: int  # the most that a pass over a whole micro-batch makes at once beside gradients
-    weights: dict[int, int]  # bytes of the student's weights by where they are, while it is trained
+    trained: int  # number of weights
+    trained_bytes: int  # of these weights during training; gradients take as much again, AdamW's moments twice that
+    activation_bytes: int  # peak memory of a pass over a full micro-batch, without gradients
+    weights: dict[int, int]  # bytes of the student's weights by address, during training
 
     def seconds(self, stage: Stage, steps: int) -> float:
-        """Of so many optimiser steps of the stage."""
+        """Seconds of `steps` optimiser steps of the stage."""
         return steps * (stage.accumulate * self.pass_seconds + self.update_seconds)
 
 
 def estimate_stage(stage: Stage, inputs: StageInputs, *, student: BaseStudent, tokens: int) -> StageEstimate:
-    """Tries a stage on micro-batches of about `tokens` tokens, shorter rows first; changes `student`.
+    """Runs a few steps of a stage on micro-batches of about `tokens` tokens; changes `student`.
 
-    Seconds and activations are extrapolated in proportion to tokens. Raises UserError for what training would refuse.
+    To save tokens, rows are shortened before they are left out. Seconds and activations are extrapolated in proportion
+    to tokens. Raises UserError for settings that training would reject.
     """
-    processes, longest = inputs.accelerator.num_processes, stage.sequence_length
+    # Choose the shape of the trial micro-batch
+    processes, sequence_length = inputs.accelerator.num_processes, stage.sequence_length
     rows = micro_rows(stage, processes)
-    inputs.data.batch(0, batch=1, sequence_length=longest, seed=inputs.seed)  # there is a row that long
-    length = longest if stage.teacher_cache else min(longest, max(tokens, SHORTEST))  # a cache knows whole rows only
-    tried = max(1, min(rows, tokens // length))
-    short = {"batch": tried * processes, "accumulate": 1, "sequence_length": length}
-    with prepared(stage.model_copy(update=short), inputs, student) as run:
+    inputs.data.batch(0, batch=1, sequence_length=sequence_length, seed=inputs.seed)  # raises if the text is too short
+    # A cache holds whole rows only
+    trial_length = sequence_length if stage.teacher_cache else min(sequence_length, max(tokens, SHORTEST))
+    trial_rows = max(1, min(rows, tokens // trial_length))
+    trial_settings = {"batch": trial_rows * processes, "accumulate": 1, "sequence_length": trial_length}
+
+    with prepared_run(stage.model_copy(update=trial_settings), inputs, student) as run:
+        # Warm up, then measure
         run.step(inputs.data)
-        input_ids_BT = run.my_slice(inputs.data)
-        with TensorBytes() as made, run.autocast():
+        input_ids_BT = run.process_batch(inputs.data)
+        with TensorBytes() as tensor_bytes, run.autocast():
             run.training_pass(input_ids_BT, 1.0)
-        step = seconds_of(partial(run.step, inputs.data), run.training_pass.device)
-        update = seconds_of(run.optimizer.step, run.training_pass.device)
-        more = rows * longest / (tried * length)
+        step_seconds = seconds_of(partial(run.step, inputs.data), run.training_pass.device)
+        update_seconds = seconds_of(run.optimizer.step, run.training_pass.device)
+
+        # Extrapolate to a full micro-batch
+        ratio = rows * sequence_length / (trial_rows * trial_length)
         return StageEstimate(
-            tokens=tried * length,
-            whole=rows * longest,
-            pass_seconds=more * max(0.0, step - update),
-            update_seconds=update,
+            tokens=trial_rows * trial_length,
+            whole=rows * sequence_length,
+            pass_seconds=ratio * max(0.0, step_seconds - update_seconds),
+            update_seconds=update_seconds,
             trained=sum(parameter.numel() for parameter in run.parameters.values()),
             trained_bytes=sum(parameter.nbytes for parameter in run.parameters.values()),
-            activation_bytes=round(more * made.most),
+            activation_bytes=round(ratio * tensor_bytes.most),
             weights=weights_of(student),
         )
 
 
 def weights_of(*models: nn.Module) -> dict[int, int]:
-    """Bytes of the memory that holds the weights of these models, by address: what they share counts once."""
+    """Bytes of the weights of these models, by memory address: shared memory counts once."""
     storages = [parameter.untyped_storage() for model in models for parameter in model.parameters()]
     return {storage.data_ptr(): storage.nbytes() for storage in storages}
 
 
 class TensorBytes(TorchDispatchMode):
-    """Bytes of the tensors that are made within, `now` and at the `most` at once, on any device."""
+    """Counts the bytes of tensors created within, on any device: `now`, those alive, and `most`, their peak."""
 
     def __init__(self) -> None:
         super().__init__()
         self.now = self.most = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        given = {tensor.untyped_storage()._cdata for tensor in tree_leaves((args, kwargs)) if _is_held(tensor)}
-        for tensor in tree_leaves(made):
-            if _is_held(tensor) and (storage := tensor.untyped_storage())._cdata not in given:  # not a view
+        outputs = func(*args, **(kwargs or {}))
+        input_storages = {tensor.untyped_storage()._cdata for tensor in tree_leaves((args, kwargs)) if _is_held(tensor)}
+        for tensor in tree_leaves(outputs):
+            if _is_held(tensor) and (storage := tensor.untyped_storage())._cdata not in input_storages:  # not a view
                 self.now += storage.nbytes()
                 self.most = max(self.most, self.now)
                 weakref.finalize(storage, self._freed, storage.nbytes()).atexit = False
-        return made
+        return outputs
 
     def _freed(self, size: int) -> None:
         self.now -= size

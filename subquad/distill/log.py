@@ -1,7 +1,7 @@
-"""Training log of a run: one JSON line for every few steps.
+"""Training log of a run: one JSON line every few steps.
 
-After a kill, the log may be ahead of the checkpoint that training resumes from. `RunLog` then cuts it back to that
-step, so that every step is in it once.
+After a kill, the log may be ahead of the checkpoint from which training resumes. `RunLog` then drops the lines after
+that checkpoint, so that each step is logged once.
 """
 
 import json
@@ -16,7 +16,7 @@ class RunLog:
     """`log.jsonl` of a run: keys stage, name, step, tokens, loss, parts, lr, grad_norm, tokens_per_second, seconds."""
 
     def __init__(self, path: Path, *, stage: int, step: int) -> None:
-        """Opens the log to append to; lines after `step` of stage number `stage` are dropped, and so is a torn line."""
+        """Opens the log for appending. Drops the lines after `step` of stage number `stage`, and an incomplete line."""
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
@@ -25,19 +25,19 @@ class RunLog:
                 aside.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
 
     def write(self, entry: dict[str, Any]) -> None:
-        """Appends one line, at once. Raises UserError if it cannot be written."""
+        """Appends a line and closes the file. Raises UserError if it cannot be written."""
         try:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(entry) + "\n")
         except OSError as error:
             raise UserError(
-                f"could not write '{self.path}' ({error.strerror}): free some space and go on with --resume."
+                f"could not write '{self.path}' ({error.strerror}): free some space and resume with --resume."
             ) from None
 
 
 def _belongs(line: str, stage: int, step: int) -> bool:
     try:
         entry = json.loads(line)
-    except json.JSONDecodeError:  # the line that a kill tore
+    except json.JSONDecodeError:  # the line that a kill cut short
         return False
     return (entry["stage"], entry["step"]) <= (stage, step)

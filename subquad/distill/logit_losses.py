@@ -1,16 +1,17 @@
-"""Losses at the output head: the divergence from the teacher's next token, and the cross-entropy of the real one.
+"""Losses at the output head: divergence from the teacher's next-token distribution, and cross-entropy of the text.
 
 Notable:
-- No (B, T, V) tensor of logits is ever held. Models are asked for their last hidden states (`heads.final_hidden`), and
-  the head is applied to a chunk of positions at a time, with the scale or soft-cap of some families.
-- `chunked_loss` computes the loss and its gradients in the same sweep over the chunks: the softmax that gives the loss
-  gives the gradient too, so nothing is computed again in backward, and only (N, M) and (V, M) gradients are stored.
-- The teacher's side is either its own head on its hidden states, or the top-k log-probabilities that were written down
-  earlier (`FromTopK`).
-- Losses are computed in float32 at least, whatever the models run in.
+- No (B, T, V) tensor of logits is ever in memory. Models return their last hidden states
+  (`output_head.final_hidden`), and the head is applied to a chunk of positions at a time, with the scale or soft-cap of
+  some families.
+- `chunked_loss` computes the loss and its gradients in one sweep over the chunks. The softmax of the loss also gives
+  the gradient, so backward computes nothing again, and only gradients of sizes (N, M) and (V, M) are stored.
+- The teacher's distribution comes from its head and hidden states (`FromHidden`) or from stored top-k log-probabilities
+  (`FromTopK`).
+- Losses are computed in float32 or wider, whatever dtype the models run in.
 
-Legend of tensor suffixes: B batch, T positions, N = B x T, M model width, V vocabulary, C positions of one chunk, K the
-likeliest tokens.
+Legend of tensor suffixes: B batch, T positions, N = B x T, M model width, V vocabulary, C positions of one chunk, K
+top-k tokens.
 """
 
 import math
@@ -26,20 +27,20 @@ from subquad.model.output_head import OutputHead
 from subquad.ops.common import wide
 from subquad.recipes.stage import Divergence
 
-CHUNK_ELEMENTS = 2**24  # logits of one chunk: 64 MiB in float32, enough to keep a matrix product busy
+CHUNK_ELEMENTS = 2**24  # logits of one chunk: 64 MiB in float32, large enough for an efficient matrix product
 
 
 class TeacherLogits(Protocol):
-    """The teacher's next-token distribution at N positions."""
+    """Next-token distribution of the teacher at N positions."""
 
     def log_probs(self, rows: slice, student_CV: Tensor, temperature: float) -> Tensor:
-        """Its log-probabilities (C, V) at the positions `rows`, where the student's are `student_CV`; a new tensor."""
+        """Log-probabilities (C, V) at the positions `rows`, as a new tensor; `student_CV` are the student's."""
         ...
 
 
 @dataclass(frozen=True)
 class FromHidden:
-    """The teacher's head on its last hidden states (B, T, M)."""
+    """Distribution from the teacher's head and its last hidden states (B, T, M)."""
 
     hidden_BTM: Tensor
     head: OutputHead
@@ -50,11 +51,11 @@ class FromHidden:
 
 
 class FromTopK(NamedTuple):
-    """The teacher's K likeliest tokens (B, T, K), their log-probabilities, and the log of the mass of all others.
+    """Distribution from stored top-k tokens (B, T, K), their log-probabilities, and the log mass of all other tokens.
 
-    That mass is spread over the others as the student spreads its own. A divergence from this distribution is the one
-    of K + 1 outcomes, "another token" being the last: never more than the divergence from the whole distribution, and
-    its gradient is as if the spread mass were constant.
+    This rest mass is spread over the other tokens in proportion to the student's probabilities. So a divergence from
+    this distribution is one between K + 1 outcomes, the last being "any other token". It never exceeds the
+    divergence from the whole distribution, and its gradient treats the spread mass as constant.
     """
 
     ids_BTK: Tensor
@@ -65,19 +66,20 @@ class FromTopK(NamedTuple):
         if temperature != 1.0:
             raise ValueError("top-k log-probabilities are at temperature 1")
         ids_CK, log_probs_CK = (x.flatten(0, 1)[rows] for x in (self.ids_BTK, self.log_probs_BTK))
-        others_CV = student_CV.scatter(1, ids_CK, -math.inf)
+        log_p_CV = student_CV.scatter(1, ids_CK, -math.inf)
         log_rest_C1 = self.log_rest_BT.flatten()[rows, None].to(student_CV)
-        others_CV += log_rest_C1 - others_CV.logsumexp(1, keepdim=True)
-        return others_CV.scatter_(1, ids_CK, log_probs_CK.to(student_CV))
+        log_p_CV += log_rest_C1 - log_p_CV.logsumexp(1, keepdim=True)
+        return log_p_CV.scatter_(1, ids_CK, log_probs_CK.to(student_CV))
 
 
 def divergence(
     kind: Divergence, teacher_CV: Tensor, student_CV: Tensor, temperature: float, scale: float | None
 ) -> tuple[Tensor, Tensor | None]:
-    """The sum over C positions of a divergence between two log-probabilities, in nats, and its gradient.
+    """Sum over C positions of a divergence between two distributions, in nats, and its gradient.
 
-    The gradient (C, V) is the one at the student's logits z, times `scale`; None asks for none. Both inputs are
-    overwritten. With p the teacher's and q the student's probabilities at the temperature tau, and m their mean:
+    Both are log-probabilities (C, V), and both are overwritten. The gradient (C, V) is that with respect to the
+    student's logits, times `scale`; it is None if `scale` is None. With p the teacher's and q the student's
+    probabilities at the temperature tau, and m their mean:
 
     - forward_kl: tau^2 KL(p || q) (Hinton et al., arXiv 1503.02531; tau^2 keeps the gradient's size)
     - reverse_kl: tau^2 KL(q || p) (MiniLLM, arXiv 2306.08543)
@@ -106,22 +108,22 @@ def divergence(
         value = half * (q_CV.mul(ratio_CV).sum() + p_CV.mul_(teacher_CV.sub_(mean_CV)).sum())
     if scale is None:
         return tau**2 * value, None
-    # d/dz_j sum q (log q - log p) = q_j (log(q_j / p_j) - its mean under q), and half of that with m in p's place.
+    # With logits z: d/dz_j sum q (log q - log p) = q_j (log(q_j / p_j) - its mean under q); half of that with m for p.
     mean_C1 = torch.einsum("cv,cv->c", q_CV, ratio_CV)[:, None]
     return tau**2 * value, ratio_CV.sub_(mean_C1).mul_(q_CV).mul_(half * tau * scale)
 
 
 class TokenLoss(NamedTuple):
-    """The weighted sum to minimise, and its parts for the log (no gradient; None where the weight is zero)."""
+    """Weighted sum to minimise, and its parts for the log (without gradient; None where the weight is zero)."""
 
     total: Tensor
     divergence: Tensor | None
     cross_entropy: Tensor | None
 
     def parts(self) -> dict[str, Tensor]:
-        """The parts under the names that recipes use."""
-        named = {"logits": self.divergence, "labels": self.cross_entropy}
-        return {name: value for name, value in named.items() if value is not None}
+        """Returns the parts under the names of the objectives in recipes."""
+        parts = {"logits": self.divergence, "labels": self.cross_entropy}
+        return {name: value for name, value in parts.items() if value is not None}
 
 
 def chunked_loss(
@@ -135,11 +137,11 @@ def chunked_loss(
     temperature: float = 1.0,
     chunk: int | None = None,
 ) -> TokenLoss:
-    """`weights["logits"]` x divergence + `weights["labels"]` x cross-entropy, a chunk of positions at a time.
+    """Computes `weights["logits"]` x divergence + `weights["labels"]` x cross-entropy, `chunk` positions at a time.
 
-    The divergence (see `divergence`) is the mean over all positions, in nats per token. `labels_BT` are the token ids
-    that each position should predict, -100 where it predicts none; cross-entropy is the mean over the others, at
-    temperature 1. `chunk` is the number of positions at a time. Gradients reach `student_BTM` and the head.
+    The divergence (see `divergence`) is the mean over all positions, in nats per token. `labels_BT` holds the token id
+    to predict at each position, or -100 for none. The cross-entropy is the mean over the positions with a label, at
+    temperature 1. Gradients reach `student_BTM` and the head.
     """
     logits_weight, labels_weight = weights.get("logits", 0.0), weights.get("labels", 0.0)
     vocabulary = student_head.weight_VM.shape[0]
@@ -147,6 +149,8 @@ def chunked_loss(
         raise ValueError("the divergence needs the teacher's logits")
     if labels_weight and labels_BT is None:
         raise ValueError("the cross-entropy needs labels")
+
+    # Collect everything that takes no gradient
     labels_N = labels_BT.flatten() if labels_weight and labels_BT is not None else None
     task = _Task(
         student_head,
@@ -161,6 +165,8 @@ def chunked_loss(
         chunk or max(16, CHUNK_ELEMENTS // vocabulary),
         torch.is_grad_enabled(),
     )
+
+    # Compute the loss and its gradients
     total, from_teacher, cross_entropy = _ChunkedLoss.apply(
         student_BTM.flatten(0, -2), student_head.weight_VM, student_head.bias_V, task
     )
@@ -169,7 +175,7 @@ def chunked_loss(
 
 @dataclass(frozen=True)
 class _Task:
-    """Everything about a chunked loss that takes no gradient."""
+    """Inputs and settings of a chunked loss that take no gradient."""
 
     student_head: OutputHead
     teacher: TeacherLogits | None
@@ -184,7 +190,7 @@ class _Task:
     with_grad: bool
 
     def loss_and_gradient(self, logits_CV: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Sums of both losses over a chunk, and the gradient at the logits of the weighted loss over all N."""
+        """Sums of both losses over a chunk, and the gradient of the whole weighted loss at its logits."""
         from_teacher = ce = logits_CV.new_zeros(())
         grad_CV: Tensor | None = None
         if self.teacher is not None:
@@ -196,29 +202,29 @@ class _Task:
             from_teacher, grad_CV = divergence(self.kind, teacher_CV, student_CV, tau, scale)
         if self.labels_N is not None:
             labels_C = self.labels_N[rows]
-            counted_C1 = (labels_C >= 0)[:, None].to(logits_CV)
+            labelled_C1 = (labels_C >= 0)[:, None].to(logits_CV)
             target_C1 = labels_C.clamp_min(0)[:, None]
             student_CV = F.log_softmax(logits_CV, dim=-1)
-            ce = -(student_CV.gather(1, target_C1) * counted_C1).sum()
+            ce = -(student_CV.gather(1, target_C1) * labelled_C1).sum()
             if self.with_grad:
                 minus_one_C1 = logits_CV.new_full(target_C1.shape, -1.0)
                 ce_grad_CV = student_CV.exp_().scatter_add_(1, target_C1, minus_one_C1)
-                ce_grad_CV.mul_(counted_C1 * (self.labels_weight / self.labelled))
+                ce_grad_CV.mul_(labelled_C1 * (self.labels_weight / self.labelled))
                 grad_CV = ce_grad_CV if grad_CV is None else grad_CV.add_(ce_grad_CV)
         return from_teacher, ce, grad_CV
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """The loss and, in the same sweep, its gradients at the student's hidden states and head."""
+    """Computes the loss and, in the same sweep, its gradients for the student's hidden states and head."""
 
     @staticmethod
     def forward(
         ctx: Any, student_NM: Tensor, weight_VM: Tensor, bias_V: Tensor | None, task: _Task
     ) -> tuple[Tensor, Tensor, Tensor]:
-        needs = [needed and task.with_grad for needed in ctx.needs_input_grad[:3]]
-        grad_NM = torch.empty_like(student_NM) if needs[0] else None
-        grad_VM = torch.zeros_like(weight_VM, dtype=wide(weight_VM).dtype) if needs[1] else None
-        grad_V = torch.zeros_like(bias_V, dtype=wide(bias_V).dtype) if needs[2] and bias_V is not None else None
+        needs_grad = [flag and task.with_grad for flag in ctx.needs_input_grad[:3]]
+        grad_NM = torch.empty_like(student_NM) if needs_grad[0] else None
+        grad_VM = torch.zeros_like(weight_VM, dtype=wide(weight_VM).dtype) if needs_grad[1] else None
+        grad_V = torch.zeros_like(bias_V, dtype=wide(bias_V).dtype) if needs_grad[2] and bias_V is not None else None
         from_teacher = ce = torch.zeros((), dtype=wide(student_NM[:0]).dtype, device=student_NM.device)
         for start in range(0, task.count, task.chunk):
             rows = slice(start, start + task.chunk)
@@ -226,7 +232,7 @@ class _ChunkedLoss(torch.autograd.Function):
             logits_CV = task.student_head.shape(wide(F.linear(hidden_CM, weight_VM, bias_V)))
             teacher_sum, ce_sum, grad_CV = task.loss_and_gradient(logits_CV, rows)
             from_teacher, ce = from_teacher + teacher_sum, ce + ce_sum
-            if grad_CV is None or not any(needs):
+            if grad_CV is None or not any(needs_grad):
                 continue
             grad_CV = task.student_head.shape_gradient(grad_CV, logits_CV).to(weight_VM.dtype)
             if grad_NM is not None:

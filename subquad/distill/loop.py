@@ -1,14 +1,14 @@
-"""The training loop: one stage, from its first step or from a checkpoint, on one process or many.
+"""Training loop: runs one stage, from its first step or from a checkpoint, on one or many processes.
 
 Notable:
-- A step depends on nothing but its number and the state it starts from: the batch is a function of (seed, step), the
-  learning rate of the step. So a run that was killed and resumed ends with the same bits as one that was not.
-- Ctrl-C ends at a checkpoint of the step that it interrupts: nothing that was trained is lost.
-- The batch of a step is the whole run's. Each process takes its slice, gradients are averaged in one place
-  (`average_gradients`) after the last backward pass, and the logged loss is the mean: two processes do what one does.
-- The models stay where their maker put them, and in evaluation mode: nothing here is random.
-- `accelerate` says which process this is, averages, autocasts, and feeds the trackers; checkpoints are our own, for
-  they hold only what is trained, as safetensors.
+- A step depends only on its number and the state before it: the batch is a function of (seed, step), and the learning
+  rate of the step. So a run that was killed and resumed ends with the same bits as an uninterrupted one.
+- Ctrl-C finishes the current step and writes its checkpoint, so no training is lost.
+- A step's batch spans all processes. Each takes its slice, gradients are averaged once (`average_gradients`)
+  after the last backward pass, and the logged loss is the mean. So two processes compute the same as one.
+- The models stay on their devices and in evaluation mode. Nothing here is random.
+- `accelerate` provides process ranks, reductions, autocast and trackers. Checkpoints are Subquad's own: they hold the
+  trained tensors only, as safetensors.
 """
 
 import math
@@ -39,7 +39,7 @@ from subquad.distill.parameters import (
 )
 from subquad.distill.passes import LogitsStore, TrainingPass
 from subquad.distill.schedule import learning_rate_factor, warmup_steps
-from subquad.distill.state import Ledger, StageResult, identity, mean
+from subquad.distill.state import Ledger, StageResult, identity, mean_parts
 from subquad.distill.teacher_forced import TeacherForced
 from subquad.distill.throughput import bare_forward_speed
 from subquad.errors import UserError
@@ -49,16 +49,16 @@ from subquad.utils.interrupt import interrupt_waits
 from subquad.utils.memory import peak_memory_bytes, reset_peak_memory
 from subquad.utils.progress import StageProgress
 
-RECENT = 20  # the final loss is the mean over a tenth of the steps, but no more than these
-BARE_TOKENS = 1024  # tokens of one timed pass of the bare teacher on a CPU: seconds, not minutes
+RECENT = 20  # the final loss is the mean over the last tenth of the steps, at most this many
+BARE_TOKENS = 1024  # tokens of one timed pass of the bare teacher on a CPU, to take seconds and not minutes
 
 
 @dataclass(frozen=True)
 class StageInputs:
-    """What a stage trains with besides its student.
+    """Inputs of a stage besides its student.
 
-    `index` is the stage's number in the run. `logits_from` is the opened `teacher` or `teacher_cache` of the stage, or
-    None if its logits come from `teacher`.
+    `index` is the stage's number in the run. `logits_from` is the loaded model or cache that the stage names as its
+    `teacher` or `teacher_cache`; None if the logits come from `teacher`.
     """
 
     teacher: PreTrainedModel
@@ -80,21 +80,23 @@ def run_stage(
 ) -> StageResult:
     """Trains `student` in place, as one stage of the run in folder `out`.
 
-    Writes `out`/log.jsonl and
-    `out`/checkpoints/, and shows progress on the console `progress`, if there is one. With `resume`, a finished stage
-    is loaded and not run again, and an interrupted one goes on from its last checkpoint; without, what an earlier run
-    left of this and later stages is removed.
-    Raises UserError for a batch that does not divide by the processes, a loss that is not finite (naming stage, layer
-    and step), a full disk, or a checkpoint that was made with other settings; KeyboardInterrupt, with a checkpoint
-    behind it, after Ctrl-C.
+    Writes `out`/log.jsonl and `out`/checkpoints/, and shows progress on the console `progress`, if given. With
+    `resume`, a finished stage is loaded instead of run, and an interrupted one continues from its last checkpoint.
+    Without, checkpoints of this and later stages from an earlier run are removed.
+    Raises UserError for a batch that the processes cannot share equally, a loss that is not finite (naming stage, layer
+    and step), a full disk, or a checkpoint made with other settings; KeyboardInterrupt after Ctrl-C, once a checkpoint
+    is written.
     """
+    # Check the settings
     accelerator, index = inputs.accelerator, inputs.index
+    precision = accelerator.mixed_precision
     micro_rows(stage, accelerator.num_processes)
-    if accelerator.mixed_precision not in ("no", "bf16"):
-        raise UserError(f"training in {accelerator.mixed_precision} is not supported: use bf16 or no mixed precision.")
-    known = identity(stage, index, inputs.seed, student.plan, inputs.teacher, inputs.data, accelerator.mixed_precision)
-    checkpoints = Checkpoints(out / "checkpoints", index, known)
-    with interrupt_waits() as interrupted, prepared(stage, inputs, student) as run:
+    if precision not in ("no", "bf16"):
+        raise UserError(f"training in {precision} is not supported: use bf16 or no mixed precision.")
+    run_identity = identity(stage, index, inputs.seed, student.plan, inputs.teacher, inputs.data, precision)
+    checkpoints = Checkpoints(out / "checkpoints", index, run_identity)
+    with interrupt_waits() as interrupted, prepared_run(stage, inputs, student) as run:
+        # Load what an earlier run has finished, or start over
         parameters, optimizer = run.parameters, run.optimizer
         if resume and (state := checkpoints.load_finished(parameters)):
             return StageResult(**state["result"])
@@ -104,28 +106,32 @@ def run_stage(
             checkpoints.start_over()
         accelerator.wait_for_everyone()
 
+        # Train, and write the log and the checkpoints
         ledger = run.ledger
-        speeds = []
+        bare_speeds = []
         reset_peak_memory(run.training_pass.device)
         log = RunLog(out / "log.jsonl", stage=index, step=ledger.step) if accelerator.is_main_process else None
         with StageProgress(progress if log else None, stage.name, steps=stage.steps, step=ledger.step) as bar:
-            started_at = ledger.step
-            while not run.done:
+            first_step = ledger.step + 1
+            while not run.is_done:
                 batch = run.step(inputs.data)
-                if ledger.step == started_at + 1 or run.done:  # warm; and twice, for other work on the machine varies
-                    speeds.append(run.bare_speed(inputs.teacher, batch))
+                # Time the warm teacher, and again at the end, because the load of the machine varies
+                if ledger.step == first_step or run.is_done:
+                    bare_speeds.append(run.bare_speed(inputs.teacher, batch))
                 speed = run.tokens(ledger.step) / ledger.seconds
                 bar.update(ledger.step, f"loss {run.total(ledger.recent[-1]):.4f}  {speed:,.0f} tokens/s")
-                if ledger.step % stage.log_every == 0 or run.done:
+                if ledger.step % stage.log_every == 0 or run.is_done:
                     run.write_log(log)
-                stop = any_process(interrupted(), accelerator)
-                if (stop or ledger.step % stage.checkpoint_every == 0) and not run.done:
+                must_stop = any_process(interrupted(), accelerator)
+                if (must_stop or ledger.step % stage.checkpoint_every == 0) and not run.is_done:
                     if accelerator.is_main_process:
                         checkpoints.save(parameters, optimizer, {"step": ledger.step, "ledger": asdict(ledger)})
                     accelerator.wait_for_everyone()
-                    if stop:
+                    if must_stop:
                         raise KeyboardInterrupt
-        result = run.result(sum(speeds) / len(speeds))
+
+        # Write the trained tensors and the result
+        result = run.result(sum(bare_speeds) / len(bare_speeds))
         if accelerator.is_main_process:
             checkpoints.finish(parameters, {"step": ledger.step, "result": result.as_dict()})
         accelerator.wait_for_everyone()
@@ -134,7 +140,7 @@ def run_stage(
 
 @dataclass
 class StageRun:
-    """A stage under way."""
+    """A stage during training: its pass, parameters, optimiser and progress."""
 
     stage: Stage
     index: int
@@ -143,71 +149,79 @@ class StageRun:
     parameters: Parameters
     optimizer: torch.optim.Optimizer
     accelerator: Accelerator
-    lowered: torch.dtype | None
+    half_dtype: torch.dtype | None  # of the parameters that are trained in float32
     ledger: Ledger
     grad_norm: float = 0.0
 
     @property
-    def done(self) -> bool:
+    def is_done(self) -> bool:
         return self.ledger.step >= self.stage.steps or self.ledger.settled
 
-    def my_slice(self, corpus: TokenSource) -> Batch:
-        """This process's part of the batch of the next step, on the device where the model reads it."""
-        stage, here = self.stage, self.accelerator
-        seed = self.seed + 1_000_003 * self.index  # each stage sees the text in an order of its own
-        whole = corpus.batch(self.ledger.step, batch=stage.batch, sequence_length=stage.sequence_length, seed=seed)
-        return whole.chunk(here.num_processes)[here.process_index].to(self.training_pass.device)
+    def process_batch(self, corpus: TokenSource) -> Batch:
+        """Returns this process's slice of the next step's batch, on the model's input device."""
+        stage, accelerator = self.stage, self.accelerator
+        seed = self.seed + 1_000_003 * self.index  # each stage reads the text in another order
+        batch = corpus.batch(self.ledger.step, batch=stage.batch, sequence_length=stage.sequence_length, seed=seed)
+        return batch.chunk(accelerator.num_processes)[accelerator.process_index].to(self.training_pass.device)
 
     def step(self, corpus: TokenSource) -> Batch:
-        """One optimiser step; returns what this process trained on.
+        """Makes one optimiser step; returns the batch of this process.
 
         Raises UserError, before it changes a weight, if a loss or a gradient is not finite.
         """
+        # Set the learning rates
         start = time.perf_counter()
-        batch = self.my_slice(corpus)
-        factor = self.factor(self.ledger.step)
+        batch = self.process_batch(corpus)
+        factor = self.lr_factor(self.ledger.step)
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
+
+        # Accumulate gradients and the parts of the loss over the micro-batches
         self.optimizer.zero_grad(set_to_none=True)
         parts: Tensor | float = 0.0
-        for micro in batch.chunk(self.stage.accumulate):
+        for micro_batch in batch.chunk(self.stage.accumulate):
             with self.autocast():
-                losses = self.training_pass(micro, 1 / self.stage.accumulate)
-            named = [losses[name].to(self.accelerator.device) for name in self.training_pass.weights]
-            parts = parts + torch.stack(named) / self.stage.accumulate
+                losses = self.training_pass(micro_batch, 1 / self.stage.accumulate)
+            ordered_losses = [losses[name].to(self.accelerator.device) for name in self.training_pass.weights]
+            parts = parts + torch.stack(ordered_losses) / self.stage.accumulate
+
+        # Average them over the processes, and check that they are finite
         average_gradients(self.parameters.values(), self.accelerator)
         loss = self.accelerator.reduce(parts, reduction="mean").tolist()
         self.check_finite(dict(zip(self.training_pass.weights, loss, strict=True)), "loss")
-        limit = math.inf if self.stage.clip is None else self.stage.clip
-        self.grad_norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), limit))
+        max_norm = math.inf if self.stage.clip is None else self.stage.clip
+        self.grad_norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), max_norm))
         if not math.isfinite(self.grad_norm):
             norms = {name: float(p.grad.norm()) for name, p in self.parameters.items() if p.grad is not None}
             self.check_finite(norms, "gradient")
+
+        # Update the weights, and record the step
         self.optimizer.step()
-        self.ledger.add(loss, time.perf_counter() - start, keep=min(RECENT, max(1, self.stage.steps // 10)))
+        self.ledger.add(loss, time.perf_counter() - start, recent_steps=min(RECENT, max(1, self.stage.steps // 10)))
         if plateau := self.stage.plateau:
             window = max(1, round(plateau.tokens / self.tokens(1)))
-            self.ledger.watch(self.total(loss), window, plateau.improvement)
+            self.ledger.check_plateau(self.total(loss), window, plateau.improvement)
         return batch
 
-    def check_finite(self, values: dict[str, float], what: str) -> None:
-        bad = [name for name, value in values.items() if not math.isfinite(value)]
-        if bad:
-            others = f" (and of {len(bad) - 1} others)" if len(bad) > 1 else ""
+    def check_finite(self, values: dict[str, float], quantity: str) -> None:
+        """Raises UserError if a value is not finite. `quantity`: "loss" or "gradient"."""
+        names = [name for name, value in values.items() if not math.isfinite(value)]
+        if names:
+            note = f" (and of {len(names) - 1} others)" if len(names) > 1 else ""
             stage = self.stage
             raise UserError(
-                f"stage '{stage.name}' stopped at step {self.ledger.step + 1} of {stage.steps}: the {what} of "
-                f"{bad[0]}{others} is {values[bad[0]]}; lower 'lr' (now {stage.lr:g}) or 'clip' and start again; "
+                f"stage '{stage.name}' stopped at step {self.ledger.step + 1} of {stage.steps}: the {quantity} of "
+                f"{names[0]}{note} is {values[names[0]]}; lower 'lr' (now {stage.lr:g}) or 'clip' and start again; "
                 "the last good checkpoint is kept."
             )
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Mixed precision as accelerate was told to; for a model in half precision always, without loss scaling."""
-        if self.accelerator.mixed_precision == "no" and self.lowered is not None:
+        """Mixed precision as set in accelerate, but always bfloat16 for a half-precision model; no loss scaling."""
+        if self.accelerator.mixed_precision == "no" and self.half_dtype is not None:
             return torch.autocast(self.training_pass.device.type, torch.bfloat16)
         return self.accelerator.autocast()
 
-    def factor(self, step: int) -> float:
+    def lr_factor(self, step: int) -> float:
         stage = self.stage
         warmup = warmup_steps(stage.warmup, self.stage.steps)
         return learning_rate_factor(
@@ -215,14 +229,14 @@ class StageRun:
         )
 
     def total(self, parts: list[float]) -> float:
-        """The loss that is minimised, from its parts."""
+        """Weighted sum of the parts: the loss that is minimised."""
         return sum(w * part for w, part in zip(self.training_pass.weights.values(), parts, strict=True))
 
     def tokens(self, steps: int) -> int:
         return steps * self.stage.batch * self.stage.sequence_length
 
     def bare_speed(self, teacher: PreTrainedModel, batch: Batch) -> float:
-        """Tokens per second of the bare teacher, summed over processes, on a micro-batch (on a CPU a small one)."""
+        """Tokens per second of the bare teacher on a micro-batch (a small one on a CPU), summed over processes."""
         rows = len(batch) // self.stage.accumulate
         if batch.device.type == "cpu":
             rows = min(rows, max(1, BARE_TOKENS // self.stage.sequence_length))
@@ -231,26 +245,27 @@ class StageRun:
         return float(self.accelerator.reduce(torch.tensor(speed, device=self.accelerator.device), reduction="sum"))
 
     def write_log(self, log: RunLog | None) -> None:
-        """A line of log.jsonl and a point in the trackers: means over the steps since the last."""
+        """Writes a line of log.jsonl and a point of the trackers: means over the steps since the last line."""
         ledger, stage = self.ledger, self.stage
-        parts = mean(ledger.unlogged)
+        parts = mean_parts(ledger.unlogged)
         numbers = {
             "loss": self.total(parts),
-            "lr": stage.lr * self.factor(ledger.step - 1),
+            "lr": stage.lr * self.lr_factor(ledger.step - 1),
             "grad_norm": self.grad_norm,
             "tokens_per_second": self.tokens(len(ledger.unlogged)) / (ledger.seconds - ledger.logged_seconds),
         }
         if log is not None:
-            where = {"stage": self.index, "name": stage.name, "step": ledger.step, "tokens": self.tokens(ledger.step)}
-            named = dict(zip(self.training_pass.weights, parts, strict=True))
-            log.write(where | numbers | {"seconds": ledger.seconds, "parts": named})
+            tokens = self.tokens(ledger.step)
+            position = {"stage": self.index, "name": stage.name, "step": ledger.step, "tokens": tokens}
+            named_parts = dict(zip(self.training_pass.weights, parts, strict=True))
+            log.write(position | numbers | {"seconds": ledger.seconds, "parts": named_parts})
         self.accelerator.log({f"{stage.name}/{key}": value for key, value in numbers.items()}, step=ledger.step)
         ledger.unlogged, ledger.logged_seconds = [], ledger.seconds
 
     def result(self, bare_speed: float) -> StageResult:
         stage, ledger = self.stage, self.ledger
         tokens = self.tokens(ledger.step)
-        parts = mean(ledger.recent)
+        parts = mean_parts(ledger.recent)
         return StageResult(
             name=stage.name,
             objective=" + ".join(stage.weights),
@@ -269,18 +284,18 @@ class StageRun:
 
 
 @contextmanager
-def prepared(stage: Stage, inputs: StageInputs, student: BaseStudent) -> Iterator[StageRun]:
-    """Within, the student is ready for the stage's first step: adapters, what is trained and in which precision."""
+def prepared_run(stage: Stage, inputs: StageInputs, student: BaseStudent) -> Iterator[StageRun]:
+    """Within, the student is ready for the first step: adapters are in, and trained parameters are float32."""
     student.eval()
     inputs.teacher.eval()
-    with ExitStack() as within:
-        within.enter_context(adapters(student, stage, inputs.seed))
+    with ExitStack() as stack:
+        stack.enter_context(adapters(student, stage, inputs.seed))
         training_pass = make_pass(stage, student, inputs.teacher, inputs.logits_from, inputs.seed)
         parameters = choose_parameters(student, stage, training_pass.reachable)
         if training_pass.bridge is not None:
             parameters |= {f"bridge.{name}": weight for name, weight in training_pass.bridge.named_parameters()}
-        lowered = within.enter_context(trained_in_float32(parameters))
-        within.enter_context(checkpointed_blocks(student, stage.gradient_checkpointing))
+        half_dtype = stack.enter_context(trained_in_float32(parameters))
+        stack.enter_context(checkpointed_blocks(student, stage.gradient_checkpointing))
         optimizer = make_optimizer(parameters, stage, student)
         yield StageRun(
             stage,
@@ -290,16 +305,16 @@ def prepared(stage: Stage, inputs: StageInputs, student: BaseStudent) -> Iterato
             parameters,
             optimizer,
             inputs.accelerator,
-            lowered,
+            half_dtype,
             Ledger(),
         )
 
 
 def micro_rows(stage: Stage, processes: int) -> int:
-    """Sequences in a micro-batch of one process. Raises UserError where the batch does not divide."""
+    """Sequences in a micro-batch of one process. Raises UserError if the batch cannot be divided equally."""
     if stage.batch % (processes * stage.accumulate):
         raise UserError(
-            f"stage '{stage.name}' cannot cut its batch of {stage.batch} sequences into equal parts for "
+            f"stage '{stage.name}' cannot split its batch of {stage.batch} sequences equally over "
             f"{processes} processes times accumulate = {stage.accumulate}: change 'batch'."
         )
     return stage.batch // (processes * stage.accumulate)
@@ -312,10 +327,10 @@ def make_pass(
     logits_from: PreTrainedModel | LogitsStore | None = None,
     seed: int = 0,
 ) -> TrainingPass:
-    """The pass of a stage. `logits_from`: another teacher, or its stored logits, for the objective `logits`.
+    """Makes the pass of a stage.
 
-    `seed`: of the maps of the objective `bridge`. Raises UserError where the student's layers must be the teacher's, in
-    number and shape, and are not.
+    `logits_from`: another teacher, or stored logits, for the objective `logits`. `seed`: for the maps of the objective
+    `bridge`. Raises UserError if the objectives need student layers of the teacher's number and shape, and they differ.
     """
     if stage.forced:
         return TeacherForced(stage, student, teacher, seed)
@@ -323,14 +338,14 @@ def make_pass(
 
 
 def any_process(flag: bool, accelerator: Accelerator) -> bool:
-    """Whether the flag is up in any process: all of them then do the same."""
+    """Returns whether `flag` is true in any process: the same answer in all of them."""
     if accelerator.num_processes == 1:
         return flag
     return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), reduction="sum") > 0)
 
 
 def average_gradients(parameters: Iterable[nn.Parameter], accelerator: Accelerator) -> None:
-    """Replace every gradient by its mean over the processes: the only place where they exchange gradients."""
+    """Replaces every gradient by its mean over the processes. They exchange gradients only here."""
     if accelerator.num_processes == 1:
         return
     for parameter in parameters:

@@ -1,7 +1,7 @@
-"""Low-rank adapters for the length of a stage, by PEFT.
+"""Low-rank adapters, by PEFT, that exist while a stage trains them.
 
-While a stage trains them, the linear maps of the student are wrapped; when it is done the adapters' product is added to
-the weights (which get a copy of their own first: the teacher shares them), and the wrapping is taken off.
+During the stage, linear maps of the student are wrapped. At its end, the adapters' product is added to the weights,
+and the wrappers are removed. These weights are copied first, because the teacher shares them.
 """
 
 from collections.abc import Iterator
@@ -27,15 +27,15 @@ def lora_targets(student: BaseStudent, stage: Stage) -> list[str]:
     Raises UserError for a glob that matches no linear map.
     """
     assert stage.lora is not None
-    shared = student.get_output_embeddings() if tied(student) else None  # an adapter would change the embedding too
+    tied_head = student.get_output_embeddings() if tied(student) else None  # shares its weight with the embedding
     linears = [
         path
         for path, module in student.backbone.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and ".mixer." not in path and module is not shared
+        if isinstance(module, nn.Linear | Conv1D) and ".mixer." not in path and module is not tied_head
     ]
     if stage.lora.targets == "qkvo":
-        inside = [student.config.attention_paths[layer] for layer in student.replaced_layers()]
-        return [path for path in linears if path.startswith(tuple(f"{attention}." for attention in inside))]
+        replaced_paths = [student.config.attention_paths[layer] for layer in student.replaced_layers()]
+        return [path for path in linears if path.startswith(tuple(f"{attention}." for attention in replaced_paths))]
     for glob in stage.lora.targets:
         if not any(fnmatchcase(path, glob) for path in linears):
             raise UserError(f"no linear map matches '{glob}' of stage '{stage.name}': names look like '{linears[0]}'")
@@ -44,7 +44,7 @@ def lora_targets(student: BaseStudent, stage: Stage) -> list[str]:
 
 @contextmanager
 def adapters(student: BaseStudent, stage: Stage, seed: int) -> Iterator[None]:
-    """Within, the student has the adapters that `stage` asks for (if any); afterwards they are merged."""
+    """Within, the student has the adapters of `stage`, if any; they are merged afterwards."""
     if stage.lora is None:
         yield
         return
@@ -53,7 +53,7 @@ def adapters(student: BaseStudent, stage: Stage, seed: int) -> Iterator[None]:
         name for path in targets for name, _ in student.named_parameters() if name.startswith(f"backbone.{path}.")
     )
     transposed = isinstance(student.backbone.get_submodule(targets[0]), Conv1D)
-    # PEFT types alpha as an integer, and computes with any number.
+    # PEFT annotates alpha as an integer, but computes with any number.
     config = LoraConfig(
         r=stage.lora.rank,
         lora_alpha=stage.lora.alpha,  # type: ignore[arg-type]
@@ -62,8 +62,8 @@ def adapters(student: BaseStudent, stage: Stage, seed: int) -> Iterator[None]:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        wrapped = LoraModel(student.backbone, config, ADAPTER)
+        lora_model = LoraModel(student.backbone, config, ADAPTER)
     try:
         yield
     finally:
-        wrapped.merge_and_unload()
+        lora_model.merge_and_unload()

@@ -1,8 +1,8 @@
-"""What the two training passes share: their protocol, and the layers that a stage replaces.
+"""Code shared by the two training passes: their protocol, and the layers that a stage replaces.
 
-A pass is called with a micro-batch (token ids (B, T), or images) and the share of the whole batch that it is; it leaves
-gradients in the student's parameters and returns the parts of the loss; `weights` says how these make up the loss.
-Legend: B sequences, T tokens, M model width.
+A pass takes a micro-batch (token ids (B, T), or images) and its share of the whole batch. It adds gradients to the
+student's parameters and returns the parts of the loss, without their weights.
+Legend: B sequences, T tokens, H query heads, G key/value heads, D head width.
 """
 
 from dataclasses import replace
@@ -20,26 +20,26 @@ from subquad.model.layer_call import to_middle
 
 
 class LogitsStore(Protocol):
-    """The teacher's logits, written down earlier."""
+    """Stored logits of a teacher."""
 
     def lookup(self, input_ids_BT: Tensor) -> TeacherLogits: ...
 
 
 class TrainingPass(Protocol):
-    """A way to get gradients from a micro-batch."""
+    """Computes the losses of a micro-batch and their gradients."""
 
-    weights: dict[str, float]  # of the parts in the loss
-    bridge: Bridge | None  # what it trains beside the student, and drops
-    reachable: set[str]  # names of the student's parameters that may get a gradient
-    device: torch.device  # where token ids go
+    weights: dict[str, float]  # of the loss's parts
+    bridge: Bridge | None  # trained with the student and then dropped
+    reachable: set[str]  # names of the student's parameters that can get a gradient
+    device: torch.device  # of the inputs
 
     def __call__(self, batch: Batch, share: float) -> dict[str, Tensor]: ...
 
 
 def layers_in_order(student: BaseStudent, share: float) -> tuple[list[int], frozenset[int]]:
-    """This share of the layers with mixers, evenly spread, and those that wait and attend meanwhile.
+    """Returns `share` of the layers with mixers, evenly spread, and the other ones, which still use attention.
 
-    A larger share contains a smaller one: layers join in the order of their bit-reversed index, so that halves are
+    Layers join in the order of their bit-reversed index. So a larger share contains every smaller one, and a half is
     every second layer.
     """
     layers = student.replaced_layers()
@@ -49,14 +49,16 @@ def layers_in_order(student: BaseStudent, share: float) -> tuple[list[int], froz
     return active, frozenset(layers) - frozenset(active)
 
 
-def _first(output: Any) -> Tensor:
-    """The hidden states of what a module returned."""
+def hidden_states(output: Any) -> Tensor:
+    """Hidden states in the output of an attention module or a block, which may be a tuple."""
     return output[0] if isinstance(output, tuple) else output
 
 
 def in_mixer_order(call: AttentionCall, student: BaseStudent) -> AttentionCall:
-    """The teacher's call with its tokens in the order in which the student's mixers see them."""
-    count = getattr(student.config, "prefix_tokens", 0)
-    if count == 0:
+    """Puts the tokens of a teacher's call in the order of the student's mixers."""
+    prefix_tokens = getattr(student.config, "prefix_tokens", 0)
+    if prefix_tokens == 0:
         return call
-    return replace(call, q_BHTD=to_middle(call.q_BHTD, 2, count), k_BGTD=to_middle(call.k_BGTD, 2, count))
+    return replace(
+        call, q_BHTD=to_middle(call.q_BHTD, 2, prefix_tokens), k_BGTD=to_middle(call.k_BGTD, 2, prefix_tokens)
+    )

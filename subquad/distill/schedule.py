@@ -1,13 +1,13 @@
-"""How the learning rate moves over a stage: warm-up, then constant, cosine, or warm-up-stable-decay."""
+"""Learning-rate schedules of a stage: warm-up, then constant, cosine, or warm-up-stable-decay (wsd)."""
 
 import math
 from typing import Literal
 
-DECAY_SHARE = 0.1  # the part of a wsd schedule that decays (MiniCPM, arXiv 2404.06395)
+DECAY_SHARE = 0.1  # share of the steps in which a wsd schedule decays (MiniCPM, arXiv 2404.06395)
 
 
 def warmup_steps(warmup: float, steps: int) -> int:
-    """`warmup` as steps: a share of `steps` below 1, else a number of steps, and never more than there are."""
+    """Number of warm-up steps, at most `steps`: `warmup` is a share of `steps` if below 1, else a number of steps."""
     return min(steps, round(warmup * steps) if warmup < 1 else round(warmup))
 
 
@@ -19,10 +19,10 @@ def learning_rate_factor(
     schedule: Literal["constant", "cosine", "wsd"] = "cosine",
     min_ratio: float = 0.1,
 ) -> float:
-    """What the learning rate is multiplied by at `step` (counted from 0) of `steps`.
+    """Factor of the learning rate at `step` (counted from 0) of `steps`.
 
-    It grows linearly over `warmup` steps, reaching 1 at the last of them; at the last step of all, cosine and wsd
-    schedules have come down to `min_ratio`.
+    The factor grows linearly over `warmup` steps and reaches 1 at the last of these. Cosine and wsd schedules end at
+    `min_ratio` at the last of all steps.
     """
     if step < warmup:
         return (step + 1) / warmup
@@ -32,5 +32,5 @@ def learning_rate_factor(
     if step < start:
         return 1.0
     progress = (step + 1 - start) / (steps - start)
-    fall = (1 - math.cos(math.pi * progress)) / 2 if schedule == "cosine" else progress
-    return 1.0 - (1.0 - min_ratio) * fall
+    decay = (1 - math.cos(math.pi * progress)) / 2 if schedule == "cosine" else progress
+    return 1.0 - (1.0 - min_ratio) * decay

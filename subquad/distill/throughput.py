@@ -1,4 +1,4 @@
-"""Speed of the teacher's bare forward pass, with which the speed of training is compared."""
+"""Speed of the teacher's bare forward pass, the reference for the speed of training."""
 
 import time
 
@@ -15,7 +15,7 @@ def bare_forward_speed(
 ) -> float:
     """Tokens per second of the teacher's forward pass from its inputs to all logits, on this process's device.
 
-    Passes over the batch are repeated until `seconds` are over; the logits are made, and dropped, in chunks.
+    Passes over the batch are repeated until `seconds` have passed. Logits are computed in chunks and dropped.
     `sequence_length`: tokens of an image.
     """
     inputs = inputs_of(batch)

@@ -9,7 +9,7 @@ Legend: B batch, H query heads, G key/value heads, T tokens, D head width.
 """
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -107,6 +107,22 @@ def watched_attention(model: PreTrainedModel) -> Iterator[dict[nn.Module, Attent
     AttentionMaskInterface.register(WATCH, ALL_MASK_ATTENTION_FUNCTIONS[base])
     with attention_set(model, WATCH):
         yield calls
+
+
+@contextmanager
+def record_outputs(
+    modules: Iterable[nn.Module], read: Callable[[Any], Any] = lambda output: output
+) -> Iterator[list[Any]]:
+    """Within, appends `read(output)` to the list whenever one of these modules returns; by default, its output."""
+    outputs: list[Any] = []
+
+    def record(module: nn.Module, args: Any, output: Any) -> None:
+        outputs.append(read(output))
+
+    with ExitStack() as hooks:
+        for module in modules:
+            hooks.callback(module.register_forward_hook(record).remove)
+        yield outputs
 
 
 def find_attention(model: PreTrainedModel) -> list[AttentionSite]:

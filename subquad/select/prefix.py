@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from subquad.model.interface import record_outputs as record_outputs
+
 
 @contextmanager
 def replace_forward(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
@@ -23,22 +25,6 @@ def replace_forward(module: nn.Module, function: Callable[..., Any]) -> Iterator
             del module.forward
         else:
             module.forward = outer
-
-
-@contextmanager
-def record_outputs(blocks: Sequence[nn.Module]) -> Iterator[list[Any]]:
-    """Within, appends each block's output to the list."""
-    outputs: list[Any] = []
-
-    def record(module: nn.Module, args: Any, output: Any) -> None:
-        outputs.append(output)
-
-    handles = [block.register_forward_hook(record) for block in blocks]
-    try:
-        yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager

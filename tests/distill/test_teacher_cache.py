@@ -166,7 +166,7 @@ def test_shards_are_bounded_in_bytes_and_a_small_cache_has_several(teacher, corp
     row_bytes = T * (4 * K + 2)
     for shard_bytes, least, batch, rows in ((3, 1, 2, [3, 3, 1]), (9, 3, 2, [3, 3, 1]), (9, 16, 2, [2, 2, 2, 1])):
         monkeypatch.setattr(cache_writer, "SHARD_BYTES", shard_bytes * row_bytes + 1)
-        monkeypatch.setattr(cache_writer, "LEAST_SHARDS", least)
+        monkeypatch.setattr(cache_writer, "MIN_SHARDS", least)
         meta = write_cache(tmp_path / f"{least}", teacher, corpus, **SETTINGS | {"shard_rows": None, "batch": batch})
         assert [shard["rows"] for shard in meta["shards"]] == rows
 
@@ -219,7 +219,7 @@ class Stop(BaseException):
 
 @pytest.mark.parametrize("batches", [1, 2, 3, 4])  # two of a shard each; 1 is before any shard is whole
 def test_interrupted_and_resumed_is_as_if_it_had_not_been(batches, teacher, corpus, whole, tmp_path, monkeypatch):
-    answers, asked = cache_writer._answers, []
+    answers, asked = cache_writer._shard_entries, []
 
     def stopping(*arguments, first_row, **rest):
         if len(asked) == batches:
@@ -228,17 +228,17 @@ def test_interrupted_and_resumed_is_as_if_it_had_not_been(batches, teacher, corp
         return answers(*arguments, first_row=first_row, **rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(cache_writer, "_answers", stopping)
+        patch.setattr(cache_writer, "_shard_entries", stopping)
         with pytest.raises(Stop):
             write_cache(tmp_path, teacher, corpus, **SETTINGS)
     done = batches // 2 * SHARD_ROWS
-    with pytest.raises(UserError, match=rf"is unfinished \({done} of 7 rows\): go on with it by --resume"):
+    with pytest.raises(UserError, match=rf"is unfinished \({done} of 7 rows\): resume it with --resume"):
         opened(tmp_path, teacher)
     with pytest.raises(UserError, match="go on with it by --resume, or replace it by --overwrite"):
         write_cache(tmp_path, teacher, corpus, **SETTINGS)
     asked.clear()
     monkeypatch.setattr(
-        cache_writer, "_answers", lambda *a, first_row: asked.append(first_row) or answers(*a, first_row)
+        cache_writer, "_shard_entries", lambda *a, first_row: asked.append(first_row) or answers(*a, first_row)
     )
     write_cache(tmp_path, teacher, corpus, **SETTINGS, resume=True)
     assert asked[0] == done
@@ -248,7 +248,7 @@ def test_interrupted_and_resumed_is_as_if_it_had_not_been(batches, teacher, corp
 @pytest.mark.parametrize("batches", [1, 2, 3, 4])
 def test_ctrl_c_loses_no_row(batches, teacher, corpus, whole, tmp_path, monkeypatch, ctrl_c):
     """The rows that are done become a shard, however few; going on asks for the others alone."""
-    answers, asked = cache_writer._answers, []
+    answers, asked = cache_writer._shard_entries, []
 
     def counted(*arguments, first_row):
         asked.append(first_row)
@@ -256,7 +256,7 @@ def test_ctrl_c_loses_no_row(batches, teacher, corpus, whole, tmp_path, monkeypa
             ctrl_c()
         return answers(*arguments, first_row=first_row)
 
-    monkeypatch.setattr(cache_writer, "_answers", counted)
+    monkeypatch.setattr(cache_writer, "_shard_entries", counted)
     with pytest.raises(KeyboardInterrupt):
         write_cache(tmp_path, teacher, corpus, **SETTINGS)
     assert len(asked) == batches
@@ -353,9 +353,7 @@ def test_a_flipped_bit(tensor, teacher, corpus, copy):
     file.write_bytes(data)
     cache = opened(copy, teacher)  # which does not read all of it
     cache.lookup(rows_of(corpus)[:3])
-    message = (
-        "the shard shard-00001.safetensors of the teacher's cache .*its checksum is another than when it was written"
-    )
+    message = "the shard shard-00001.safetensors of the teacher's cache .*its checksum has changed since it was written"
     with pytest.raises(UserError, match=message):
         cache.lookup(rows_of(corpus)[3:6])
 
@@ -390,7 +388,8 @@ def test_a_full_disk_leaves_what_was_whole(teacher, corpus, whole, tmp_path, mon
 
     with monkeypatch.context() as patch:
         patch.setattr(files, "sync", full)
-        with pytest.raises(UserError, match="shard-00001.safetensors .*No space left.* free some space and go on with"):
+        message = "shard-00001.safetensors .*No space left.* free some space and resume with --resume"
+        with pytest.raises(UserError, match=message):
             write_cache(tmp_path, teacher, corpus, **SETTINGS)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["meta.json", "shard-00000.safetensors"]
     write_cache(tmp_path, teacher, corpus, **SETTINGS, resume=True)
