@@ -43,7 +43,7 @@ class ImageStudent(BaseStudent):
 
     config_class = ImageStudentConfig
     main_input_name = "pixel_values"
-    inner = "vision_config"
+    backbone_field = "vision_config"
 
     @classmethod
     def make_backbone(cls, config: ImageStudentConfig, attention: str) -> PreTrainedModel:

@@ -39,7 +39,7 @@ class Student(BaseStudent, GenerationMixin):
 
     config_class = StudentConfig
     main_input_name = "input_ids"
-    inner = "text_config"
+    backbone_field = "text_config"
     _is_stateful = True  # a recurrent state cannot be rolled back, as assisted decoding would need
 
     @classmethod
