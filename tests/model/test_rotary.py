@@ -25,7 +25,7 @@ CONVENTIONS = {
 
 def teacher_of(family, monkeypatch):
     monkeypatch.setitem(FAMILIES, family, CONVENTIONS[family][0])
-    monkeypatch.setattr(rotary, "_known", {})
+    monkeypatch.setattr(rotary, "_rotations", {})
     return tiny(family)
 
 
@@ -46,7 +46,7 @@ def test_attention_in_the_place_of_mixers_without_rotary_embedding_is_the_teache
     real = mask_BT.bool()
     torch.testing.assert_close(mine[real], theirs[real], rtol=1e-5, atol=1e-5)
     assert (without - theirs)[real].abs().max() > 0.1
-    assert {*rotary._known.values()} == {CONVENTIONS[family][1]}
+    assert {*rotary._rotations.values()} == {CONVENTIONS[family][1]}
 
 
 def test_a_half_table_serves_both_halves():
@@ -54,7 +54,7 @@ def test_a_half_table_serves_both_halves():
     short, whole = Rotation("halves", "pairs"), Rotation("halves", "all")
     tables = angle_BTK.cos(), angle_BTK.sin()
     doubled = [torch.cat([table, table], -1) for table in tables]
-    assert torch.equal(short.turned(x_BHTD, *short.tables(*tables)), whole.turned(x_BHTD, *doubled))
+    assert torch.equal(short.rotate(x_BHTD, *short.tables(*tables)), whole.rotate(x_BHTD, *doubled))
 
 
 def test_weights_of_zero_tell_nothing_and_are_not_remembered(monkeypatch):
@@ -63,12 +63,12 @@ def test_weights_of_zero_tell_nothing_and_are_not_remembered(monkeypatch):
         layer.self_attn.q_proj.weight.zero_(), layer.self_attn.k_proj.weight.zero_()
     plan = Plan.by_head(shapes_of(teacher), [(0, 0)], "gla", {"rotary": False})
     Student.from_teacher(teacher, plan)(torch.randint(3, 97, (1, 5)))
-    assert rotary._known == {}
+    assert rotary._rotations == {}
 
 
 def test_an_unknown_convention_is_refused_by_its_class(monkeypatch):
     teacher = teacher_of("llama", monkeypatch)
     student = Student.from_teacher(teacher, Plan.by_head(shapes_of(teacher), [(0, 0)], "gla", {"rotary": False}))
-    monkeypatch.setattr(Rotation, "turned", lambda self, x, cos, sin: x + 1)
+    monkeypatch.setattr(Rotation, "rotate", lambda self, x, cos, sin: x + 1)
     with pytest.raises(UserError, match="LlamaAttention turns its queries and keys in a way .* rotary: true"):
         student(torch.randint(3, 97, (1, 5)))
