@@ -73,5 +73,6 @@ def project_branch(projection: nn.Module, branch: Branch) -> Tensor:
     weight: Tensor = projection.weight  # type: ignore[assignment]
     weight_XM = weight if isinstance(projection, Conv1D) else weight.T
     width = branch.y_BTHD.shape[-1]
+    # Slices are views, so no index tensor is copied to the device.
     columns = [weight_XM[head * width : (head + 1) * width] for head in branch.group.heads]
     return branch.y_BTHD.flatten(2) @ torch.cat(columns)

@@ -202,7 +202,7 @@ def test_teachers_of_images_are_checked(classifier_folder, encoder_folder, tmp_p
 
 def test_too_many_classes(pictures, tmp_path):
     folder = saved(tmp_path / "two", encoder("vit", AutoModelForImageClassification, num_labels=2))
-    with pytest.raises(UserError, match="has 4 classes, and two knows 2"):
+    with pytest.raises(UserError, match="has 4 classes, and two has 2"):
         convert.convert(folder, load_recipe("cab-vision-quick", QUICK), tmp_path / "run", data=[pictures])
 
 
