@@ -191,8 +191,8 @@ def attending(layers: Collection[int]) -> ForwardContext:
 def to_middle(x: Tensor, time: int, count: int) -> Tensor:
     """Moves the first `count` tokens to the middle of the sequence; `time` is the dimension of tokens."""
     half = (x.shape[time] - count) // 2
-    front, before, after = x.split([count, half, x.shape[time] - count - half], time)
-    return torch.cat([before, front, after], time)
+    prefix, left, right = x.split([count, half, x.shape[time] - count - half], time)
+    return torch.cat([left, prefix, right], time)
 
 
 def to_front(x: Tensor, time: int, count: int) -> Tensor:
@@ -200,8 +200,8 @@ def to_front(x: Tensor, time: int, count: int) -> Tensor:
     if count == 0:
         return x
     half = (x.shape[time] - count) // 2
-    before, front, after = x.split([half, count, x.shape[time] - count - half], time)
-    return torch.cat([front, before, after], time)
+    left, prefix, right = x.split([half, count, x.shape[time] - count - half], time)
+    return torch.cat([prefix, left, right], time)
 
 
 def _of_group(inputs: MixerInputs, group: HeadGroup) -> MixerInputs:

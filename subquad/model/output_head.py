@@ -50,13 +50,13 @@ class OutputHead:
     def of(cls, model: PreTrainedModel) -> "OutputHead":
         """Output head of a causal LM or a classifier. Raises `UserError` if the model has no plain linear one."""
         model = causal_lm(model)
-        linear = classifier(model) if reads_images(model) else model.get_output_embeddings()
-        if not isinstance(linear, nn.Linear):
-            raise UserError(f"{type(model).__name__} has no plain linear output head (found {type(linear).__name__})")
+        head = classifier(model) if reads_images(model) else model.get_output_embeddings()
+        if not isinstance(head, nn.Linear):
+            raise UserError(f"{type(model).__name__} has no plain linear output head (found {type(head).__name__})")
         config = model.config.get_text_config().to_dict()
         # Cohere multiplies its logits, Granite divides them, Gemma 2 caps them; `check_head` rejects any other change.
         scale = (config.get("logit_scale") or 1.0) / (config.get("logits_scaling") or 1.0)
-        return cls(linear.weight, linear.bias, float(scale), config.get("final_logit_softcapping"))
+        return cls(head.weight, head.bias, float(scale), config.get("final_logit_softcapping"))
 
     def first(self, tokens: int) -> "OutputHead":
         """Same head for the first `tokens` of the vocabulary."""

@@ -50,8 +50,8 @@ class Rotation:
         R = cos_BTR.shape[-1]
         x_BHTR = x_BHTD[..., :R]
         if self.pairs == "halves":
-            first, second = x_BHTR.chunk(2, -1)
-            partner_BHTR = torch.cat([-second, first], -1)
+            first_half, second_half = x_BHTR.chunk(2, -1)
+            partner_BHTR = torch.cat([-second_half, first_half], -1)
         else:
             partner_BHTR = torch.stack([-x_BHTR[..., 1::2], x_BHTR[..., ::2]], -1).flatten(-2)
         y_BHTR = (x_BHTR * cos_BTR[:, None] + partner_BHTR * sin_BTR[:, None]).to(x_BHTD.dtype)
