@@ -5,12 +5,12 @@ from pathlib import Path
 from rich.console import Console
 
 from subquad.data.packing import tokenizer_hash
-from subquad.data.text import Corpus
 from subquad.distill.cache_writer import claim_cache, write_cache
 from subquad.distill.teacher_cache import TeacherCache
 from subquad.errors import UserError
-from subquad.jobs.conversion import checked_recipe, open_teacher, read_data
+from subquad.jobs.conversion import checked_recipe, open_teacher, read_text
 from subquad.jobs.run import Run, make_accelerator
+from subquad.model.tasks import TASKS
 from subquad.recipes.schema import Recipe
 from subquad.utils.environment import environment
 from subquad.utils.format import nats, percent, size
@@ -40,6 +40,11 @@ def cache_teacher(
     """
     # Settings: those of the caller, else those of the recipe's first stage on logits
     recipe = checked_recipe(recipe, teacher, data)
+    if TASKS[recipe.task].of_images:
+        raise UserError(
+            f"only a language model's logits can be cached, and the recipe '{recipe.name}' is for {recipe.task}: "
+            "give a recipe for text"
+        )
     out = Path(out)
     stage = next((stage for stage in recipe.stages if "logits" in stage.weights), None)
     if stage is not None:
@@ -55,9 +60,7 @@ def cache_teacher(
     claim_cache(out, resume=resume, overwrite=overwrite)  # before the slow part
     device = str(run.accelerator.device)
     loaded_teacher = open_teacher(recipe, device, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
-    corpus = read_data(recipe, loaded_teacher)
-    if not isinstance(corpus, Corpus):
-        raise UserError(f"only a language model's answers can be written down, and the recipe is for {recipe.task}")
+    corpus = read_text(recipe, loaded_teacher)
     run.say(f"teacher: {loaded_teacher.name}; {corpus.amount}")
     if len(corpus.train) < tokens:
         run.say(f"the text is shorter than the {tokens:,} tokens that were asked for: all of it is cached")

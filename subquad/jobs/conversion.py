@@ -127,7 +127,7 @@ class Conversion:
             base = teacher.model if recipe.student is None else fresh_model(teacher, recipe.student, recipe.seed)
         with run.timed("data"), run.accelerator.main_process_first():
             data = read_data(recipe, teacher)
-        if isinstance(data, ImageSet):  # an image is a sequence of its tokens, whatever the stages have
+        if isinstance(data, ImageSet):  # the tokens of an image replace the stages' sequence length
             stages = [stage.model_copy(update={"sequence_length": data.tokens}) for stage in recipe.stages]
             recipe = recipe.model_copy(update={"stages": stages})
         yield cls(recipe, run, teacher, base, data)
@@ -187,14 +187,23 @@ def open_teacher(recipe: Recipe, device: str, **load_options: Any) -> Teacher:
 
 def read_data(recipe: Recipe, teacher: Teacher) -> Data:
     """Data for training and evaluation, as the teacher reads it. Raises UserError for unsuitable data."""
+    return read_images(recipe, teacher) if teacher.kind.of_images else read_text(recipe, teacher)
+
+
+def read_text(recipe: Recipe, teacher: Teacher) -> Corpus:
+    """Text of the recipe in the teacher's tokens. Raises UserError as `load_corpus` does."""
     settings = recipe.data
-    if not teacher.kind.of_images:
-        return load_corpus(
-            settings.sources,
-            teacher.tokenizer,
-            max_tokens=settings.max_tokens,
-            heldout_fraction=settings.heldout_fraction,
-        )
+    return load_corpus(
+        settings.sources,
+        teacher.tokenizer,
+        max_tokens=settings.max_tokens,
+        heldout_fraction=settings.heldout_fraction,
+    )
+
+
+def read_images(recipe: Recipe, teacher: Teacher) -> ImageSet:
+    """Images of the recipe, as the teacher's processor reads them. Raises UserError for unsuitable images or labels."""
+    settings = recipe.data
     [source] = settings.sources or []
     images = load_images(
         source,

@@ -14,6 +14,7 @@ from subquad.data.batch import ImageBatch
 from subquad.errors import UserError
 from subquad.evaluate import image_fidelity
 from subquad.jobs import convert, evaluate
+from subquad.jobs.cache_teacher import cache_teacher
 from subquad.jobs.conversion import checked_recipe
 from subquad.jobs.train_vit import train_vit
 from subquad.model.base import plan_of
@@ -289,6 +290,13 @@ def test_models_without_a_map_are_refused(encoder_folder, pictures, tmp_path):
         UserError, match="'saliency', and Dinov2WithRegistersModel makes no saliency map: choose features"
     ):
         convert.convert(encoder_folder, recipe, tmp_path / "run", data=[pictures])
+
+
+def test_a_recipe_of_images_has_no_logits_to_cache(tmp_path):
+    """It is rejected before the teacher is loaded or the folder is claimed."""
+    with pytest.raises(UserError, match="only a language model's logits can be cached.* image-classification"):
+        cache_teacher("nowhere", load_recipe("cab-vision-quick"), tmp_path / "cache", data=["nothing"])
+    assert not (tmp_path / "cache").exists()
 
 
 def test_text_has_no_images():
