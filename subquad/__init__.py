@@ -1,9 +1,9 @@
 """Subquad: replace attention by linear-time mixers, head by head or layer by layer, and distill the teacher into them.
 
 Notable:
-- `import subquad` is cheap: the names below are imported from their modules when they are first used, so that
-  `subquad --help` answers at once.
-- After `import subquad`, before or after `import transformers`, transformers' auto classes load a Subquad folder:
+- `import subquad` is fast: the names below are imported from their modules at their first use, so `subquad --help`
+  responds immediately.
+- With `import subquad`, before or after `import transformers`, transformers' auto classes load a student's folder:
   `AutoModelForCausalLM.from_pretrained(folder)` (registration.py).
 """
 
@@ -63,7 +63,7 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-# Students saved before 0.2 carry a file that imports them from here.
+# Folders saved before 0.2 contain a modeling_subquad.py that imports from these two modules.
 for _name in ("subquad.student", "subquad.images"):
     sys.modules[_name] = ModuleType(_name, "Names that moved to `subquad`.")
     sys.modules[_name].__getattr__ = __getattr__  # type: ignore[method-assign]

@@ -1,13 +1,13 @@
-"""Makes transformers' auto classes know Subquad's students, without importing transformers before the user does.
+"""Registration of Subquad's students with transformers' auto classes, before or after transformers is imported.
 
-Importing transformers' auto classes costs seconds, which neither `subquad --help` nor `subquad.Plan` should pay.
-So `install` registers at once where the auto classes are already there, and otherwise watches imports:
+Importing the auto classes takes seconds, which `subquad --help` and `subquad.Plan` do not need. So `install` registers
+the students immediately if the auto classes are loaded, and otherwise adds an import hook that registers them later:
 
-- The student can only be imported while no module of transformers or of Subquad is half imported (the auto classes
-  are themselves imported from the middle of other modules). So imports of both are counted in and out, and the student
-  is registered when the outermost one ends and the auto classes have been loaded on the way.
-- The watch wraps `exec_module` of each loader and changes nothing else: specs, loaders and files stay what they were.
-- It removes itself when it has done its work.
+- Students can be imported only when no module of transformers or Subquad is partly executed, and transformers loads the
+  auto classes from within other modules. The hook therefore counts nested imports of both packages. It registers the
+  students when the outermost import ends, if the auto classes were loaded during it.
+- The hook wraps `exec_module` of each loader and leaves specs, loaders and files otherwise unchanged.
+- It removes itself after registration.
 """
 
 import importlib
@@ -23,7 +23,7 @@ WATCHED = ("transformers", "subquad")
 
 
 def install() -> None:
-    """Register the student now if transformers' auto classes are loaded, else as soon as they have been."""
+    """Registers the students: now if transformers' auto classes are loaded, otherwise after they are imported."""
     if AUTO_CLASSES in sys.modules:
         _register()
     else:
@@ -36,7 +36,7 @@ def _register() -> None:
 
 
 class _Watch(importlib.abc.MetaPathFinder):
-    """Finds no module itself: asks the other finders, and counts the imports of `WATCHED` packages in and out."""
+    """Import hook: delegates to the other finders, and counts nested imports of the `WATCHED` packages."""
 
     def __init__(self) -> None:
         self.importing = threading.local()
@@ -55,9 +55,10 @@ class _Watch(importlib.abc.MetaPathFinder):
         return None
 
     def _count(self, loader: importlib.abc.Loader) -> None:
+        """Wraps a loader, so that its import is counted and may end with the registration."""
         exec_module = loader.exec_module
 
-        def counted(module: ModuleType) -> None:
+        def exec_and_count(module: ModuleType) -> None:
             depth = self.importing.__dict__.setdefault("depth", 0)
             self.importing.depth = depth + 1
             try:
@@ -68,4 +69,4 @@ class _Watch(importlib.abc.MetaPathFinder):
                 sys.meta_path.remove(self)
                 _register()
 
-        loader.exec_module = counted  # type: ignore[method-assign]
+        loader.exec_module = exec_and_count  # type: ignore[method-assign]

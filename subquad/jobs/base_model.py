@@ -1,7 +1,7 @@
-"""A student with weights of its own: smaller than its teacher, or of another family.
+"""Base model of a student with its own configuration: smaller than the teacher, or of another family.
 
-Its model is made from a configuration, with random weights or with those of the teacher that fit, and takes the
-teacher's place as what a plan is applied to.
+The model is created from a configuration, with random weights or the teacher's weights where they fit. The plan is then
+applied to this model instead of the teacher.
 """
 
 import torch
@@ -10,46 +10,47 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from subquad.distill.parameters import Parameters
 from subquad.errors import UserError, nearest
 from subquad.model.interface import block_path, find_attention, layer_map
-from subquad.model.tasks import TASKS
 from subquad.pretrained.load import Teacher
 from subquad.recipes.schema import StudentModelConfig
 
-LISTS_BY_LAYER = ("layer_types", "mlp_layer_types")  # the configuration makes them again
+LISTS_BY_LAYER = ("layer_types", "mlp_layer_types")  # recomputed by the configuration
 
 
-def fresh_model(source: Teacher, settings: StudentModelConfig, seed: int) -> PreTrainedModel:
-    """A model for the teacher's task with the given configuration, in the teacher's dtype and on its device.
+def fresh_model(teacher: Teacher, settings: StudentModelConfig, seed: int) -> PreTrainedModel:
+    """Model for the teacher's task with the given configuration, in the teacher's dtype and on its device.
 
-    Raises UserError for a key that the configuration lacks, or a configuration that no model can be made of.
+    Raises UserError for a key that the configuration lacks, or a configuration from which no model can be created.
     """
-    config = _config(source, settings)
+    config = _config(teacher, settings)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            model: PreTrainedModel = TASKS[source.task].auto.from_config(config, dtype=source.model.dtype)
+            model: PreTrainedModel = teacher.kind.auto.from_config(config, dtype=teacher.model.dtype)
         except (ValueError, RuntimeError, TypeError) as error:
             raise UserError(f"no model can be made of student.changes {settings.changes}: {error}") from None
     if settings.start == "teacher":
-        take_weights(model, source.model)
-    model.to(source.model.device)  # type: ignore[arg-type]  # transformers' wrapper hides what it wraps
+        take_weights(model, teacher.model)
+    model.to(teacher.model.device)  # type: ignore[arg-type]  # transformers' wrapper hides what it wraps
     return model.eval().requires_grad_(False)
 
 
-def _config(source: Teacher, settings: StudentModelConfig) -> PreTrainedConfig:
-    theirs = source.model.config
-    config = theirs if settings.model is None else _described(settings.model)
-    described = config.to_dict()
+def _config(teacher: Teacher, settings: StudentModelConfig) -> PreTrainedConfig:
+    """Configuration of the settings' model, or the teacher's, with the settings' changes."""
+    teacher_config = teacher.model.config
+    config = teacher_config if settings.model is None else _load_config(settings.model)
+    fields = config.to_dict()
     for key in settings.changes:
-        if key not in described and key not in config.attribute_map:
-            raise UserError(f"student.changes names '{key}': {nearest(key, [*described, *config.attribute_map])}")
-    described = {key: value for key, value in described.items() if key not in LISTS_BY_LAYER}
-    described |= {config.attribute_map.get(key, key): value for key, value in settings.changes.items()}
-    answers = "id2label" if TASKS[source.task].of_images else "vocab_size"
-    described[answers] = getattr(theirs.get_text_config(), answers)  # the tokenizer, or the classes, are the teacher's
-    return type(config).from_dict(described)
+        if key not in fields and key not in config.attribute_map:
+            raise UserError(f"student.changes names '{key}': {nearest(key, [*fields, *config.attribute_map])}")
+    fields = {key: value for key, value in fields.items() if key not in LISTS_BY_LAYER}
+    fields |= {config.attribute_map.get(key, key): value for key, value in settings.changes.items()}
+    # The student keeps the teacher's tokenizer, or its classes
+    output_field = "id2label" if teacher.kind.of_images else "vocab_size"
+    fields[output_field] = getattr(teacher_config.get_text_config(), output_field)
+    return type(config).from_dict(fields)
 
 
-def _described(model: str) -> PreTrainedConfig:
+def _load_config(model: str) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:
@@ -58,23 +59,28 @@ def _described(model: str) -> PreTrainedConfig:
 
 @torch.no_grad()
 def take_weights(model: PreTrainedModel, teacher: PreTrainedModel) -> list[str]:
-    """Copies what has the same name and shape, layer l's from the teacher's layer floor(l L_t / L_s); which those are.
+    """Copies the teacher's weights of the same name and shape into `model`; returns their names.
 
-    Raises UserError where nothing fits.
+    Layer l gets the weights of the teacher's layer floor(l L_t / L_s). Raises UserError if no weight fits.
     """
-    mine, theirs = ([block_path(site.path) for site in find_attention(one)] for one in (model, teacher))
-    source_of = dict(zip(mine, (theirs[layer] for layer in layer_map(len(mine), len(theirs))), strict=True))
-    given: Parameters = dict(teacher.named_parameters())
-    taken = []
+    # The teacher's block for each of the model's blocks
+    blocks, teacher_blocks = ([block_path(site.path) for site in find_attention(lm)] for lm in (model, teacher))
+    teacher_layers = layer_map(len(blocks), len(teacher_blocks))
+    teacher_block_of = dict(zip(blocks, (teacher_blocks[layer] for layer in teacher_layers), strict=True))
+
+    # Copy parameter by parameter
+    teacher_parameters: Parameters = dict(teacher.named_parameters())
+    copied_names = []
     for name, parameter in model.named_parameters():
-        block = next((block for block in mine if name.startswith(f"{block}.")), None)
-        source = given.get(name if block is None else source_of[block] + name[len(block) :])
-        if source is not None and source.shape == parameter.shape:
-            parameter.copy_(source)
-            taken.append(name)
-    if not taken:
+        block = next((block for block in blocks if name.startswith(f"{block}.")), None)
+        teacher_name = name if block is None else teacher_block_of[block] + name[len(block) :]
+        weight = teacher_parameters.get(teacher_name)
+        if weight is not None and weight.shape == parameter.shape:
+            parameter.copy_(weight)
+            copied_names.append(name)
+    if not copied_names:
         raise UserError(
             f"student.start is teacher, and no weight of {type(model).__name__} has the name and shape of one of "
             f"{type(teacher).__name__}'s: set it to random, or change less of the configuration"
         )
-    return taken
+    return copied_names

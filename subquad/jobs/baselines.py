@@ -1,4 +1,4 @@
-"""Baselines that a student has to beat, a window of the same cache bytes and even placement, and the verdicts."""
+"""Baselines of a student (a window of the same cache bytes, and even placement), and verdicts against them."""
 
 from operator import methodcaller
 from statistics import fmean
@@ -12,7 +12,7 @@ from subquad.select.budget import largest_within
 
 
 def window_plan(plan: Plan, dtype: str) -> Plan:
-    """The training-free rival: sliding windows with sinks for the plan's mixers, at its cache bytes or just under."""
+    """Training-free baseline: sliding windows with sinks in place of the mixers, within the plan's cache bytes."""
     sinks = WindowOptions().sinks
 
     def windows(window: int) -> Plan:
@@ -32,8 +32,8 @@ def window_plan(plan: Plan, dtype: str) -> Plan:
 
 
 def even_plan(plan: Plan, mixer: str, options: dict[str, Any], dtype: str) -> Plan:
-    """The rival that measures nothing: evenly spaced whole layers, as many as cost no more cache than `plan`."""
-    context = 2**15  # where keys and values outweigh states
+    """Baseline without measurements: evenly spaced whole layers, as many as fit into the cache bytes of `plan`."""
+    context = 2**15  # at which keys and values take more bytes than states
 
     def plan_of(count: int) -> Plan:
         return Plan.by_layer(plan.shapes, uniform_layers(plan.num_layers, count), mixer, options)
@@ -43,38 +43,40 @@ def even_plan(plan: Plan, mixer: str, options: dict[str, Any], dtype: str) -> Pl
 
 
 def verdicts(metrics: dict[str, Any], contexts: list[int]) -> list[str]:
-    """In words, whether the student beats each rival: in held-out KL at the two longest contexts, or on images.
+    """Sentences on whether the student beats each baseline: in held-out KL at the two longest contexts, or on images.
 
-    The models read the same data, so it is the differences, row by row, that have to stand out of their own spread.
+    The models read the same data, so the differences are paired, row by row, and compared with their standard error.
     """
-    said = []
-    for better, worse, what in (
+    sentences = []
+    for better, worse, comparison in (
         ("aligned", "uniform", "the selected plan against the uniform one, both aligned"),
         ("student", "untrained", "training against none"),
         ("student", "window", "the student against a training-free window of the same cache bytes"),
     ):
         if better not in metrics or worse not in metrics:
             continue
-        for where, unit, measure, mine, theirs in _samples(metrics[better], metrics[worse], contexts):
-            gain = paired_gain(mine, theirs)
-            word = "tied" if gain.mean == 0 else "won" if gain.mean > 0 else "LOST"
-            doubt = ", which may be chance" if gain.may_be_chance else ""
-            said.append(
-                f"{what}: {word} {where} by {abs(gain.mean):.4f} ± {gain.stderr:.4f}{unit}, "
-                f"{measure} {fmean(mine):.4f} against {fmean(theirs):.4f}{doubt}"
+        for setting, unit, measure, samples, baseline_samples in _samples(metrics[better], metrics[worse], contexts):
+            gain = paired_gain(samples, baseline_samples)
+            outcome = "tied" if gain.mean == 0 else "won" if gain.mean > 0 else "LOST"
+            caveat = ", which may be chance" if gain.may_be_chance else ""
+            sentences.append(
+                f"{comparison}: {outcome} {setting} by {abs(gain.mean):.4f} ± {gain.stderr:.4f}{unit}, "
+                f"{measure} {fmean(samples):.4f} against {fmean(baseline_samples):.4f}{caveat}"
             )
-    return said
+    return sentences
 
 
 def _samples(
     better: dict[str, Any], worse: dict[str, Any], contexts: list[int]
 ) -> list[tuple[str, str, str, list[float], list[float]]]:
-    """Where, the unit and the measure of what two models are compared by, and its samples."""
+    """Setting, unit, measure, and the samples of both models, for each comparison of two models."""
     if "images" in better:
-        mine, theirs = better["images"], worse["images"]
-        unit, measure = (" nats", "KL") if "kl" in mine else ("", "distance of features")
-        where = f"on {mine['count']:,} images"
-        return [(where, unit, measure, mine["samples"], theirs["samples"])] if "samples" in mine else []
+        fidelity, baseline_fidelity = better["images"], worse["images"]
+        if "samples" not in fidelity:
+            return []
+        unit, measure = (" nats", "KL") if "kl" in fidelity else ("", "distance of features")
+        setting = f"on {fidelity['count']:,} images"
+        return [(setting, unit, measure, fidelity["samples"], baseline_fidelity["samples"])]
     pairs = [(better["kl_samples"][context], worse["kl_samples"][context]) for context in sorted(contexts)[-2:]]
     return [
         (f"at {context} tokens", " nats", "KL", *pair)

@@ -1,16 +1,16 @@
-"""The job behind `subquad cache-teacher`: a teacher's likeliest tokens are written to disk once."""
+"""Job of `subquad cache-teacher`: writes a teacher's top logits to disk once."""
 
 from pathlib import Path
 
 from rich.console import Console
 
 from subquad.data.packing import tokenizer_hash
-from subquad.data.text import Corpus
 from subquad.distill.cache_writer import claim_cache, write_cache
 from subquad.distill.teacher_cache import TeacherCache
 from subquad.errors import UserError
-from subquad.jobs.conversion import checked_recipe, open_teacher, read_data
+from subquad.jobs.conversion import checked_recipe, open_teacher, read_text
 from subquad.jobs.run import Run, make_accelerator
+from subquad.model.tasks import TASKS
 from subquad.recipes.schema import Recipe
 from subquad.utils.environment import environment
 from subquad.utils.format import nats, percent, size
@@ -32,14 +32,19 @@ def cache_teacher(
     trust_remote_code: bool = False,
     command: str | None = None,
 ) -> TeacherCache:
-    """Writes the teacher's `top_k` likeliest next tokens on the text of `convert` into the folder `out`.
+    """Writes the teacher's `top_k` most likely next tokens on the text of `convert` into the folder `out`.
 
     `tokens`, `sequence_length` and `batch` (rows at a time) default to those of the recipe's first stage on logits.
     `resume`: continue an interrupted cache in `out`; `overwrite`: delete an earlier one first. Raises UserError for
-    anything wrong with what was given.
+    invalid arguments.
     """
-    # Settings: the caller's, else those of the recipe's first stage on logits
+    # Settings: those of the caller, else those of the recipe's first stage on logits
     recipe = checked_recipe(recipe, teacher, data)
+    if TASKS[recipe.task].of_images:
+        raise UserError(
+            f"only a language model's logits can be cached, and the recipe '{recipe.name}' is for {recipe.task}: "
+            "give a recipe for text"
+        )
     out = Path(out)
     stage = next((stage for stage in recipe.stages if "logits" in stage.weights), None)
     if stage is not None:
@@ -52,20 +57,18 @@ def cache_teacher(
     run = Run(recipe, out, make_accelerator(out), Console(), resume)
     if run.accelerator.num_processes > 1:
         raise UserError("the teacher's cache is written by one process: start the command without accelerate launch")
-    claim_cache(out, resume=resume, overwrite=overwrite)  # now, for what follows takes a while
+    claim_cache(out, resume=resume, overwrite=overwrite)  # before the slow part
     device = str(run.accelerator.device)
-    source = open_teacher(recipe, device, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
-    corpus = read_data(recipe, source)
-    if not isinstance(corpus, Corpus):
-        raise UserError(f"only a language model's answers can be written down, and the recipe is for {recipe.task}")
-    run.say(f"teacher: {source.name}; {corpus.amount}")
+    loaded_teacher = open_teacher(recipe, device, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
+    corpus = read_text(recipe, loaded_teacher)
+    run.say(f"teacher: {loaded_teacher.name}; {corpus.amount}")
     if len(corpus.train) < tokens:
         run.say(f"the text is shorter than the {tokens:,} tokens that were asked for: all of it is cached")
 
     # Write the cache, and open it as training will
     write_cache(
         out,
-        source,
+        loaded_teacher,
         corpus,
         tokens=tokens,
         sequence_length=sequence_length,
@@ -76,7 +79,7 @@ def cache_teacher(
         about=environment(run.accelerator.device, command, run.accelerator.num_processes),
     )
     cache = TeacherCache.open(
-        out, teacher_fingerprint=source.fingerprint, tokenizer_hash=tokenizer_hash(source.tokenizer)
+        out, teacher_fingerprint=loaded_teacher.fingerprint, tokenizer_hash=tokenizer_hash(loaded_teacher.tokenizer)
     )
     meta = cache.meta
     run.say(

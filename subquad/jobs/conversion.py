@@ -1,4 +1,4 @@
-"""A conversion: checked settings, a run folder, the teacher and its data, opened once; it makes the students."""
+"""Conversion: checked settings, a run folder, the teacher and its data, opened once; it creates the students."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -35,19 +35,24 @@ Data: TypeAlias = Corpus | ImageSet
 
 
 def checked_recipe(recipe: Recipe | str | Path, teacher: str, data: list[str] | None) -> Recipe:
-    """The recipe with what was given beside it, and checked by those who know its mixer, its selector and its tasks."""
+    """Copy of the recipe with this teacher and data, checked with its mixers, its selector and its evaluation tasks."""
+    # The caller's teacher and data
     recipe = (recipe if isinstance(recipe, Recipe) else load_recipe(recipe)).model_copy(deep=True)
     recipe.teacher = teacher
     if data:
         recipe.data.sources = data
-    streamed = [source for source in recipe.data.sources or [] if not Path(source).exists()]
+
+    # The amount of data
+    is_streamed = any(not Path(source).exists() for source in recipe.data.sources or [])
     of_images = TASKS[recipe.task].of_images
     if not of_images and recipe.data.max_images is not None:
         raise UserError("data.max_images counts images, and the recipe is for text: give data.max_tokens")
-    if not of_images and streamed and recipe.data.max_tokens is None:
-        # A stream has no end: take what the stages will read.
-        read = sum(stage.tokens for stage in recipe.stages)
-        recipe.data.max_tokens = max(1, round(1.1 * read))
+    if not of_images and is_streamed and recipe.data.max_tokens is None:
+        # A stream has no end: take the tokens that the stages will read.
+        training_tokens = sum(stage.tokens for stage in recipe.stages)
+        recipe.data.max_tokens = max(1, round(1.1 * training_tokens))
+
+    # Mixers, selector, the student's own model, and evaluation tasks
     for name, options in mixers_of(recipe).items():
         mixer_options(name, options)
     if recipe.mixer.name == ATTENTION:
@@ -66,7 +71,7 @@ def checked_recipe(recipe: Recipe | str | Path, teacher: str, data: list[str] | 
 
 
 def _check_images(recipe: Recipe) -> None:
-    """Raises UserError for what a recipe on images cannot do."""
+    """Raises UserError for settings that a recipe on images cannot have."""
     if len(recipe.data.sources or []) != 1:
         raise UserError(f"{recipe.task} needs one set of images: name it with --data, as a folder or a `datasets` id")
     if SELECTORS[recipe.selector.by].text:
@@ -80,11 +85,11 @@ def _check_images(recipe: Recipe) -> None:
             f"the budget '{recipe.selector.budget}' is of a cache or of decoding, and a model of images has neither: "
             "give a number of layers or heads, or a share of them"
         )
-    for key, given in (
+    for key, is_set in (
         ("tied_embeddings is", recipe.tied_embeddings != "keep"),
         ("evaluate.tasks are", bool(recipe.evaluate.tasks)),
     ):
-        if given:
+        if is_set:
             raise UserError(f"{key} of language models: leave it out")
     if recipe.data.max_tokens is not None:
         raise UserError("data.max_tokens counts text: give data.max_images")
@@ -95,10 +100,10 @@ def _check_images(recipe: Recipe) -> None:
 
 @dataclass
 class Conversion:
-    """A recipe with everything it needs open: the run folder, the teacher, and its text or images.
+    """Recipe with everything it needs: the run folder, the teacher, and its text or images.
 
-    `base` is the model whose attention is replaced: the teacher's, or the student's own. The recipe's stages have the
-    sequence length of the data where that is fixed (images).
+    `base` is the model whose attention is replaced: the teacher's, or the student's own. For images, the recipe's
+    stages have the number of tokens of an image as their sequence length.
     """
 
     recipe: Recipe
@@ -110,20 +115,19 @@ class Conversion:
     @classmethod
     @contextmanager
     def open(
-        cls, recipe: Recipe, out: Path, *, resume: bool = False, overwrite: bool = False, **how: Any
+        cls, recipe: Recipe, out: Path, *, resume: bool = False, overwrite: bool = False, **load_options: Any
     ) -> Iterator["Conversion"]:
         """Starts or resumes a run in `out`, loads the teacher and reads the data; closes the run at the end.
 
-        `how`: arguments of `load_pretrained`. Raises UserError for a folder, a teacher or data that will not do.
+        `load_options`: arguments of `load_pretrained`. Raises UserError for an unsuitable folder, teacher or data.
         """
         run = start_run(recipe, out, resume=resume, overwrite=overwrite)
         with run.timed("load"):
-            teacher = open_teacher(recipe, str(run.accelerator.device), **how)
-            own = recipe.student
-            base = teacher.model if own is None else fresh_model(teacher, own, recipe.seed)
+            teacher = open_teacher(recipe, str(run.accelerator.device), **load_options)
+            base = teacher.model if recipe.student is None else fresh_model(teacher, recipe.student, recipe.seed)
         with run.timed("data"), run.accelerator.main_process_first():
             data = read_data(recipe, teacher)
-        if isinstance(data, ImageSet):  # an image is a sequence of its tokens, whatever the stages have
+        if isinstance(data, ImageSet):  # the tokens of an image replace the stages' sequence length
             stages = [stage.model_copy(update={"sequence_length": data.tokens}) for stage in recipe.stages]
             recipe = recipe.model_copy(update={"stages": stages})
         yield cls(recipe, run, teacher, base, data)
@@ -131,13 +135,13 @@ class Conversion:
 
     @property
     def corpus(self) -> Corpus:
-        """The data of a recipe for text."""
-        assert isinstance(self.data, Corpus), "checked_recipe lets only recipes for text ask for it"
+        """Data of a recipe for text."""
+        assert isinstance(self.data, Corpus), "checked_recipe rejects settings that need text in a recipe for images"
         return self.data
 
     def new_student(self, plan: Plan, mixers_from: Iterable[BaseStudent] = ()) -> BaseStudent:
-        """A student with this plan. Mixers that one of `mixers_from` has too are taken, the others calibrated."""
-        torch.manual_seed(0)  # the few new weights that start at random: gates' inner projections
+        """Student with this plan. It shares the mixers of the students in `mixers_from`; new mixers are calibrated."""
+        torch.manual_seed(0)  # of the few new weights with random values: gates' inner projections
         student = self.teacher.kind.student.from_teacher(
             self.base, plan, mixers_from=mixers_from, join_start=self.recipe.mixer.join_start
         )
@@ -147,7 +151,7 @@ class Conversion:
         return student
 
     def all_linear_students(self) -> dict[str, BaseStudent]:
-        """A student without attention for each of the recipe's mixers, the recipe's own first."""
+        """Student without attention for each of the recipe's mixers, the recipe's main mixer first."""
         shapes = shapes_of(self.base)
         with self.run.timed("calibrate"):
             return {
@@ -156,21 +160,21 @@ class Conversion:
             }
 
     def untie(self, student: BaseStudent) -> None:
-        """Gives the student an output head of its own if the recipe trains one."""
+        """Gives the student an untied output head if the recipe trains one."""
         if self.recipe.tied_embeddings in ("untie", "retie"):
-            assert isinstance(student, Student)  # checked_recipe refuses the key for images
+            assert isinstance(student, Student)  # checked_recipe rejects the key for images
             student.untie()
 
     def retie(self, student: BaseStudent) -> None:
-        """Makes the student's head and embedding one again if the teacher's are and the recipe wants it."""
+        """Ties the student's head and embedding again if the teacher's are tied and the recipe asks for it."""
         if self.recipe.tied_embeddings == "retie" and tied(self.base):
             assert isinstance(student, Student)
             student.retie()
 
 
-def open_teacher(recipe: Recipe, device: str, **how: Any) -> Teacher:
-    """The recipe's teacher, on this device. Raises UserError, naming it, if it cannot be converted."""
-    teacher = load_pretrained(recipe.teacher, task=recipe.task, dtype=recipe.dtype, device=device, **how)
+def open_teacher(recipe: Recipe, device: str, **load_options: Any) -> Teacher:
+    """Teacher of the recipe, on this device. Raises UserError, naming it, if it cannot be converted."""
+    teacher = load_pretrained(recipe.teacher, task=recipe.task, dtype=recipe.dtype, device=device, **load_options)
     find_attention(teacher.model)
     check_head(teacher.model)
     if recipe.tied_embeddings == "refuse" and tied(teacher.model):
@@ -182,15 +186,24 @@ def open_teacher(recipe: Recipe, device: str, **how: Any) -> Teacher:
 
 
 def read_data(recipe: Recipe, teacher: Teacher) -> Data:
-    """What a recipe trains and measures on, as the teacher reads it. Raises UserError for data that will not do."""
+    """Data for training and evaluation, as the teacher reads it. Raises UserError for unsuitable data."""
+    return read_images(recipe, teacher) if teacher.kind.of_images else read_text(recipe, teacher)
+
+
+def read_text(recipe: Recipe, teacher: Teacher) -> Corpus:
+    """Text of the recipe in the teacher's tokens. Raises UserError as `load_corpus` does."""
     settings = recipe.data
-    if not teacher.kind.of_images:
-        return load_corpus(
-            settings.sources,
-            teacher.tokenizer,
-            max_tokens=settings.max_tokens,
-            heldout_fraction=settings.heldout_fraction,
-        )
+    return load_corpus(
+        settings.sources,
+        teacher.tokenizer,
+        max_tokens=settings.max_tokens,
+        heldout_fraction=settings.heldout_fraction,
+    )
+
+
+def read_images(recipe: Recipe, teacher: Teacher) -> ImageSet:
+    """Images of the recipe, as the teacher's processor reads them. Raises UserError for unsuitable images or labels."""
+    settings = recipe.data
     [source] = settings.sources or []
     images = load_images(
         source,
@@ -201,19 +214,19 @@ def read_data(recipe: Recipe, teacher: Teacher) -> Data:
         max_images=settings.max_images,
         seed=recipe.seed,
     )
-    asking = [stage.name for stage in recipe.stages if "labels" in stage.weights]
-    if asking and not images.classes:
-        raise UserError(f"stage '{asking[0]}' has the objective 'labels', and {source} has none: choose another")
-    known = teacher.model.config.num_labels or 0
-    if recipe.task == "image-classification" and len(images.classes) > known:
+    label_stages = [stage.name for stage in recipe.stages if "labels" in stage.weights]
+    if label_stages and not images.classes:
+        raise UserError(f"stage '{label_stages[0]}' has the objective 'labels', and {source} has none: choose another")
+    num_labels = teacher.model.config.num_labels or 0
+    if recipe.task == "image-classification" and len(images.classes) > num_labels:
         raise UserError(
-            f"{source} has {len(images.classes)} classes, and {teacher.name} knows {known}: give the images that it "
-            "was trained for, or set the task to image-feature-extraction"
+            f"{source} has {len(images.classes)} classes, and {teacher.name} has {num_labels}: give the images that it "
+            "was trained on, or set the task to image-feature-extraction"
         )
     return images
 
 
 def mixers_of(recipe: Recipe) -> dict[str, dict[str, Any]]:
-    """The options of the recipe's mixer, and then of its alternatives, by name."""
+    """Options of the recipe's mixer, and then of its alternatives, by name."""
     mixers: list[NamedMixer] = [recipe.mixer, *recipe.mixer.alternatives]
     return {mixer.name: mixer.options for mixer in mixers}

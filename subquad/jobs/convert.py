@@ -1,7 +1,7 @@
-"""The main job: a teacher in, a measured student out.
+"""Main job: converts a teacher into a student, and evaluates it.
 
-`convert` reads top to bottom as what happens: load, align an all-linear student, select what keeps attention, distill
-the chosen plan, measure it against its baselines, save. Everything it needs later is in the run's folder, so that an
+`convert` reads as the steps of a conversion: load, align all-linear students, select the heads that keep attention,
+distill the selected plan, evaluate it against its baselines, save. The run's folder holds the state of each step, so an
 interrupted run resumes where it stopped.
 """
 
@@ -44,40 +44,43 @@ def convert(
 ) -> BaseStudent:
     """Converts `teacher` by `recipe` into the folder `out`, and returns the student.
 
-    `plan`: a plan file to use instead of selecting. `data`: text, or images, instead of the recipe's. `resume`: go on
-    with an interrupted run in `out`; `overwrite`: delete an earlier run there first. `layers`: cut the teacher to its
-    first layers (for trials). Leaves the model, plan.yaml, scores.json, metrics.json, log.jsonl, report.html and
-    README.md; where a selector names several plans and none is trained further, the other models lie in folders of
-    these names.
-    Raises UserError for anything wrong with what was given.
+    `plan`: a plan file to use instead of selecting. `data`: text or images instead of the recipe's. `resume`: continue
+    an interrupted run in `out`; `overwrite`: delete an earlier run there first. `layers`: cut the teacher to its first
+    layers (for trials). Writes the model, plan.yaml, scores.json, metrics.json, log.jsonl, report.html and README.md.
+    If a selector names several plans and none is trained further, the other models are written into folders of these
+    names. Raises UserError for invalid arguments.
     """
-    started = time.perf_counter()
+    # Check the settings before anything is loaded
+    start_time = time.perf_counter()
     recipe = checked_recipe(recipe, teacher, data)
     given_plan = None if plan is None else Plan.load(plan)
-    how = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle, "layers": layers}
-    with Conversion.open(recipe, Path(out), resume=resume, overwrite=overwrite, **how) as conversion:
+    load_options = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle, "layers": layers}
+    with Conversion.open(recipe, Path(out), resume=resume, overwrite=overwrite, **load_options) as conversion:
         run, recipe = conversion.run, conversion.recipe
         run.say(f"teacher: {conversion.teacher.name}; {conversion.data.amount}")
 
-        linear = conversion.all_linear_students()
-        results = align(conversion, linear)
+        # Align all-linear students, and select a plan with them
+        linear_students = conversion.all_linear_students()
+        results = align(conversion, linear_students)
         if given_plan is None:
-            chosen, scores = select_plan(conversion, linear)
+            student_plan, scores = select_plan(conversion, linear_students)
         else:
-            chosen, scores = given_plan, {}
-            run.write("plan.yaml", chosen.to_yaml())
-        run.say(f"plan: {chosen.pattern()}")
+            student_plan, scores = given_plan, {}
+            run.write("plan.yaml", student_plan.to_yaml())
+        run.say(f"plan: {student_plan.pattern()}")
 
-        student = conversion.new_student(chosen, mixers_from=linear.values())
+        # Distill the student of this plan
+        student = conversion.new_student(student_plan, mixers_from=linear_students.values())
         conversion.untie(student)
         results += train_stages(conversion, student, scope="plan")
         conversion.retie(student)
 
+        # Evaluate it, and write everything
         if run.main:
-            metrics = _measure(conversion, student, linear)
+            metrics = _measure(conversion, student, linear_students)
             _save(conversion, student)
-            _save_named_plans(conversion, chosen, linear)
-            run.seconds["total"] = time.perf_counter() - started
+            _save_named_plans(conversion, student_plan, linear_students)
+            run.seconds["total"] = time.perf_counter() - start_time
             metrics |= _costs(conversion, results, scores) | provenance(run, command) | _hashes(conversion)
             check_written(Metrics, metrics)
             run.write("metrics.json", json.dumps(metrics, indent=1))
@@ -95,47 +98,52 @@ def _save(conversion: Conversion, student: BaseStudent, name: str = "") -> None:
         conversion.teacher.reader.save_pretrained(folder)
 
 
-def _save_named_plans(conversion: Conversion, chosen: Plan, linear: Mapping[str, BaseStudent]) -> None:
-    """Saves the students of the selector's other plans, if the chosen one was not trained further either."""
+def _save_named_plans(conversion: Conversion, student_plan: Plan, linear_students: Mapping[str, BaseStudent]) -> None:
+    """Saves the students of the selector's other named plans, unless the recipe trains the selected plan further."""
     if any(stage.scope == "plan" for stage in conversion.recipe.stages):
         return
     run = conversion.run
     for name, file in named_plans(run.out).items():
-        if (named := Plan.load(file)).layers != chosen.layers:
-            _save(conversion, conversion.new_student(named, mixers_from=linear.values()), name)
-            run.say(f"the plan '{name}' of the selector is a model too, in {run.out / name}")
+        if (named_plan := Plan.load(file)).layers != student_plan.layers:
+            _save(conversion, conversion.new_student(named_plan, mixers_from=linear_students.values()), name)
+            run.say(f"the model of the selector's plan '{name}' is in {run.out / name}")
 
 
-def _measure(conversion: Conversion, student: BaseStudent, linear: Mapping[str, BaseStudent]) -> dict[str, Any]:
-    """metrics.json's rows, samples and verdicts: the student and the baselines of the same budget or cache bytes."""
+def _measure(
+    conversion: Conversion, student: BaseStudent, linear_students: Mapping[str, BaseStudent]
+) -> dict[str, Any]:
+    """Rows, samples and verdicts of metrics.json: the student and the baselines of the same budget or cache bytes."""
     recipe, run, teacher, data = conversion.recipe, conversion.run, conversion.teacher, conversion.data
     with run.timed("evaluate"):
-        # A student with a model of its own has no baselines: they are made of the teacher's weights.
-        models = {"student": student} | ({} if recipe.student else _baselines(conversion, student.plan, linear))
-        what = "images" if teacher.kind.of_images else "text and retrieval"
-        run.say(f"measuring the teacher and {fmt.count(len(models), 'model')} on held-out {what} ...")
+        # Baselines use the teacher's weights, so a student with a model of its own has none.
+        baselines = {} if recipe.student else _baselines(conversion, student.plan, linear_students)
+        models = {"student": student} | baselines
+        heldout_data = "images" if teacher.kind.of_images else "text and retrieval"
+        run.say(f"measuring the teacher and {fmt.count(len(models), 'model')} on held-out {heldout_data} ...")
         metrics = evaluate_models(models, teacher, data, recipe.evaluate, recipe.dtype, run.console)
     metrics["verdicts"] = verdicts(metrics, recipe.evaluate.contexts)
     return metrics
 
 
-def _baselines(conversion: Conversion, plan: Plan, linear: Mapping[str, BaseStudent]) -> dict[str, BaseStudent]:
-    """Students of the same budget or cache bytes that were trained less, or not at all."""
+def _baselines(
+    conversion: Conversion, plan: Plan, linear_students: Mapping[str, BaseStudent]
+) -> dict[str, BaseStudent]:
+    """Students of the same budget or cache bytes with less training, or none."""
     recipe = conversion.recipe
-    even = even_plan(plan, recipe.mixer.name, recipe.mixer.options, recipe.dtype)
+    uniform_plan = even_plan(plan, recipe.mixer.name, recipe.mixer.options, recipe.dtype)
     baselines = {}
     if any(stage.scope == "all-linear" for stage in recipe.stages):
-        baselines["aligned"] = conversion.new_student(plan, mixers_from=linear.values())
-    if even.layers != plan.layers:
-        baselines["uniform"] = conversion.new_student(even, mixers_from=linear.values())
+        baselines["aligned"] = conversion.new_student(plan, mixers_from=linear_students.values())
+    if uniform_plan.layers != plan.layers:
+        baselines["uniform"] = conversion.new_student(uniform_plan, mixers_from=linear_students.values())
     baselines["untrained"] = conversion.new_student(plan)
-    if not conversion.teacher.kind.of_images:  # an encoder has no cache, whose bytes a window could have
+    if not conversion.teacher.kind.of_images:  # an encoder has no cache that a window could match
         baselines["window"] = conversion.new_student(window_plan(plan, recipe.dtype))
     return baselines
 
 
 def _costs(conversion: Conversion, results: list[StageResult], scores: dict[str, Any]) -> dict[str, Any]:
-    """What each part cost, for metrics.json."""
+    """Time, tokens and costs of each part, for metrics.json."""
     return {
         "teacher_name": conversion.teacher.name,
         "teacher_fingerprint": conversion.teacher.fingerprint,
@@ -148,6 +156,6 @@ def _costs(conversion: Conversion, results: list[StageResult], scores: dict[str,
 
 
 def _hashes(conversion: Conversion) -> dict[str, Any]:
-    """Sources of the data and hashes of the weights that were written, for metrics.json."""
+    """Sources of the data and hashes of the saved weights, for metrics.json."""
     weights = sorted(conversion.run.out.glob("*.safetensors"))
     return {"text": conversion.data.sources, "sha256": {file.name: sha256_of_file(file) for file in weights}}

@@ -1,11 +1,11 @@
-"""What a conversion would take, before it is run: weights, plan, training, time, memory and disk.
+"""Estimate of a conversion before it runs: weights, plan, training, time, memory and disk.
 
 Notable:
-- Nothing of a run is written: the students are thrown away, and so is the folder that they were made in. Only the
-  caches that every command fills are (the packed text, a teacher converted from GGUF).
-- Time and activations are extrapolated from a few real steps of every stage on few tokens (distill/probe.py), which
-  together take about `SECONDS`; all other bytes are arithmetic.
-- Where the selector would have to work first, all this is for a plan of the budget's size, evenly spaced.
+- Nothing of a run is written: the students and their temporary folder are deleted. Only the caches that every command
+  fills are written (the packed text, a teacher converted from GGUF).
+- Time and activations are extrapolated from a few real steps of every stage on few tokens (distill/estimate.py), which
+  take about `SECONDS` in total; all other bytes are computed.
+- If the plan is not given, the estimate is for an evenly spaced plan of the budget's size instead of selecting one.
 """
 
 import shutil
@@ -35,32 +35,33 @@ from subquad.select import SELECTORS, Budget, Ranking, choose_plan, uniform_laye
 from subquad.utils import format as fmt
 from subquad.utils.token_cost import TRAINING
 
-SECONDS = 10.0  # that trying all stages may take, about
-PASSES = 3  # over the tokens that a stage is tried on
+SECONDS = 10.0  # approximate time for trial steps of all stages
+PASSES = 3  # over the tokens of a stage's trial
 
 
 @dataclass(frozen=True)
 class StagePreview:
-    """What a stage will take on each device; `students`: that are trained so, one after the other."""
+    """Estimate of a stage on each device; `students`: number of students that it trains, one after another."""
 
     stage: Stage
     students: int
     probe: StageEstimate
-    frozen_bytes: int  # weights of the teacher, and of the stage's own
-    student_bytes: int  # weights that the students do not share with it
+    frozen_bytes: int  # weights of the teacher, and of the stage's own teacher
+    student_bytes: int  # weights that the students do not share with a teacher
 
     @property
     def seconds(self) -> float:
+        """Training time of all students."""
         return self.students * self.probe.seconds(self.stage, self.stage.steps)
 
     @property
     def tokens_per_second(self) -> float:
-        """Of all processes."""
+        """Training speed of all processes together."""
         return self.students * self.stage.steps * self.stage.batch * self.stage.sequence_length / self.seconds
 
     @property
     def memory(self) -> dict[str, int]:
-        """Bytes on a device, by what they are for."""
+        """Bytes on a device by purpose."""
         return {
             "teacher": self.frozen_bytes,
             "student's own": self.student_bytes,
@@ -71,36 +72,36 @@ class StagePreview:
 
     @property
     def finished_bytes(self) -> int:
-        """What the stage leaves on disk: the weights that it trained."""
+        """Bytes that the stage leaves on disk: the weights that it trained."""
         return self.students * self.probe.trained_bytes
 
     @property
     def checkpoint_bytes(self) -> int:
-        """What its checkpoints take meanwhile (weights and AdamW's moments), with the one that is being written."""
+        """Largest size of its checkpoints (weights and AdamW's moments), including one that is being written."""
         count = min(KEEP + 1, (self.stage.steps - 1) // self.stage.checkpoint_every)
         return 3 * count * self.probe.trained_bytes
 
 
 @dataclass
 class Preview:
-    """What a conversion will take."""
+    """Estimate of a conversion."""
 
     teacher_weights: int
     student_weights: int
-    mixer_weights: int  # of the student's, those that the teacher lacks
-    plan: Plan  # the given one, or one of the budget's size
+    mixer_weights: int  # of the student's weights, those that the teacher lacks
+    plan: Plan  # the given plan, or an evenly spaced one of the budget's size
     model_bytes: int
     stages: list[StagePreview] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)  # by part
 
     @property
     def disk_bytes(self) -> int:
-        """What a finished run takes: the model and what each stage trained."""
+        """Disk bytes of a finished run: the model and the weights that each stage trained."""
         return self.model_bytes + sum(stage.finished_bytes for stage in self.stages)
 
     @property
     def most_disk_bytes(self) -> int:
-        """What it takes at most on the way, with the checkpoints of one stage."""
+        """Largest disk bytes during the run, with the checkpoints of one stage."""
         return self.disk_bytes + max((stage.checkpoint_bytes for stage in self.stages), default=0)
 
 
@@ -114,34 +115,39 @@ def dry_run(
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
 ) -> Preview:
-    """Says what `convert` with these arguments would take, and returns it. Writes nothing to `out`.
+    """Prints and returns an estimate of `convert` with these arguments. Writes nothing to `out`.
 
-    Raises UserError for what `convert` would refuse, but for what `out` holds.
+    Raises UserError for everything that `convert` would reject, except for the contents of `out`.
     """
     recipe = checked_recipe(recipe, teacher, data)
     given_plan = None if plan is None else Plan.load(plan)
-    how = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
-    with tempfile.TemporaryDirectory() as folder, Conversion.open(recipe, Path(folder) / "run", **how) as conversion:
+    load_options = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Conversion.open(recipe, Path(folder) / "run", **load_options) as conversion,
+    ):
         conversion.run.say(f"teacher: {conversion.teacher.name}; {conversion.data.amount}")
-        check_heldout(recipe.evaluate, conversion.teacher, conversion.data)  # `convert` asks for it at the end
-        preview = _previewed(conversion, given_plan)
-        _say(conversion, preview, Path(out))
+        check_heldout(recipe.evaluate, conversion.teacher, conversion.data)  # `convert` needs it at the end
+        preview = _preview(conversion, given_plan)
+        _print_preview(conversion, preview, Path(out))
     return preview
 
 
-def _previewed(conversion: Conversion, given_plan: Plan | None) -> Preview:
+def _preview(conversion: Conversion, given_plan: Plan | None) -> Preview:
+    """Estimate of the whole conversion, by trial steps on its own students."""
+    # The steps before selection, as they have just run
     recipe, run = conversion.recipe, conversion.run
-    linear, speed = conversion.all_linear_students(), teacher_speed(conversion)
+    linear_students, speed = conversion.all_linear_students(), teacher_speed(conversion)
     seconds = {part: run.seconds[part] for part in ("load", "data", "calibrate")}
 
-    # The plan: given, or of the budget's size.
+    # The plan: given, or evenly spaced and of the budget's size
     if given_plan is None:
         run.say(f"plan: {recipe.selector.by} will choose it, under a budget of {recipe.selector.budget}")
-        cost = selection_cost(conversion, linear)
+        cost = selection_cost(conversion, linear_students)
         run.say("what follows is for a plan of the budget's size, evenly spaced:\n")
         seconds["select"] = cost.seconds(speed)
-    plan = given_plan or _stand_in(linear[recipe.mixer.name], recipe)
-    student = conversion.new_student(plan, mixers_from=linear.values())
+    plan = given_plan or _stand_in(linear_students[recipe.mixer.name], recipe)
+    student = conversion.new_student(plan, mixers_from=linear_students.values())
     conversion.untie(student)
     preview = Preview(
         teacher_weights=_count(conversion.teacher.model),
@@ -152,18 +158,18 @@ def _previewed(conversion: Conversion, given_plan: Plan | None) -> Preview:
         seconds=seconds,
     )
 
-    # Training: a step of every stage is tried.
+    # Training: trial steps of every stage
     for index, stage in enumerate(recipe.stages):
-        preview.stages.append(_try(conversion, index, linear, student, speed))
+        preview.stages.append(_try_stage(conversion, index, linear_students, student, speed))
         seconds[stage.name] = preview.stages[-1].seconds
 
-    # Measuring: the teacher, the student and its baselines.
-    even = even_plan(plan, recipe.mixer.name, recipe.mixer.options, recipe.dtype)
-    aligned = any(stage.scope == "all-linear" for stage in recipe.stages)
-    baselines = 0 if recipe.student else 2 + aligned + (even.layers != plan.layers)  # untrained and window, and these
-    calibrated = 2 * seconds["calibrate"] / len(linear)
+    # Evaluation: the teacher, the student and its baselines (untrained, window, aligned, uniform)
+    uniform_plan = even_plan(plan, recipe.mixer.name, recipe.mixer.options, recipe.dtype)
+    has_alignment = any(stage.scope == "all-linear" for stage in recipe.stages)
+    baselines = 0 if recipe.student else 2 + has_alignment + (uniform_plan.layers != plan.layers)
+    calibration_seconds = 2 * seconds["calibrate"] / len(linear_students)
     cost = evaluation_cost(recipe.evaluate, 2 + baselines, conversion.data)
-    seconds["evaluate"] = cost.seconds(speed) + calibrated
+    seconds["evaluate"] = cost.seconds(speed) + calibration_seconds
     return preview
 
 
@@ -171,47 +177,50 @@ def _count(model: PreTrainedModel) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _stand_in(linear: BaseStudent, recipe: Recipe) -> Plan:
-    """A plan of the budget's size, evenly spaced; half of it attends where only the selector knows how much."""
+def _stand_in(linear_student: BaseStudent, recipe: Recipe) -> Plan:
+    """Evenly spaced plan of the budget's size, or with half of the units if only selecting determines the size."""
     settings, budget = recipe.selector, Budget.parse(recipe.selector.budget)
     if budget.word is not None or budget.speedup is not None:
         budget = Budget.parse("50%")
     unit = SELECTORS[settings.by].unit if settings.unit is None else settings.unit
-    units = units_of(linear.plan.shapes, unit)
-    choice = Ranking(units, lambda count: uniform_layers(len(units), count), unit)
-    return choose_plan(linear, budget, choice, recipe.mixer.join)[0]
+    units = units_of(linear_student.plan.shapes, unit)
+    ranking = Ranking(units, lambda count: uniform_layers(len(units), count), unit)
+    return choose_plan(linear_student, budget, ranking, recipe.mixer.join)[0]
 
 
-def _try(
-    conversion: Conversion, index: int, linear: Mapping[str, BaseStudent], student: BaseStudent, speed: float
+def _try_stage(
+    conversion: Conversion, index: int, linear_students: Mapping[str, BaseStudent], student: BaseStudent, speed: float
 ) -> StagePreview:
-    """One stage, tried on its own student: that of the plan, or the first of the all-linear ones."""
+    """Trial of one stage on the student of the plan, or on the first of the all-linear students."""
     stages = conversion.recipe.stages
     stage, inputs = stages[index], stage_inputs(conversion, index)
-    first, *others = linear.values()
-    aligning = stage.scope == "all-linear"
-    students = 1 + sum(any(True for _ in other.mixer_parameters()) for other in others) if aligning else 1
-    trained = first if aligning else student
+    main_student, *alternatives = linear_students.values()
+    trial_student, students = student, 1
+    if stage.scope == "all-linear":
+        trial_student = main_student
+        students += sum(any(True for _ in alternative.mixer_parameters()) for alternative in alternatives)
 
     tokens = round(SECONDS / len(stages) * speed / PASSES / TRAINING)
-    probe = estimate_stage(stage, inputs, student=trained, tokens=tokens)
+    probe = estimate_stage(stage, inputs, student=trial_student, tokens=tokens)
 
-    # What teacher and student share counts once.
+    # Weights that teacher and student share count once.
     target = inputs.logits_from
-    teachers = weights_of(inputs.teacher, *([target] if isinstance(target, PreTrainedModel) else []))
-    waiting = weights_of(*(model for model in linear.values() if model is not trained))
-    own = sum(size for place, size in {**waiting, **probe.weights}.items() if place not in teachers)
-    return StagePreview(stage, students, probe, sum(teachers.values()), own)
+    teacher_weights = weights_of(inputs.teacher, *([target] if isinstance(target, PreTrainedModel) else []))
+    idle_weights = weights_of(*(model for model in linear_students.values() if model is not trial_student))
+    weights = {**idle_weights, **probe.weights}
+    student_bytes = sum(size for place, size in weights.items() if place not in teacher_weights)
+    return StagePreview(stage, students, probe, sum(teacher_weights.values()), student_bytes)
 
 
-def _say(conversion: Conversion, found: Preview, out: Path) -> None:
+def _print_preview(conversion: Conversion, preview: Preview, out: Path) -> None:
+    """Prints plan, weights, stages, memory, time and disk."""
     recipe, run = conversion.recipe, conversion.run
-    print_plan(found.plan, run.console, recipe.dtype)
+    print_plan(preview.plan, run.console, recipe.dtype)
     run.say(
-        f"\nteacher: {found.teacher_weights:,} weights; student: {found.student_weights:,}, of which the mixers' own "
-        f"are {found.mixer_weights:,}"
+        f"\nteacher: {preview.teacher_weights:,} weights; student: {preview.student_weights:,}, of which the mixers' "
+        f"own are {preview.mixer_weights:,}"
     )
-    for table in (_stages(found), _memory(found), _time(found)):
+    for table in (_stages(preview), _memory(preview), _time(preview)):
         run.say("")
         run.console.print(table)
     run.say("time and activations are those of a real step on the tokens tried, in proportion; the rest is arithmetic")
@@ -219,25 +228,25 @@ def _say(conversion: Conversion, found: Preview, out: Path) -> None:
         run.say(f"not counted: the tasks {', '.join(recipe.evaluate.tasks)}")
     free = _free_bytes(out)
     run.say(
-        f"\ndisk: {fmt.size(found.disk_bytes)} in {out} when done, at most {fmt.size(found.most_disk_bytes)} on the "
-        f"way; {fmt.size(free)} are free"
+        f"\ndisk: {fmt.size(preview.disk_bytes)} in {out} when done, at most {fmt.size(preview.most_disk_bytes)} on "
+        f"the way; {fmt.size(free)} are free"
     )
-    if free < found.most_disk_bytes:
+    if free < preview.most_disk_bytes:
         run.say(f"that is too little: free some space, or give another --out than {out}")
     run.say("nothing was written: this was a dry run")
 
 
 def _free_bytes(out: Path) -> int:
-    """Of the disk that a folder, which may not be there yet, is on."""
-    there = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.is_dir())
-    return shutil.disk_usage(there).free
+    """Free bytes on the disk that will hold the folder `out`."""
+    existing_folder = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.is_dir())
+    return shutil.disk_usage(existing_folder).free
 
 
-def _stages(found: Preview) -> Table:
-    """Settings of the stages, and the weights that they train."""
+def _stages(preview: Preview) -> Table:
+    """Table of the stages' settings, and the weights that they train."""
     table = make_table("Stages", ["", "objective", "tokens", "steps", "length", "batch", "weights"])
-    for one in found.stages:
-        stage, times = one.stage, f" × {one.students}" if one.students > 1 else ""
+    for row in preview.stages:
+        stage, times = row.stage, f" × {row.students}" if row.students > 1 else ""
         table.add_row(
             Text(stage.name),
             fmt.objective(stage.objective),
@@ -245,27 +254,27 @@ def _stages(found: Preview) -> Table:
             fmt.integer(stage.steps) + times,
             fmt.integer(stage.sequence_length),
             fmt.integer(stage.batch),
-            fmt.integer(one.probe.trained),
+            fmt.integer(row.probe.trained),
         )
     return table
 
 
-def _memory(found: Preview) -> Table:
-    """Bytes while each stage is trained."""
-    table = make_table("Memory of each device", ["", *(found.stages[0].memory if found.stages else []), "together"])
-    for one in found.stages:
-        sizes = [*one.memory.values(), sum(one.memory.values())]
-        table.add_row(Text(one.stage.name), *(fmt.size(size) for size in sizes))
+def _memory(preview: Preview) -> Table:
+    """Table of the bytes on a device while each stage trains."""
+    table = make_table("Memory of each device", ["", *(preview.stages[0].memory if preview.stages else []), "together"])
+    for row in preview.stages:
+        sizes = [*row.memory.values(), sum(row.memory.values())]
+        table.add_row(Text(row.stage.name), *(fmt.size(size) for size in sizes))
     return table
 
 
-def _time(found: Preview) -> Table:
-    """All parts, and of the stages how fast they went on how many tokens."""
+def _time(preview: Preview) -> Table:
+    """Table of the time of all parts, and of the speed and the trial tokens of each stage."""
     table = make_table("Time", ["", "about", "tokens/s", "tried on"])
-    stages = {one.stage.name: one for one in found.stages}
-    for part, seconds in found.seconds.items():
-        one = stages.get(part)
-        tried = [fmt.integer(one.tokens_per_second), f"{one.probe.tokens:,} tokens"] if one else []
-        table.add_row(Text(part), fmt.duration(seconds), *tried)
-    table.add_row("total", fmt.duration(sum(found.seconds.values())), style="bold")
+    stages = {row.stage.name: row for row in preview.stages}
+    for part, seconds in preview.seconds.items():
+        stage = stages.get(part)
+        trial = [fmt.integer(stage.tokens_per_second), f"{stage.probe.tokens:,} tokens"] if stage else []
+        table.add_row(Text(part), fmt.duration(seconds), *trial)
+    table.add_row("total", fmt.duration(sum(preview.seconds.values())), style="bold")
     return table

@@ -1,4 +1,4 @@
-"""The job behind `subquad eval`: a model is compared with its teacher."""
+"""Job of `subquad eval`: compares a model with its teacher."""
 
 import json
 from pathlib import Path
@@ -32,29 +32,29 @@ def evaluate_model(
 ) -> dict[str, Any]:
     """Compares a student's folder (or any causal language model) with its teacher; returns the rows of metrics.json.
 
-    `teacher`, `data`, `tasks` and `limit` (documents a task) default to those of the recipe that made the student, of
-    which `changes` (`evaluate.retrieval.count=20`) changes the rest. The model, whatever it is, is the row `student`.
-    Progress is shown on `console`, if there is one. Raises UserError where anything of this is unknown.
+    `teacher`, `data`, `tasks` and `limit` (documents per task) default to those of the recipe that made the student.
+    `changes` override other settings of this recipe (`evaluate.retrieval.count=20`). The model is the row `student`.
+    Progress is shown on `console`. Raises UserError for a model, a teacher or data that cannot be found.
     """
     # Settings: those of the recipe that made the model, with the caller's changes
     recipe, own_teacher = recipe_of(model, changes or [])
     teacher = teacher or own_teacher
     if teacher is None:
         raise UserError(f"{model} has no recipe.yaml that names its teacher: give --teacher")
-    changed = {key: value for key, value in {"tasks": tasks, "task_limit": limit}.items() if value is not None}
-    recipe.evaluate = recipe.evaluate.model_copy(update=changed)
+    updates = {key: value for key, value in {"tasks": tasks, "task_limit": limit}.items() if value is not None}
+    recipe.evaluate = recipe.evaluate.model_copy(update=updates)
     recipe = checked_recipe(recipe, teacher, data)
 
     # The two models and the data
-    source = load_pretrained(recipe.teacher, task=recipe.task, dtype=recipe.dtype)
+    loaded_teacher = load_pretrained(recipe.teacher, task=recipe.task, dtype=recipe.dtype)
     student = load_pretrained(str(model), task=recipe.task, dtype=recipe.dtype).model
-    for loaded in (source.model, student):
-        check_head(loaded)
-    corpus = read_data(recipe, source)
+    for lm in (loaded_teacher.model, student):
+        check_head(lm)
+    dataset = read_data(recipe, loaded_teacher)
 
-    # Their measures, and what both write after the recipe's prompts
-    metrics = evaluate_models({"student": student}, source, corpus, recipe.evaluate, recipe.dtype, console)
-    metrics |= {"teacher_name": source.name, "teacher_fingerprint": source.fingerprint}
+    # Metrics of both, and their continuations of the recipe's prompts
+    metrics = evaluate_models({"student": student}, loaded_teacher, dataset, recipe.evaluate, recipe.dtype, console)
+    metrics |= {"teacher_name": loaded_teacher.name, "teacher_fingerprint": loaded_teacher.fingerprint}
     metrics |= environment(student.device, command)
     check_written(Metrics, metrics)
     if json_path is not None:

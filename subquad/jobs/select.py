@@ -1,4 +1,4 @@
-"""The selector at work: from an aligned all-linear student to a plan, as part of a conversion or on its own."""
+"""Selection: from aligned all-linear students to a plan, as part of a conversion or on its own."""
 
 import json
 import math
@@ -38,7 +38,7 @@ from subquad.select.speed import DecodeCost, decode_cost
 from subquad.select.units import kind_of, layers_in
 from subquad.utils.progress import StageProgress
 
-SPEED_TOKENS = 512  # that the teacher's speed is measured on, for the estimate of its cost
+SPEED_TOKENS = 512  # tokens on which the teacher's speed is measured, for estimates of cost
 
 
 def select(
@@ -55,28 +55,28 @@ def select(
     trust_remote_code: bool = False,
     command: str | None = None,
 ) -> Plan | None:
-    """Aligns an all-linear student where the selector needs it, chooses what keeps attention, and writes the plan.
+    """Aligns an all-linear student if the selector needs it, selects the heads that keep attention, writes the plan.
 
-    scores.json is written beside `out`. `scores`: that of an earlier selection, for another budget: nothing is measured
-    again, and only the plan is written. `dry_run`: only the bill is said, and nothing written (None is returned).
-    `resume`: go on with an interrupted selection. Raises UserError for anything wrong with what was given, or when
-    `out` exists and is not to be overwritten.
+    scores.json is written next to `out`. `scores`: the scores.json of an earlier selection, for another budget; nothing
+    is measured again, and only the plan is written. `dry_run`: print the cost only, write nothing and return None.
+    `resume`: continue an interrupted selection. Raises UserError for invalid arguments, and if `out` exists and
+    `overwrite` is not set.
     """
-    # Check everything that can be checked before anything is loaded.
+    # Check the settings before anything is loaded.
     recipe = checked_recipe(recipe, teacher, data)
     out = Path(out)
     if out.exists() and not overwrite and not dry_run:
         raise UserError(f"{out} exists; give --overwrite to replace it")
-    how = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
+    load_options = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
 
-    # From earlier scores, or for the cost alone: nothing is measured and no work folder is left.
+    # From earlier scores, or for the cost only: without measurements and without a work folder.
     if scores is not None or dry_run:
         with (
             tempfile.TemporaryDirectory() as folder,
-            Conversion.open(recipe, Path(folder) / "run", **how) as conversion,
+            Conversion.open(recipe, Path(folder) / "run", **load_options) as conversion,
         ):
             if scores is None:
-                _announce_costs(conversion)
+                _print_costs(conversion)
                 return None
             plan = _from_scores(conversion, Path(scores))
             if conversion.run.main:
@@ -84,20 +84,20 @@ def select(
             conversion.run.say(f"plan: {plan.pattern()}\n{out} written")
             return plan
 
-    # Align, select, and move the results beside `out` when all are there.
+    # Align, select, and move the results next to `out` when all are written.
     work_folder = out.with_name(f"{out.stem}.work")
-    with Conversion.open(recipe, work_folder, resume=resume, overwrite=not resume, **how) as conversion:
-        linear = conversion.all_linear_students()
+    with Conversion.open(recipe, work_folder, resume=resume, overwrite=not resume, **load_options) as conversion:
+        linear_students = conversion.all_linear_students()
         if SELECTORS[recipe.selector.by].aligned:
-            align(conversion, linear)
-        plan, measured = select_plan(conversion, linear)
+            align(conversion, linear_students)
+        plan, selection_scores = select_plan(conversion, linear_students)
     run = conversion.run
     if run.main:
         scores_file = out.with_name("scores.json")
-        run.write("scores.json", json.dumps(measured | {"command": command}, indent=1))
+        run.write("scores.json", json.dumps(selection_scores | {"command": command}, indent=1))
         os.replace(work_folder / "scores.json", scores_file)
-        for named in named_plans(work_folder).values():
-            os.replace(named, out.with_name(named.name.replace("plan", out.stem, 1)))
+        for file in named_plans(work_folder).values():
+            os.replace(file, out.with_name(file.name.replace("plan", out.stem, 1)))
         os.replace(work_folder / "plan.yaml", out)
         shutil.rmtree(work_folder)
         run.say(f"plan: {plan.pattern()}\n{out} and {scores_file} written")
@@ -105,12 +105,12 @@ def select(
 
 
 def _from_scores(conversion: Conversion, file: Path) -> Plan:
-    """The plan that an earlier selection's scores give under the recipe's budget."""
+    """Plan under the recipe's budget, from the scores of an earlier selection."""
     recipe, teacher = conversion.recipe, conversion.teacher
     try:
         scores = json.loads(file.read_text(encoding="utf-8"))
-        same = scores["teacher_fingerprint"] == teacher.fingerprint and scores["mixer"] == recipe.mixer.name
-        ranking = Ranking.of_scores(scores, teacher.shapes) if same else None
+        is_same_model = scores["teacher_fingerprint"] == teacher.fingerprint and scores["mixer"] == recipe.mixer.name
+        ranking = Ranking.of_scores(scores, teacher.shapes) if is_same_model else None
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(
             f"{file} is not the scores.json of a selection with scores: run `subquad select` first"
@@ -120,50 +120,50 @@ def _from_scores(conversion: Conversion, file: Path) -> Plan:
             f"{file} is of another teacher or mixer than {teacher.name} and {recipe.mixer.name}: select again, or give "
             "those (--mixer)"
         )
-    aligned = {
+    alternatives = {
         name: Student.from_teacher(teacher.model, Plan.by_layer(teacher.shapes, [], name, options))
         for name, options in mixers_of(recipe).items()
     }
-    linear = aligned.pop(recipe.mixer.name)
-    decoding = _decoding(SelectionWork(conversion.run.say), teacher, linear)
+    student = alternatives.pop(recipe.mixer.name)
+    decoding_cost = _decoding_cost(SelectionWork(conversion.run.say), teacher, student)
     budget = Budget.parse(recipe.selector.budget)
-    return choose_plan(linear, budget, ranking, recipe.mixer.join, decoding, aligned)[0]
+    return choose_plan(student, budget, ranking, recipe.mixer.join, decoding_cost, alternatives)[0]
 
 
-def _announce_costs(conversion: Conversion) -> None:
-    """Says what aligning and selecting would cost."""
+def _print_costs(conversion: Conversion) -> None:
+    """Prints the cost of aligning and selecting."""
     recipe = conversion.recipe
-    linear = conversion.all_linear_students()
+    linear_students = conversion.all_linear_students()
     if SELECTORS[recipe.selector.by].aligned:
         for stage in recipe.stages:
             if stage.scope == "all-linear":
-                times = f", {len(linear)} times" if len(linear) > 1 else ""
+                times = f", {len(linear_students)} times" if len(linear_students) > 1 else ""
                 conversion.run.say(f"{stage.name}: {stage.tokens:,} tokens of training{times}")
-    selection_cost(conversion, linear)
+    selection_cost(conversion, linear_students)
 
 
-def selection_cost(conversion: Conversion, linear: Mapping[str, BaseStudent]) -> TokenCost:
-    """What selecting would cost, said and returned."""
+def selection_cost(conversion: Conversion, linear_students: Mapping[str, BaseStudent]) -> TokenCost:
+    """Prints and returns the cost of selecting."""
     settings = conversion.recipe.selector
-    inputs = _inputs(conversion, linear)
+    inputs = _inputs(conversion, linear_students)
     cost = make_selector(settings.by, settings.options).cost(inputs)
     inputs.work.print_cost(cost)
     return cost.tokens
 
 
-def select_plan(conversion: Conversion, linear: Mapping[str, BaseStudent]) -> tuple[Plan, dict[str, Any]]:
-    """The plan and scores.json: read, if an interrupted run had got as far, else measured and written."""
+def select_plan(conversion: Conversion, linear_students: Mapping[str, BaseStudent]) -> tuple[Plan, dict[str, Any]]:
+    """Plan and scores.json: read if the resumed run has written them, else measured and written."""
     run, settings = conversion.run, conversion.recipe.selector
     plan_file, scores_file = run.out / "plan.yaml", run.out / "scores.json"
     if run.resume and plan_file.is_file() and scores_file.is_file():
         return Plan.load(plan_file), json.loads(scores_file.read_text(encoding="utf-8"))
     with run.timed("select"), StageProgress(run.console, f"select by {settings.by}", unit="piece") as bar:
-        inputs = _inputs(conversion, linear)
+        inputs = _inputs(conversion, linear_students)
         work = inputs.work
 
-        def show(done: int, total: int) -> None:
+        def show(pieces: int, total: int) -> None:
             tokens = work.actual_cost.forward_tokens + work.actual_cost.training_tokens
-            bar.update(done, f"{tokens / (time.perf_counter() - work.start_time):,.0f} tokens/s", total)
+            bar.update(pieces, f"{tokens / (time.perf_counter() - work.start_time):,.0f} tokens/s", total)
 
         work.progress = show
         plan, scores = _choose(conversion, inputs)
@@ -174,7 +174,7 @@ def select_plan(conversion: Conversion, linear: Mapping[str, BaseStudent]) -> tu
 
 
 def named_plans(folder: Path) -> dict[str, Path]:
-    """The plans beside the chosen one that a selector has names for, such as greedy's `best` and `opt`."""
+    """Files of the selector's named plans besides the selected one, such as greedy's `best` and `opt`."""
     return {path.stem.removeprefix("plan-"): path for path in sorted(folder.glob("plan-*.yaml"))}
 
 
@@ -185,18 +185,18 @@ def teacher_speed(conversion: Conversion) -> float:
     return bare_forward_speed(model, data.sample(SPEED_TOKENS).to(model.device), sequence_length=length)
 
 
-def _inputs(conversion: Conversion, aligned: Mapping[str, BaseStudent]) -> SelectorInputs:
-    """What the recipe's selector may look at; its work is kept in the run's folder."""
+def _inputs(conversion: Conversion, linear_students: Mapping[str, BaseStudent]) -> SelectorInputs:
+    """Inputs of the recipe's selector, whose work is saved in the run's folder."""
     recipe, run, settings = conversion.recipe, conversion.run, conversion.recipe.selector
     selector = SELECTORS[settings.by]
-    alternatives = dict(aligned)
-    linear = alternatives.pop(recipe.mixer.name)
+    alternatives = dict(linear_students)
+    linear_student = alternatives.pop(recipe.mixer.name)
     text_BT = torch.zeros(0, 0, dtype=torch.long)
     if selector.text:
         rows = math.ceil(settings.tokens / settings.sequence_length)
         text_BT = conversion.corpus.heldout_batch(rows, settings.sequence_length, part="selection")
     return SelectorInputs(
-        linear,
+        linear_student,
         conversion.teacher,
         text_BT,
         Budget.parse(settings.budget),
@@ -215,16 +215,16 @@ def _inputs(conversion: Conversion, aligned: Mapping[str, BaseStudent]) -> Selec
 
 
 def _choose(conversion: Conversion, inputs: SelectorInputs) -> tuple[Plan, dict[str, Any]]:
-    """The selector's ranking, the plan that the budget makes of it, and scores.json."""
+    """Plan that the selector's ranking gives under the budget, and scores.json."""
     recipe, settings, teacher = conversion.recipe, conversion.recipe.selector, conversion.teacher
-    linear, work, budget = inputs.student, inputs.work, inputs.budget
+    student, work, budget = inputs.student, inputs.work, inputs.budget
     ranking = make_selector(settings.by, settings.options).run(inputs)
-    decoding = _decoding(work, teacher, linear)
-    plan, chosen = choose_plan(linear, budget, ranking, recipe.mixer.join, decoding, inputs.alternatives)
+    decoding_cost = _decoding_cost(work, teacher, student)
+    plan, chosen_units = choose_plan(student, budget, ranking, recipe.mixer.join, decoding_cost, inputs.alternatives)
     for name in ranking.named:
-        named, _ = choose_plan(linear, Budget(name, word=name), ranking, recipe.mixer.join)
-        conversion.run.write(f"plan-{name}.yaml", named.to_yaml())
-    scores = ranking.report | pareto(linear, budget, ranking, recipe.mixer.join) | work.report()
+        named_plan, _ = choose_plan(student, Budget(name, word=name), ranking, recipe.mixer.join)
+        conversion.run.write(f"plan-{name}.yaml", named_plan.to_yaml())
+    scores = ranking.report | pareto(student, budget, ranking, recipe.mixer.join) | work.report()
     scores |= {
         "by": settings.by,
         "unit": kind_of(inputs.unit),
@@ -234,27 +234,28 @@ def _choose(conversion: Conversion, inputs: SelectorInputs) -> tuple[Plan, dict[
         "teacher_fingerprint": teacher.fingerprint,
         "mixer": recipe.mixer.name,
         "budget": settings.budget,
-        "chosen": chosen,
+        "chosen": chosen_units,
         "seed": recipe.seed,
     }
     return plan, scores
 
 
-def _decoding(work: SelectionWork, teacher: Teacher, linear: BaseStudent) -> Callable[[int], DecodeCost]:
-    """What decoding steps take, measured when it is asked for.
+def _decoding_cost(work: SelectionWork, teacher: Teacher, student: BaseStudent) -> Callable[[int], DecodeCost]:
+    """Function from a context to the seconds of a decoding step, measured on demand.
 
-    It is a piece of the work, so that all processes have the same, and an interrupted run the same again.
+    The measurement is a piece of `work`, so all processes share its result, and a resumed run reads it again.
     """
 
-    def measured(context: int) -> list[float]:
-        assert isinstance(linear, Student)  # no other has a budget of decoding
-        everything = Student.from_teacher(teacher.model, Plan.all_attention(linear.plan.shapes))
-        found = decode_cost(everything, linear, context)
-        return [*found.attention, *found.mixer, found.rest]
+    def measure(context: int) -> list[float]:
+        assert isinstance(student, Student)  # checked_recipe rejects budgets of decoding for images
+        all_attention = Student.from_teacher(teacher.model, Plan.all_attention(student.plan.shapes))
+        cost = decode_cost(all_attention, student, context)
+        return [*cost.attention, *cost.mixer, cost.rest]
 
-    def seconds(context: int) -> DecodeCost:
-        found = work.map(f"decoding after {context}", 1, lambda _: measured(context), item_cost=TokenCost())[0].tolist()
-        layers = linear.plan.num_layers
-        return DecodeCost(found[:layers], found[layers:-1], found[-1])
+    def cost_at(context: int) -> DecodeCost:
+        name = f"decoding after {context}"
+        seconds = work.map(name, 1, lambda _: measure(context), item_cost=TokenCost())[0].tolist()
+        layers = student.plan.num_layers
+        return DecodeCost(seconds[:layers], seconds[layers:-1], seconds[-1])
 
-    return seconds
+    return cost_at

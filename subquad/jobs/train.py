@@ -1,4 +1,4 @@
-"""A recipe's training: its stages, in order."""
+"""Training of a recipe: its stages, in order."""
 
 import shutil
 from collections.abc import Mapping
@@ -17,22 +17,23 @@ from subquad.pretrained.load import load_pretrained
 from subquad.select.inputs import Train
 
 
-def align(conversion: Conversion, linear: Mapping[str, BaseStudent]) -> list[StageResult]:
-    """The all-linear stages, for the student of every mixer; the results are those of the first, the recipe's own."""
+def align(conversion: Conversion, linear_students: Mapping[str, BaseStudent]) -> list[StageResult]:
+    """Trains the all-linear stages for the student of every mixer; returns the results of the recipe's main mixer."""
     run = conversion.run
-    first, *others = linear
-    results = train_stages(conversion, linear[first], scope="all-linear")
-    for name in others:
-        if any(True for _ in linear[name].mixer_parameters()):  # a window has nothing to learn
-            run.say(f"the same with {name}:")
-            train_stages(conversion, linear[name], scope="all-linear", out=run.out / "alternatives" / name)
+    main_mixer, *alternatives = linear_students
+    results = train_stages(conversion, linear_students[main_mixer], scope="all-linear")
+    for name in alternatives:
+        student = linear_students[name]
+        if any(True for _ in student.mixer_parameters()):  # a window has nothing to learn
+            run.say(f"the same stages with {name}:")
+            train_stages(conversion, student, scope="all-linear", out=run.out / "alternatives" / name)
     return results
 
 
 def train_stages(
     conversion: Conversion, student: BaseStudent, scope: str, out: Path | None = None
 ) -> list[StageResult]:
-    """The stages of one scope, in order. `out`: where their log and checkpoints go; None is the run's folder."""
+    """Trains the stages of one scope, in order. `out`: folder of their log and checkpoints, by default the run's."""
     run = conversion.run
     if out is not None and run.main:
         out.mkdir(parents=True, exist_ok=True)
@@ -55,7 +56,7 @@ def train_stages(
 
 
 def stage_inputs(conversion: Conversion, index: int) -> StageInputs:
-    """The inputs of the recipe's stage number `index`: its teacher or stored logits, and the data that these know.
+    """Inputs of the recipe's stage number `index`: its teacher or stored logits, and the data that they cover.
 
     Raises UserError for a teacher with another vocabulary, or stored logits of another length.
     """
@@ -64,13 +65,14 @@ def stage_inputs(conversion: Conversion, index: int) -> StageInputs:
     data: Data = conversion.data
     logits_from: PreTrainedModel | TeacherCache | None = None
     if stage.teacher is not None:
-        larger = load_pretrained(stage.teacher, task=recipe.task, dtype=recipe.dtype, device=str(accelerator.device))
-        if larger.answers() != teacher.answers():
+        device = str(accelerator.device)
+        stage_teacher = load_pretrained(stage.teacher, task=recipe.task, dtype=recipe.dtype, device=device)
+        if stage_teacher.answers() != teacher.answers():
             raise UserError(
-                f"stage '{stage.name}' cannot learn from {larger.name}: its {teacher.kind.answers} is not that of "
-                f"{teacher.name}"
+                f"stage '{stage.name}' cannot learn from {stage_teacher.name}: its {teacher.kind.answers} is not that "
+                f"of {teacher.name}"
             )
-        logits_from = larger.model
+        logits_from = stage_teacher.model
     elif stage.teacher_cache is not None:
         logits_from = TeacherCache.open(
             Path(stage.teacher_cache),
@@ -87,7 +89,7 @@ def stage_inputs(conversion: Conversion, index: int) -> StageInputs:
 
 
 def candidate_training(conversion: Conversion) -> Train | None:
-    """How a selector trains a candidate: by the recipe's first stage on logits, with fewer tokens; None without one."""
+    """Training of a selector's candidates: the recipe's first stage on logits, with fewer tokens; None without one."""
     stages = conversion.recipe.stages
     index = next((i for i, stage in enumerate(stages) if stage.scope == "plan" and "logits" in stage.weights), None)
     if index is None:
@@ -99,8 +101,8 @@ def candidate_training(conversion: Conversion) -> Train | None:
         if run.main:
             folder.mkdir(parents=True, exist_ok=True)
         run.accelerator.wait_for_everyone()
-        short = stage.model_copy(update={"tokens": tokens, "replaced": 1.0})
-        run_stage(short, inputs, student=student, out=folder, resume=run.resume)
+        short_stage = stage.model_copy(update={"tokens": tokens, "replaced": 1.0})
+        run_stage(short_stage, inputs, student=student, out=folder, resume=run.resume)
         run.accelerator.wait_for_everyone()
         if run.main:
             shutil.rmtree(folder)

@@ -1,7 +1,7 @@
-"""What every student is: a model with a plan's mixers in place of its attention, as a transformers model.
+"""Base class of students: a transformers model with a plan's mixers in place of its attention.
 
-The model's own class does the computing, inside (`backbone`); only its attention function is ours (attention.py). What
-kind of model that is, its subclasses say: `Student` is a causal language model, `ImageStudent` an image encoder.
+The model's own class (`backbone`) does the computing; only its attention function is replaced (mixed_attention.py).
+Subclasses define the kind of model: `Student` is a causal language model, `ImageStudent` an image encoder.
 
 Legend: B batch, T tokens, H heads, D head width, M model width.
 """
@@ -32,9 +32,9 @@ REMOTE_FILE = "modeling_subquad.py"
 
 
 class BaseStudentConfig(PreTrainedConfig):
-    """What a student's configuration says beyond its backbone's, which a subclass names.
+    """Configuration of a student; a subclass adds the field that holds its backbone's configuration.
 
-    `plan` is the plan's YAML text; `attention_paths` are module paths in the teacher, one a layer; `attention` is the
+    `plan` is the plan's YAML text. `attention_paths` are module paths in the teacher, one per layer. `attention` is the
     implementation (sdpa, eager, ...) of the heads that keep attention.
     """
 
@@ -44,14 +44,14 @@ class BaseStudentConfig(PreTrainedConfig):
 
 
 class BaseStudent(PreTrainedModel):
-    """Base of the students; a subclass names its configuration and makes its backbone. Make one with `from_teacher`."""
+    """Base of the students; a subclass defines its configuration and its backbone. Create one with `from_teacher`."""
 
     base_model_prefix = "backbone"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
-    inner: ClassVar[str]  # what its configuration calls that of the backbone
-    new_mixers: set[tuple[int, str]]  # (layer, name): of a student just made, those that have learned nothing yet
+    backbone_field: ClassVar[str]  # field of the student's configuration that holds the backbone's configuration
+    new_mixers: set[tuple[int, str]]  # (layer, name) of the mixers that `from_teacher` could not take from a student
 
     def __init__(
         self, config: Any, backbone: PreTrainedModel | None = None, join_start: JoinStart = "identity"
@@ -64,23 +64,21 @@ class BaseStudent(PreTrainedModel):
             backbone = self.make_backbone(config, base)
         self.backbone = backbone
         attach(backbone, config.attention_paths, self.plan, join_start, getattr(config, "prefix_tokens", 0))
-        setattr(config, self.inner, backbone.config)
+        setattr(config, self.backbone_field, backbone.config)
         self.post_init()
 
     @classmethod
     def make_backbone(cls, config: Any, attention: str) -> PreTrainedModel:
-        """The model of a student's configuration, with this attention implementation and no weights yet."""
+        """Model of a student's configuration, with this attention implementation and freshly initialised weights."""
         raise NotImplementedError
 
     @classmethod
     def describe(cls, teacher: PreTrainedModel, plan: Plan) -> dict[str, Any]:
-        """What a student's configuration says of its teacher beyond where its attention is.
+        """Fields of the student's configuration that depend on the kind of teacher.
 
         Raises UserError for a teacher that this class does not convert, or a mixer that does not suit it.
         """
         raise NotImplementedError
-
-    # ------------------------------------------------------------------ making and saving
 
     @classmethod
     def from_teacher(
@@ -90,79 +88,86 @@ class BaseStudent(PreTrainedModel):
         mixers_from: Self | Iterable[Self] = (),
         join_start: JoinStart = "identity",
     ) -> Self:
-        """A student of `teacher` with this plan; every tensor that is not a mixer's shares the teacher's storage.
+        """Student of `teacher` with this plan; every tensor that is not a mixer's shares the teacher's storage.
 
-        `join_start`: how the adapters of the parallel join begin (join.py).
-        `mixers_from`: other students of the same teacher. Where the plan has the same mixers on the same heads of a
-        layer, what one learned in that layer's block is taken (shared); elsewhere what its mixers learned for the heads
-        that they still have. `new_mixers` are then those that found nothing to take.
+        `join_start`: initial adapters of the parallel join (join.py).
+        `mixers_from`: students of the same teacher whose learned weights are shared. In a layer with the same mixers on
+        the same heads, the whole block is taken; in any other layer, each mixer's weights for the heads it still has.
+        `new_mixers` then holds the mixers for which no student had weights.
         Raises UserError where the teacher is unsupported or the plan was made for another shape.
         """
+        # Check that the plan fits the teacher
         sites = find_attention(teacher)
         shapes = [site.shape for site in sites]
         if plan.shapes != shapes:
-            wrong = next((i for i, (a, b) in enumerate(zip(plan.shapes, shapes, strict=False)) if a != b), None)
-            count = f"{plan.num_layers} layers against {len(shapes)}"
-            where = count if wrong is None else f"they differ at layer {wrong}"
-            raise UserError(f"the plan was made for a model of another shape than {type(teacher).__name__}'s: {where}")
+            layer = next((i for i, (a, b) in enumerate(zip(plan.shapes, shapes, strict=False)) if a != b), None)
+            counts = f"{plan.num_layers} layers against {len(shapes)}"
+            difference = counts if layer is None else f"they differ at layer {layer}"
+            raise UserError(
+                f"the plan was made for a model of another shape than {type(teacher).__name__}'s ({difference}): "
+                "select a plan for this teacher"
+            )
+
+        # Build the student on the teacher's tensors
         make_config: Any = cls.config_class  # transformers leaves it open
         config = make_config(
             plan=plan.to_yaml(),
             attention_paths=[site.path for site in sites],
             attention=teacher.config._attn_implementation,
             dtype=teacher.dtype,
-            **{cls.inner: teacher.config.to_dict() | {"architectures": [type(teacher).__name__]}},
+            **{cls.backbone_field: teacher.config.to_dict() | {"architectures": [type(teacher).__name__]}},
             **cls.describe(teacher, plan),
         )
         student = cls(config, backbone=_shared_copy(teacher), join_start=join_start)
         if teacher.can_generate():
             student.generation_config = copy.deepcopy(teacher.generation_config)
         for module, path in zip(student.attention_modules(), config.attention_paths, strict=True):
-            place = next(teacher.get_submodule(path).parameters())
-            layer_mixer(module).to(place.device, place.dtype)
+            weight = next(teacher.get_submodule(path).parameters())
+            layer_mixer(module).to(weight.device, weight.dtype)
+
+        # Take the mixers that the given students have learned
         student.new_mixers = {
             (layer, name) for layer, mixers in enumerate(plan.layers) for name in mixers if name != ATTENTION
         }
-        for other in [mixers_from] if isinstance(mixers_from, BaseStudent) else mixers_from:
-            student._take_mixers(other)
+        for donor in [mixers_from] if isinstance(mixers_from, BaseStudent) else mixers_from:
+            student._take_mixers(donor)
         return student.eval()
 
-    def _take_mixers(self, other: BaseStudent) -> None:
-        for layer, (mine, theirs) in enumerate(zip(self.blocks(), other.blocks(), strict=True)):
-            if self.plan.layers[layer] == other.plan.layers[layer] and self.plan.join == other.plan.join:
-                for parameter, source in zip(mine.parameters(), theirs.parameters(), strict=True):
-                    parameter.data = source.data
+    def _take_mixers(self, donor: BaseStudent) -> None:
+        """Shares the weights that `donor` has learned, and removes their mixers from `new_mixers`."""
+        for layer, (block, donor_block) in enumerate(zip(self.blocks(), donor.blocks(), strict=True)):
+            if self.plan.layers[layer] == donor.plan.layers[layer] and self.plan.join == donor.plan.join:
+                for parameter, donor_parameter in zip(block.parameters(), donor_block.parameters(), strict=True):
+                    parameter.data = donor_parameter.data
                 self.new_mixers -= {(layer, name) for name in self.mixers(layer)}
                 continue
-            others = other.mixers(layer)
+            donor_mixers = donor.mixers(layer)
             for name, mixer in self.mixers(layer).items():
-                if name in others and mixer.share(others[name]):
+                if name in donor_mixers and mixer.share(donor_mixers[name]):
                     self.new_mixers.discard((layer, name))
 
     def save_pretrained(self, save_directory: str | os.PathLike[Any], *args: Any, **kwargs: Any) -> None:
-        """Writes config, weights (safetensors), plan, and the file by which `trust_remote_code=True` loads them."""
+        """Writes config, weights (safetensors), plan, and the code file that `trust_remote_code=True` loads."""
         folder = Path(save_directory)
-        type(self)._auto_class = type(self.config)._auto_class = None  # else transformers copies our source beside it
+        type(self)._auto_class = type(self.config)._auto_class = None  # else transformers copies our source into it
         super().save_pretrained(folder, *args, **kwargs)
         self.plan.save(folder / "plan.yaml")
         (folder / REMOTE_FILE).write_text(_remote_code(type(self)), encoding="utf-8")
 
-    # ------------------------------------------------------------------ its parts
-
     def attention_modules(self) -> list[nn.Module]:
-        """The modules that call the attention function, one a layer; each has a `mixer`."""
+        """Modules that call the attention function, one per layer; each has a `mixer`."""
         return [self.backbone.get_submodule(path) for path in self.config.attention_paths]
 
     def mixers(self, layer: int) -> dict[str, Mixer]:
-        """The mixers of one layer by name."""
+        """Mixers of one layer by name."""
         return layer_mixer(self.attention_modules()[layer]).by_name
 
     def blocks(self) -> list[nn.Module]:
-        """The blocks that these modules are in."""
+        """Decoder or encoder blocks around the attention modules, one per layer."""
         return [self.backbone.get_submodule(block_path(path)) for path in self.config.attention_paths]
 
     def mixer_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The weights that the teacher does not have."""
+        """Weights that the teacher does not have."""
         return ((name, parameter) for name, parameter in self.named_parameters() if ".mixer." in name)
 
     def replaced_layers(self) -> list[int]:
@@ -171,21 +176,21 @@ class BaseStudent(PreTrainedModel):
 
     @torch.no_grad()
     def unshare(self, names: Iterable[str]) -> None:
-        """Gives these parameters (by name) storage of their own, so that training them leaves the teacher alone."""
-        wanted = set(names)
+        """Gives these parameters (by name) their own storage, so that training them leaves the teacher unchanged."""
+        names = set(names)
         for name, parameter in self.named_parameters():
-            if name in wanted:
+            if name in names:
                 parameter.data = parameter.data.clone()
 
     def final_hidden(self, inputs: Tensor, *, forward_context: ForwardContext | None = None) -> Tensor:
-        """The hidden states that the model's head reads, (B, T, M), of token ids or of images."""
+        """Hidden states that the model's head reads, (B, T, M), for token ids or images."""
         raise NotImplementedError
 
     @torch.no_grad()
     def calibrate(self, inputs: Tensor, mixers: Container[tuple[int, str]] | None = None) -> None:
-        """Starts the mixers near the teacher's attention, layer by layer, from one teacher-forced batch.
+        """Fits the mixers to the teacher's attention, layer by layer, on one teacher-forced batch.
 
-        `mixers`: these only (layer, name); none: all.
+        `mixers`: (layer, name) of the mixers to fit; None fits all.
         """
 
         def fit(call: LayerCall) -> Tensor:
@@ -198,15 +203,15 @@ class BaseStudent(PreTrainedModel):
         self.final_hidden(inputs, forward_context=ForwardContext(around=fit))
 
 
-def auto_map(config: type[PreTrainedConfig], model: type[BaseStudent], autos: Sequence[str]) -> dict[str, str]:
-    """The classes of the file beside a saved student, by the auto classes that load them."""
+def auto_map(config: type[PreTrainedConfig], model: type[BaseStudent], auto_classes: Sequence[str]) -> dict[str, str]:
+    """Classes in the code file of a saved student, by the auto classes that load them."""
     module = REMOTE_FILE.removesuffix(".py")
-    names = {"AutoConfig": config.__name__} | {auto: model.__name__ for auto in autos}
+    names = {"AutoConfig": config.__name__} | {auto: model.__name__ for auto in auto_classes}
     return {auto: f"{module}.{name}" for auto, name in names.items()}
 
 
 def _remote_code(model: type[BaseStudent]) -> str:
-    """Lets a folder load with trust_remote_code=True where Subquad is installed but not imported."""
+    """Code file by which a folder loads with trust_remote_code=True where Subquad is installed but not imported."""
     names = f"{model.__name__}, {model.config_class.__name__}"  # type: ignore[union-attr]
     return (
         '"""Loads this model through the installed `subquad` package."""\n\n'
@@ -215,13 +220,12 @@ def _remote_code(model: type[BaseStudent]) -> str:
 
 
 def _shared_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """A second module tree over the same storage: new parameter objects, each side with its own requires_grad."""
+    """Second module tree over the same storage, with new parameter objects that have their own requires_grad."""
     memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
     memo |= {id(buffer): buffer for buffer in model.buffers()}
-    twin = copy.deepcopy(model, memo)
-    return keep_initialised(twin)
+    return keep_initialised(copy.deepcopy(model, memo))
 
 
 def plan_of(model: Any) -> Plan:
-    """A student's own plan; any other model's is all attention."""
+    """Plan of a student; for any other model, the plan that is all attention."""
     return model.plan if isinstance(model, BaseStudent) else Plan.all_attention(shapes_of(model))

@@ -1,9 +1,10 @@
-"""The cache of a student: one state a mixer and layer, whatever it is (keys and values, windows, recurrent states).
+"""Cache of a student: one state per mixer and layer (keys and values, windows, or recurrent states).
 
-transformers' models hand new keys and values to `update` and then call the attention function. Here `update` only
-counts the tokens (a layer without attention has no keys to count by) and passes them on; the attention function reads
-and writes `states`. All states have the batch as their first dimension, so beam search reorders any of them the same
-way.
+transformers' models pass new keys and values to `update` and then call the attention function. Here `update` only
+counts the tokens, because a layer without attention has no keys to count. The attention function reads and writes
+`states`. All states have the batch as their first dimension, so beam search reorders any of them the same way.
+
+Legend: B batch, G key/value heads, L cached tokens, T new tokens, A all tokens, D head width.
 """
 
 from typing import Any
@@ -17,44 +18,45 @@ from subquad.mixers import State
 from subquad.ops.common import joined
 from subquad.plan import Plan
 
-# What transformers' models call the cache that they take and return, since 5.24 and before.
+# Name of the cache in the arguments and outputs of transformers' models: since 5.24, and before.
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
-ROOM = 16  # behind keys and values is room for this fraction of them
-SPARE = 8  # and at most this fraction of a state stays in memory besides: room, and what has left a window
+ROOM = 16  # room is reserved behind keys and values for 1/ROOM of their length
+SPARE = 8  # at most 1/SPARE of a state's bytes may be unused memory: room, and tokens that have left a window
 
 
 def append(old_BGLD: Tensor, new_BGTD: Tensor) -> Tensor:
-    """Both along time: the new written into the room behind the old, or both into a tensor that has room behind.
+    """Concatenation along time, (B, G, A, D), with A = L + T, without copying the old tokens where possible.
 
-    Only for a state that nothing else goes on from: what another call wrote behind it is written over. Where gradients
-    are wanted, or in another inference mode than before, both are copied.
+    The new tokens are written into the room behind the old ones, or both into a tensor with new room behind them. The
+    old tensor must have no second continuation: tokens that another call wrote behind it are overwritten. With
+    gradients, or in another inference mode than before, both are copied.
     """
     B, G, L, D = old_BGLD.shape
-    after = L + new_BGTD.shape[2]
+    A = L + new_BGTD.shape[2]
     if torch.is_grad_enabled() and (old_BGLD.requires_grad or new_BGTD.requires_grad):
         return joined(old_BGLD, new_BGTD)
     rows = old_BGLD.stride(1) // D  # of each head, where it lies in a tensor with room
     strided = old_BGLD.stride() == (G * rows * D, rows * D, D, 1)
-    whole = _memory(old_BGLD) == B * G * rows * D * old_BGLD.itemsize
+    owns_storage = _storage_bytes(old_BGLD) == B * G * rows * D * old_BGLD.itemsize
     writable = old_BGLD.is_inference() == torch.is_inference_mode_enabled()
-    if strided and whole and writable and old_BGLD.storage_offset() // D + after <= rows:
-        both_BGLD = old_BGLD.as_strided((B, G, after, D), old_BGLD.stride())
+    if strided and owns_storage and writable and old_BGLD.storage_offset() // D + A <= rows:
+        all_BGAD = old_BGLD.as_strided((B, G, A, D), old_BGLD.stride())
     else:
-        both_BGLD = old_BGLD.new_empty(B, G, after + after // ROOM, D)[:, :, :after]
-        both_BGLD[:, :, :L] = old_BGLD
-    both_BGLD[:, :, L:] = new_BGTD
-    return both_BGLD
+        all_BGAD = old_BGLD.new_empty(B, G, A + A // ROOM, D)[:, :, :A]
+        all_BGAD[:, :, :L] = old_BGLD
+    all_BGAD[:, :, L:] = new_BGTD
+    return all_BGAD
 
 
-def _memory(tensor: Tensor) -> int:
-    """Bytes that stay in memory with it."""
+def _storage_bytes(tensor: Tensor) -> int:
+    """Bytes of the storage that the tensor keeps in memory."""
     return tensor.untyped_storage().nbytes()
 
 
 class StudentCacheLayer(CacheLayerMixin):
-    """The states of one layer by mixer, and the number of tokens seen.
+    """States of one layer by mixer, and the number of tokens read so far.
 
-    Masks are sized as for attention with the layer's own window, whether or not a head still attends.
+    Masks have the size that attention with the layer's own window needs, whether or not a head still attends.
     """
 
     def __init__(self, window: int | None) -> None:
@@ -79,19 +81,19 @@ class StudentCacheLayer(CacheLayerMixin):
         return -1 if self.window is None else self.window
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """(length, offset) of the keys that an attending head sees."""
+        """(length, offset) of the keys that are visible to an attending head."""
         past = self.tokens if self.window is None else min(self.tokens, self.window - 1)
         return past + query_length, self.tokens - past
 
     def store(self, mixer: str, state: State) -> None:
-        """Keeps a mixer's new state. A view is copied where it would keep much more in memory than itself."""
+        """Stores a mixer's new state. A view is copied where it would keep much unused memory alive (`SPARE`)."""
         self.states[mixer] = {
-            key: tensor.clone() if SPARE * (_memory(tensor) - tensor.nbytes) > tensor.nbytes else tensor
+            key: tensor.clone() if SPARE * (_storage_bytes(tensor) - tensor.nbytes) > tensor.nbytes else tensor
             for key, tensor in state.items()
         }
 
     def nbytes(self) -> int:
-        """Bytes of all tensors held; the room behind them is not counted."""
+        """Bytes of all cached tensors, without the room behind them."""
         return sum(tensor.nbytes for state in self.states.values() for tensor in state.values())
 
     def reset(self) -> None:
@@ -113,10 +115,10 @@ class StudentCacheLayer(CacheLayerMixin):
 
 
 class StudentCache(Cache):
-    """A cache for a plan; `nbytes()` equals `plan.cache_bytes` at the same context, batch and dtype.
+    """Cache for a plan; `nbytes()` equals `plan.cache_bytes` at the same context, batch and dtype.
 
-    In memory it may be a sixteenth more, in short windows an eighth: room behind keys and values, so that not every
-    token copies all before it.
+    It may occupy a sixteenth more memory, in short windows an eighth: the room behind keys and values, which saves
+    copying all cached tokens at every step.
     """
 
     layers: list[StudentCacheLayer]  # type: ignore[assignment]
@@ -125,5 +127,5 @@ class StudentCache(Cache):
         super().__init__(layers=[StudentCacheLayer(shape.window) for shape in plan.shapes])
 
     def nbytes(self) -> int:
-        """Bytes of all tensors held; the room behind them is not counted."""
+        """Bytes of all cached tensors, without the room behind them."""
         return sum(layer.nbytes() for layer in self.layers)

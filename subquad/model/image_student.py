@@ -1,8 +1,8 @@
-"""Students that look at images: encoders (ViT, DeiT, DINOv2, SigLIP) whose attention is replaced by mixers.
+"""Image students: encoders (ViT, DeiT, DINOv2, SigLIP) whose attention is replaced by mixers.
 
-An encoder sees all patches at once, so its mixers scan in both directions (`bidirectional: true`), with the tokens that
-are no patches (class, registers) in the middle. There is nothing to generate and no cache: what is saved is work and
-memory where an image has many patches.
+An encoder reads all patches at once, so its mixers scan in both directions (`bidirectional: true`), with the prefix
+tokens (class, registers) in the middle. It generates nothing and has no cache; the mixers save compute and memory on
+images of many patches.
 
 Legend: B images, T tokens, M model width.
 """
@@ -18,14 +18,14 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATIO
 
 from subquad.errors import UserError
 from subquad.model.base import BaseStudent, BaseStudentConfig, auto_map
-from subquad.model.interface import image_size, least_inputs, patch_grid
+from subquad.model.interface import image_size, least_inputs, patch_grid, reads_images
 from subquad.model.layer_call import ForwardContext
 from subquad.model.saliency import SaliencyModel
 from subquad.plan import ATTENTION, Plan
 
 
 class ImageStudentConfig(BaseStudentConfig):
-    """The teacher's configuration, the plan, and where the attention modules are.
+    """Teacher's configuration, plan, and paths of the attention modules.
 
     `classifies`: whether the teacher has a classifier on top. `prefix_tokens`: tokens before those of the patches.
     """
@@ -39,11 +39,11 @@ class ImageStudentConfig(BaseStudentConfig):
 
 
 class ImageStudent(BaseStudent):
-    """An image encoder, with a classifier or without, that has the plan's mixers in place of attention."""
+    """Image encoder, with or without a classifier, with the plan's mixers in place of attention."""
 
     config_class = ImageStudentConfig
     main_input_name = "pixel_values"
-    inner = "vision_config"
+    backbone_field = "vision_config"
 
     @classmethod
     def make_backbone(cls, config: ImageStudentConfig, attention: str) -> PreTrainedModel:
@@ -54,7 +54,7 @@ class ImageStudent(BaseStudent):
     @classmethod
     def describe(cls, teacher: PreTrainedModel, plan: Plan) -> dict[str, Any]:
         family = type(teacher).__name__
-        if teacher.main_input_name != "pixel_values":
+        if not reads_images(teacher):
             raise UserError(f"{family} does not look at images: make a Student of it, not an ImageStudent")
         for name, options in plan.mixers.items():
             if name != ATTENTION and not options.get("bidirectional"):
@@ -63,85 +63,85 @@ class ImageStudent(BaseStudent):
                     "options, or choose a mixer that has this option"
                 )
         classifies = _classifies(teacher)
-        autos = ["AutoModelForImageClassification"] if classifies else ["AutoModel"]
+        auto_classes = ["AutoModelForImageClassification"] if classifies else ["AutoModel"]
         return {
             "classifies": classifies,
             "prefix_tokens": _prefix_tokens(teacher),
             "id2label": teacher.config.id2label,
             "label2id": teacher.config.label2id,
-            "auto_map": auto_map(ImageStudentConfig, cls, autos),
+            "auto_map": auto_map(ImageStudentConfig, cls, auto_classes),
         }
 
     def forward(self, pixel_values: Tensor, **kwargs: Any) -> Any:
-        """What the teacher returns: class logits, or hidden states. Images (B, channels, height, width) of any size."""
+        """Class logits or hidden states of the backbone, for images (B, channels, height, width) of any size."""
         return self.backbone(pixel_values, **{**_positions(self.backbone, pixel_values), **kwargs})
 
     def final_hidden(self, inputs: Tensor, *, forward_context: ForwardContext | None = None) -> Tensor:
-        """What the classifier reads, (B, 1, M), or, without one, the states of all tokens, (B, T, M)."""
-        return read_by_head(self.backbone, inputs, forward_context=forward_context)
+        """Input of the classifier, (B, 1, M); without a classifier, the states of all tokens, (B, T, M)."""
+        return classifier_input(self.backbone, inputs, forward_context=forward_context)
 
 
 def _positions(model: Any, pixels_BCHW: Tensor) -> dict[str, bool]:
-    """Asks a model that must be asked to fit its positions to images of another size than it was made for."""
+    """Keyword arguments that make a model interpolate its positions for images of another size than its own."""
     if tuple(pixels_BCHW.shape[-2:]) == image_size(model.config):
         return {}
-    asked = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
-    return {"interpolate_pos_encoding": True} if asked else {}
+    is_option = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
+    return {"interpolate_pos_encoding": True} if is_option else {}
 
 
 @torch.no_grad()
 def image_tokens(model: Any, size: tuple[int, int]) -> int:
-    """Tokens that an image of this height and width comes to in a model: those of its patches, and the others."""
+    """Number of tokens of an image of this height and width in a model: patches and prefix tokens."""
     encoder = _encoder(model)
-    first = least_inputs(model)["pixel_values"]
-    pixels_BCHW = first.new_zeros(1, first.shape[1], *size)
+    empty_BCHW = least_inputs(model)["pixel_values"]
+    pixels_BCHW = empty_BCHW.new_zeros(1, empty_BCHW.shape[1], *size)
     return int(encoder(pixels_BCHW, **_positions(encoder, pixels_BCHW)).last_hidden_state.shape[1])
 
 
 def _prefix_tokens(teacher: PreTrainedModel) -> int:
-    """Tokens that an encoder puts before those of the patches: class, distillation, registers."""
+    """Number of tokens that an encoder puts before the patches: class, distillation, registers."""
     size = image_size(teacher.config)
     rows, columns = patch_grid(teacher.config, size)
     return image_tokens(teacher, size) - rows * columns
 
 
 def classifier(model: Any) -> nn.Module | None:
-    """The last linear map of a model for image classification; None of an encoder."""
+    """Last linear map of a model for image classification; None for an encoder."""
     linears = [module for module in model.children() if isinstance(module, nn.Linear)]
     return linears[-1] if _classifies(model) and linears else None
 
 
-def read_by_head(model: Any, pixels_BCHW: Tensor, **how: Any) -> Tensor:
-    """What the classifier of a model reads, (B, 1, M), or, of an encoder without one, its states, (B, T, M).
+def classifier_input(model: Any, pixels_BCHW: Tensor, **kwargs: Any) -> Tensor:
+    """Input of a model's classifier, (B, 1, M); for an encoder without one, its last hidden states, (B, T, M).
 
-    `how`: keyword arguments of the model.
+    `kwargs`: keyword arguments of the model.
     """
-    head, how = classifier(model), {**_positions(model, pixels_BCHW), **how}
+    head, kwargs = classifier(model), {**_positions(model, pixels_BCHW), **kwargs}
     if head is None:
-        hidden: Tensor = _encoder(model)(pixels_BCHW, **how).last_hidden_state  # and no decoder on top of it
-        return hidden
-    read: list[Tensor] = []
-    hook = head.register_forward_pre_hook(lambda module, args: read.append(args[0]))
+        hidden_BTM: Tensor = _encoder(model)(pixels_BCHW, **kwargs).last_hidden_state  # without a saliency decoder
+        return hidden_BTM
+    head_inputs: list[Tensor] = []
+    hook = head.register_forward_pre_hook(lambda module, args: head_inputs.append(args[0]))
     try:
-        model(pixels_BCHW, **how)
+        model(pixels_BCHW, **kwargs)
     finally:
         hook.remove()
-    return read[0][:, None]
+    return head_inputs[0][:, None]
 
 
 def _classifies(model: Any) -> bool:
-    """Whether a model is one of those that transformers has for image classification, one or several a family."""
+    """Whether a model's class is one of transformers' classes for image classification, one or several per family."""
     names = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.values()
     return any(type(model).__name__ in ([name] if isinstance(name, str) else name) for name in names)
 
 
 def _encoder(model: Any) -> Any:
-    """The model without its classifier or its decoder of saliency."""
+    """Model without its classifier or its saliency decoder."""
     return model.base_model if _classifies(model) or isinstance(model, SaliencyModel) else model
 
 
 def register() -> None:
-    """Makes transformers' auto classes know students of images; `import subquad` sees to it."""
+    """Registers image students with transformers' auto classes; called by registration.py."""
     AutoConfig.register(ImageStudentConfig.model_type, ImageStudentConfig, exist_ok=True)
     AutoModel.register(ImageStudentConfig, ImageStudent, exist_ok=True)
     AutoModelForImageClassification.register(ImageStudentConfig, ImageStudent, exist_ok=True)

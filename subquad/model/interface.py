@@ -1,9 +1,9 @@
-"""What transformers models call for attention, and which of their modules call it.
+"""Attention interface of transformers models, and the modules that call it.
 
 Recent models call one function, `attention_interface(module, query, key, value, mask, ...)`, after their own
 projections, norms and rotary embedding. `find_attention` runs a model once on two tokens (or an empty image) with a
-function that only looks, and so learns which modules call the interface, in what order and with what shapes; a model
-that never calls it is refused by its name. `watched_attention` keeps what each of them was called with.
+function that only records its calls: the modules, their order and the shapes of their heads. A model that never calls
+the interface is rejected with an error that names its class. `watched_attention` records the inputs of every call.
 
 Legend: B batch, H query heads, G key/value heads, T tokens, D head width.
 """
@@ -32,25 +32,25 @@ _sites: WeakKeyDictionary[PreTrainedModel, list["AttentionSite"]] = WeakKeyDicti
 
 @dataclass(frozen=True)
 class AttentionSite:
-    """A module that calls the attention interface: its path in the model and the shape of its heads."""
+    """Module that calls the attention interface: its path in the model and the shape of its heads."""
 
     path: str
     shape: AttentionShape
 
     @property
     def block(self) -> str:
-        """The path of the decoder block that it is in."""
+        """Path of the block around it."""
         return block_path(self.path)
 
 
 def block_path(attention_path: str) -> str:
-    """The path of the decoder block around an attention module."""
+    """Path of the decoder or encoder block around an attention module."""
     return attention_path.rpartition(".")[0]
 
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """What an attention function computes its probabilities from: softmax(cap(scale q k^T)) over what may be seen."""
+    """Inputs of attention probabilities: softmax(cap(scale q k^T)) over the visible keys."""
 
     q_BHTD: Tensor
     k_BGTD: Tensor
@@ -60,7 +60,7 @@ class AttentionCall:
 
 
 def attention_function(module: nn.Module, base: str) -> Callable[..., Any]:
-    """The function of the implementation `base`; 'eager' is in the model's own file, as transformers resolves it."""
+    """Function of the implementation `base`; 'eager' is in the model's own file, as transformers resolves it."""
     eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     return ALL_ATTENTION_FUNCTIONS.get_interface(base, eager)
 
@@ -75,17 +75,18 @@ def set_attention(model: PreTrainedModel, name: str) -> None:
 
 @contextmanager
 def attention_set(model: PreTrainedModel, name: str) -> Iterator[None]:
-    before = model.config._attn_implementation
+    """Context in which a model has this attention implementation."""
+    previous_name = model.config._attn_implementation
     set_attention(model, name)
     try:
         yield
     finally:
-        set_attention(model, before)
+        set_attention(model, previous_name)
 
 
 @contextmanager
 def watched_attention(model: PreTrainedModel) -> Iterator[dict[nn.Module, AttentionCall]]:
-    """Within, `model` attends as before, and what each of its attention modules was last called with is kept."""
+    """Context in which `model` attends as before; yields the last call of each attention module."""
     base = model.config._attn_implementation
     calls: dict[nn.Module, AttentionCall] = {}
 
@@ -126,9 +127,9 @@ def record_outputs(
 
 
 def find_attention(model: PreTrainedModel) -> list[AttentionSite]:
-    """The modules of a causal language model or an image encoder that call the attention interface, as it calls them.
+    """Modules of a causal language model or an image encoder that call the attention interface, in calling order.
 
-    A model is run once, and its sites are remembered as long as it lives.
+    The model is run once; the result is cached for its lifetime.
     Raises UserError, naming the model's class, for a model that does not call the interface, does not pass keyword
     arguments on to its attention modules, attends across sequences, or has keys and values of different width (MLA).
     """
@@ -139,23 +140,26 @@ def find_attention(model: PreTrainedModel) -> list[AttentionSite]:
 
 @torch.no_grad()
 def _probe_attention(model: PreTrainedModel) -> list[AttentionSite]:
+    # Reject models that no probe can pass through
     family = type(model).__name__
     if model.config.model_type.startswith("subquad"):
         raise UserError("this model is a student already: convert its teacher, with another plan")
     if model.config.is_encoder_decoder:
         raise UserError(f"{family} is an encoder-decoder model; Subquad converts decoders and image encoders")
+
+    # The hooks of the probe: modules that receive keyword arguments, and calls of the interface
     paths = {module: path for path, module in model.named_modules()}
-    reached: set[nn.Module] = set()
+    reached_modules: set[nn.Module] = set()
     sites: list[AttentionSite] = []
 
     def reach(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if "forward_context" in kwargs:
-            reached.add(module)
+            reached_modules.add(module)
 
-    def look(
+    def record(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, None]:
-        if module not in reached:
+        if module not in reached_modules:
             raise UserError(f"{family} does not pass keyword arguments on to its attention modules: unsupported")
         if key.shape[-1] != value.shape[-1] or query.shape[-1] != key.shape[-1]:
             raise UserError(f"{family} has multi-head latent attention (MLA): unsupported")
@@ -170,12 +174,13 @@ def _probe_attention(model: PreTrainedModel) -> list[AttentionSite]:
         sites.append(AttentionSite(paths[module], shape))
         return torch.zeros_like(query).transpose(1, 2), None
 
-    AttentionInterface.register(PROBE, look)
+    # Run the model once, and check the result
+    AttentionInterface.register(PROBE, record)
     AttentionMaskInterface.register(PROBE, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
-    with ExitStack() as within:
-        within.enter_context(attention_set(model, PROBE))
+    with ExitStack() as stack:
+        stack.enter_context(attention_set(model, PROBE))
         for module in model.modules():
-            within.callback(module.register_forward_pre_hook(reach, with_kwargs=True).remove)
+            stack.callback(module.register_forward_pre_hook(reach, with_kwargs=True).remove)
         try:
             model(**least_inputs(model), forward_context=None)
         except TypeError as error:
@@ -191,17 +196,21 @@ def _probe_attention(model: PreTrainedModel) -> list[AttentionSite]:
 
 
 def shapes_of(model: PreTrainedModel) -> list[AttentionShape]:
-    """The shapes of a model's attention, layer by layer. Raises UserError as `find_attention` does."""
+    """Shapes of a model's attention, layer by layer. Raises UserError as `find_attention` does."""
     return [site.shape for site in find_attention(model)]
 
 
+def reads_images(model: Any) -> bool:
+    """Whether a model reads images; any other model reads token ids."""
+    return bool(model.main_input_name == "pixel_values")
+
+
 def least_inputs(model: PreTrainedModel) -> dict[str, Any]:
-    """Keyword arguments of the model for the smallest pass that touches everything: two tokens, or an empty image."""
-    place = next(model.parameters())
-    if model.main_input_name != "pixel_values":
-        device = next(model.get_input_embeddings().parameters()).device
-        return {"input_ids": torch.zeros(1, 2, dtype=torch.long, device=device), "use_cache": False}
-    return {"pixel_values": torch.zeros(1, model.config.num_channels, *image_size(model.config)).to(place)}
+    """Keyword arguments of the model for the smallest pass that runs every module: two tokens, or an empty image."""
+    if not reads_images(model):
+        return {"input_ids": torch.zeros(1, 2, dtype=torch.long, device=input_device(model)), "use_cache": False}
+    weight = next(model.parameters())
+    return {"pixel_values": torch.zeros(1, model.config.num_channels, *image_size(model.config)).to(weight)}
 
 
 def patch_grid(config: Any, size: Sequence[int]) -> tuple[int, int]:
@@ -212,18 +221,18 @@ def patch_grid(config: Any, size: Sequence[int]) -> tuple[int, int]:
 
 
 def image_size(config: Any) -> tuple[int, int]:
-    """Height and width of the images that a model was made for."""
+    """Height and width of the images in a model's configuration."""
     size = config.image_size
     return (size, size) if isinstance(size, int) else tuple(size)
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
-    """Where token ids, or images, go."""
-    if model.main_input_name == "pixel_values":
+    """Device of a model's inputs: token ids or images."""
+    if reads_images(model):
         return next(model.parameters()).device
     return next(model.get_input_embeddings().parameters()).device
 
 
-def layer_map(mine: int, theirs: int) -> list[int]:
-    """The teacher's layer for each of the student's: g(l) = floor(l L_t / L_s)."""
-    return [layer * theirs // mine for layer in range(mine)]
+def layer_map(student_layers: int, teacher_layers: int) -> list[int]:
+    """Teacher layer for each student layer: g(l) = floor(l L_t / L_s)."""
+    return [layer * teacher_layers // student_layers for layer in range(student_layers)]

@@ -1,9 +1,9 @@
-"""How attention joins a recurrence that runs on all the heads of a layer: the recolouring adapter.
+"""Recolouring adapter, which joins attention and a recurrence that runs on all heads of a layer.
 
-Under the parallel join a layer is two branches with one output projection: the mixer on every head gives u, and the
-retained heads, which attend, give v by their own columns of that projection. The adapter gives v the mean and the
-deviation of u, token by token, maps it, and takes the mean of the two. So attention cannot drown a recurrence that has
-still to be trained, whatever its size.
+Under the parallel join, a layer has two branches with one output projection: the mixer on every head gives u, and the
+retained attention heads give v through their own columns of that projection. The adapter gives v the mean and the
+standard deviation of u, token by token, maps it linearly, and averages the two branches. So attention of any magnitude
+cannot drown out a recurrence that is not yet trained.
 
 Source: Retrieval-Aware Distillation (arXiv 2602.11374, section 4.2), as its official code runs it
 (`DoubleBlockAdapter`).
@@ -27,7 +27,7 @@ EPS = 1e-5
 
 @dataclass(frozen=True)
 class Branch:
-    """What the retained heads of a layer give, before the output projection: y (B, T, heads of the group, D)."""
+    """Output of the retained heads of a layer, before the output projection: y (B, T, heads of the group, D)."""
 
     group: HeadGroup
     y_BTHD: Tensor
@@ -36,7 +36,7 @@ class Branch:
 class RecolouringAdapter(nn.Linear):
     """(u + W v' + b) / 2 with v' = (v - mean v) / (std v + eps) (std u + eps) + mean u over the channels of each token.
 
-    `start`: the map is the identity at first, or random as `nn.Linear`'s (the official code's).
+    `start`: initial map, the identity or random as in `nn.Linear` (the official code).
     """
 
     def __init__(self, hidden_size: int, start: JoinStart = "identity") -> None:
@@ -45,7 +45,7 @@ class RecolouringAdapter(nn.Linear):
             nn.init.eye_(self.weight)
             nn.init.zeros_(self.bias)
 
-    def forward(self, u_BTM: Tensor, v_BTM: Tensor) -> Tensor:  # type: ignore[override]  # it joins two
+    def forward(self, u_BTM: Tensor, v_BTM: Tensor) -> Tensor:  # type: ignore[override]  # two inputs
         u, v = wide(u_BTM), wide(v_BTM)
         std_u, mean_u = torch.std_mean(u, -1, keepdim=True, correction=0)
         std_v, mean_v = torch.std_mean(v, -1, keepdim=True, correction=0)
@@ -54,9 +54,9 @@ class RecolouringAdapter(nn.Linear):
 
 
 def output_projection(module: nn.Module, width: int, hidden_size: int) -> nn.Module:
-    """The output projection of an attention module: the last linear map it has from `width` channels to `hidden_size`.
+    """Output projection of an attention module: its last linear map from `width` channels to `hidden_size`.
 
-    Raises UserError, naming the module's class, where it has none.
+    Raises UserError, naming the module's class, if there is none.
     """
     for child in reversed([*module.children()]):
         if isinstance(child, nn.Linear | Conv1D):
@@ -68,10 +68,11 @@ def output_projection(module: nn.Module, width: int, hidden_size: int) -> nn.Mod
     )
 
 
-def projected(projection: nn.Module, branch: Branch) -> Tensor:
-    """W_o of the branch's heads alone, (B, T, M), without the bias, which the other branch has."""
+def project_branch(projection: nn.Module, branch: Branch) -> Tensor:
+    """Output projection of the branch's heads alone, (B, T, M), without the bias, which the other branch includes."""
     weight: Tensor = projection.weight  # type: ignore[assignment]
     weight_XM = weight if isinstance(projection, Conv1D) else weight.T
     width = branch.y_BTHD.shape[-1]
-    columns = [weight_XM[head * width : (head + 1) * width] for head in branch.group.heads]  # views: no index to send
+    # Slices are views, so no index tensor is copied to the device.
+    columns = [weight_XM[head * width : (head + 1) * width] for head in branch.group.heads]
     return branch.y_BTHD.flatten(2) @ torch.cat(columns)

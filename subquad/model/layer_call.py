@@ -1,12 +1,12 @@
-"""One call of a student's attention module: its inputs, and the ways to compute its heads.
+"""Call of a student's attention module: its inputs, and the ways to compute its heads.
 
 A hook opens a `LayerCall` when the module is called and closes it when the module returns; in between, `current_call`
-gives it to the attention function. It lives in a context variable, so calls in several threads do not meet, and no
-module holds anything of a call.
+returns it to the attention function. It is stored in a context variable, so calls in several threads are independent
+and modules hold no state of a call.
 
-`ForwardContext` is what a whole forward pass carries besides its inputs. Its `around` computes the heads of every layer
-in place of the plan's mixers; this is how calibration, stepwise replacement, gates and ablation are written, each where
-it is used.
+`ForwardContext` holds the arguments of a whole forward pass besides its inputs. Its `around` computes the heads of
+every layer in place of the plan's mixers. Calibration, stepwise replacement, gates and ablation are such functions,
+each defined where it is used.
 
 Legend: B batch, H query heads, G key/value heads, T new tokens, L past and new tokens, D head width, M hidden width.
 """
@@ -31,12 +31,12 @@ from subquad.model.rotary import Tables, rotation_of
 from subquad.plan import ATTENTION
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q (B, H, T, D), k and v (B, G, L, D) -> y (B, H, T, D)
-Around = Callable[["LayerCall"], Tensor]  # a layer's call -> what its heads give, (B, H, T, D)
+Around = Callable[["LayerCall"], Tensor]  # a layer's call -> output of its heads, (B, H, T, D)
 
 
 @dataclass
 class ForwardContext:
-    """What one forward pass of a student carries besides its inputs.
+    """Arguments of one forward pass of a student besides its inputs.
 
     `padding_BL` is True at real tokens, past and new; None means no padding. `around` computes the heads of a layer,
     (B, H, T, D), in place of `LayerCall.mixed`.
@@ -48,10 +48,10 @@ class ForwardContext:
 
 
 class LayerCall:
-    """One call of an attention module, from its inputs to what its heads give.
+    """One call of an attention module, from its inputs to the outputs of its heads.
 
-    Offers `mixed()`, the heads as the plan has them; `attention()`, the heads as the teacher has them; and
-    `inputs(name)`, what a mixer is given. The attention function `bind`s the queries, keys and values first.
+    `mixed()` computes the heads by the plan, `attention()` computes them as the teacher does, and `inputs(name)` are
+    the inputs of a mixer. The attention function `bind`s the queries, keys and values first.
     """
 
     def __init__(self, module: nn.Module, hidden_BTM: Tensor, context: ForwardContext, kwargs: dict[str, Any]) -> None:
@@ -59,21 +59,19 @@ class LayerCall:
         self.layer_mixer: LayerMixer = layer_mixer(module)
         self.layer, self.mixers = self.layer_mixer.layer, self.layer_mixer.by_name
         self.hidden_BTM = hidden_BTM
-        self.outer = _current.get()  # the call within which this one was made
-        self.tables: Tables | None = None  # rotary tables that the module was not given
-        self.branch: Branch | None = None  # of the parallel join, for the hook behind the output projection
-        self.probe: list[tuple[Tensor, Tensor]] | None = None  # queries and keys are put here, and nothing is computed
-
-    # ------------------------------------------------------------------ inputs
+        self.outer_call = _current.get()  # the call during which this one was opened
+        self.tables: Tables | None = None  # rotary tables that are withheld from the module
+        self.branch: Branch | None = None  # of the parallel join, for the hook after the module
+        self.probe: list[tuple[Tensor, Tensor]] | None = None  # if set, only collects queries and keys
 
     def bind(
         self, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, scale: float, softcap: float | None, attend: Attend
     ) -> None:
-        """Takes what the attention function is given; prefix tokens move to the middle."""
+        """Stores the inputs of the attention function; prefix tokens move to the middle."""
         hidden_BTM = self.hidden_BTM
-        if middle := self.layer_mixer.middle:
-            q_BHTD, k_BGTD, v_BGTD = (to_middle(x, 2, middle) for x in (q_BHTD, k_BGTD, v_BGTD))
-            hidden_BTM = to_middle(hidden_BTM, 1, middle)
+        if prefix_tokens := self.layer_mixer.prefix_tokens:
+            q_BHTD, k_BGTD, v_BGTD = (to_middle(x, 2, prefix_tokens) for x in (q_BHTD, k_BGTD, v_BGTD))
+            hidden_BTM = to_middle(hidden_BTM, 1, prefix_tokens)
         self.attend = attend
         self.all_inputs = MixerInputs(
             q_BHTD,
@@ -92,7 +90,7 @@ class LayerCall:
             self.all_inputs = replace(self.all_inputs, past=self.layer_cache.tokens - q_BHTD.shape[2], append=append)
 
     def inputs(self, name: str) -> MixerInputs:
-        """The inputs of one mixer: those of its heads, with rotary embedding if it wants that."""
+        """Inputs of one mixer: those of its heads, with rotary embedding if the mixer uses it."""
         mixer = self.mixers[name]
         inputs = _of_group(self.all_inputs, mixer.group)
         return self._rotated(inputs) if mixer.rotary else inputs
@@ -104,37 +102,35 @@ class LayerCall:
 
     @cached_property
     def _rotate(self) -> Callable[[Tensor], Tensor]:
-        """The module's rotary embedding; its convention is tried out when a head first asks for it."""
+        """Rotary embedding of the module; its convention is determined at the first use (rotary.py)."""
         assert self.tables is not None
         cos, sin = self.tables
-        rotation = rotation_of(self.module, self.hidden_BTM, cos, self._look)
+        rotation = rotation_of(self.module, self.hidden_BTM, cos, self._trace)
         cos_BTR, sin_BTR = rotation.tables(cos, sin)
-        return lambda x_BHTD: rotation.turned(x_BHTD, cos_BTR, sin_BTR)
+        return lambda x_BHTD: rotation.rotate(x_BHTD, cos_BTR, sin_BTR)
 
-    def _look(self, module: nn.Module, hidden_BTM: Tensor, tables: Tables) -> tuple[Tensor, Tensor]:
-        """The queries and keys that the module makes of these hidden states and tables."""
-        probing = LayerCall(module, hidden_BTM, ForwardContext(), {})
-        probing.probe = []
-        changed = {"hidden_states": hidden_BTM, "position_embeddings": tables, "attention_mask": None}
-        no_cache = {name: None if isinstance(value, StudentCache) else value for name, value in self.kwargs.items()}
-        token = _current.set(probing)
+    def _trace(self, module: nn.Module, hidden_BTM: Tensor, tables: Tables) -> tuple[Tensor, Tensor]:
+        """Queries and keys that the module computes from these hidden states and tables."""
+        probe_call = LayerCall(module, hidden_BTM, ForwardContext(), {})
+        probe_call.probe = []
+        probe_kwargs = {"hidden_states": hidden_BTM, "position_embeddings": tables, "attention_mask": None}
+        kwargs = {name: None if isinstance(value, StudentCache) else value for name, value in self.kwargs.items()}
+        token = _current.set(probe_call)
         try:
-            module.forward(**no_cache | changed)
+            module.forward(**kwargs | probe_kwargs)
         finally:
             _current.reset(token)
-        return probing.probe[0]
-
-    # ------------------------------------------------------------------ outputs
+        return probe_call.probe[0]
 
     def attention(self) -> Tensor:
-        """What the teacher's attention computes, (B, H, T, D)."""
+        """Output of the teacher's attention, (B, H, T, D)."""
         inputs = self._rotated(self.all_inputs)
         return self.attend(inputs.q_BHTD, inputs.k_BGTD, inputs.v_BGTD)
 
     def mixed(self) -> Tensor:
-        """What the plan's mixers compute, (B, H, T, D), and the cache's new states.
+        """Output of the plan's mixers, (B, H, T, D); stores their new states in the cache.
 
-        Under the parallel join, attention is left in `branch`.
+        Under the parallel join, the output of the attention heads is stored in `branch`.
         """
         outputs = {}
         for name, mixer in self.mixers.items():
@@ -147,18 +143,18 @@ class LayerCall:
         if len(outputs) == 1:
             (y_BHTD,) = outputs.values()
             return y_BHTD
-        return picked(torch.cat([*outputs.values()], 1), self.layer_mixer.places)
+        return picked(torch.cat([*outputs.values()], 1), self.layer_mixer.head_indices)
 
     def in_model_order(self, y_BHTD: Tensor) -> Tensor:
-        """Heads as an attention function returns them, (B, T, H, D), with the tokens in the model's order."""
-        return to_front(y_BHTD.transpose(1, 2), 1, self.layer_mixer.middle)
+        """Output of an attention function, (B, T, H, D), with the tokens in the model's order."""
+        return to_front(y_BHTD.transpose(1, 2), 1, self.layer_mixer.prefix_tokens)
 
 
 _current: ContextVar[LayerCall | None] = ContextVar("subquad_layer_call", default=None)
 
 
 def current_call() -> LayerCall:
-    """The call under way in this thread."""
+    """Open call of this thread."""
     call = _current.get()
     assert call is not None
     return call
@@ -167,7 +163,8 @@ def current_call() -> LayerCall:
 def open_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Hook before an attention module: opens its call.
 
-    If one of its mixers wants no rotary embedding, the module gets cosines of 1 and sines of 0 and the call the tables.
+    If one of its mixers does without rotary embedding, the module gets cosines of 1 and sines of 0, and the call keeps
+    the tables.
     """
     kwargs = {**kwargs}
     context = kwargs.pop("forward_context", None) or ForwardContext()
@@ -180,22 +177,22 @@ def open_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 
 def close_call(module: nn.Module, args: Any, output: Any) -> None:
-    """Hook behind an attention module, whether it failed or not: lets go of its call."""
+    """Hook after an attention module, also after one that failed: closes its call."""
     call = _current.get()
-    if call is not None and call.module is module:  # a module that failed before its call was opened has none
-        _current.set(call.outer)
+    if call is not None and call.module is module:  # not so if the module failed before its call was opened
+        _current.set(call.outer_call)
 
 
 def attending(layers: Collection[int]) -> ForwardContext:
-    """A pass in which these layers compute the teacher's attention, whatever the plan has there."""
+    """Context of a pass in which these layers compute the teacher's attention instead of their mixers."""
     return ForwardContext(around=lambda call: call.attention() if call.layer in layers else call.mixed())
 
 
 def to_middle(x: Tensor, time: int, count: int) -> Tensor:
-    """Moves the first `count` tokens to the middle of the others; `time` is the dimension of tokens."""
+    """Moves the first `count` tokens to the middle of the sequence; `time` is the dimension of tokens."""
     half = (x.shape[time] - count) // 2
-    front, before, after = x.split([count, half, x.shape[time] - count - half], time)
-    return torch.cat([before, front, after], time)
+    prefix, left, right = x.split([count, half, x.shape[time] - count - half], time)
+    return torch.cat([left, prefix, right], time)
 
 
 def to_front(x: Tensor, time: int, count: int) -> Tensor:
@@ -203,12 +200,12 @@ def to_front(x: Tensor, time: int, count: int) -> Tensor:
     if count == 0:
         return x
     half = (x.shape[time] - count) // 2
-    before, front, after = x.split([half, count, x.shape[time] - count - half], time)
-    return torch.cat([front, before, after], time)
+    left, prefix, right = x.split([half, count, x.shape[time] - count - half], time)
+    return torch.cat([prefix, left, right], time)
 
 
 def _of_group(inputs: MixerInputs, group: HeadGroup) -> MixerInputs:
-    """The inputs of one head group; a whole layer's are passed on untouched."""
+    """Inputs of one head group; those of a whole layer are returned as they are."""
     if len(group.heads) == inputs.q_BHTD.shape[1]:
         return inputs
     return replace(

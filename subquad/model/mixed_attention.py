@@ -1,17 +1,17 @@
-"""Where mixers meet a Hugging Face model: its attention function.
+"""Attention function of a student, in which its mixers replace attention.
 
-A student's model is told to call our function instead of its own (interface.py), and nothing of its code changes:
+The student's model calls this function instead of its own (interface.py); its code is unchanged:
 
-- `attach` gives each of those modules a `LayerMixer` and the hooks that open and close a `LayerCall` around it. The
-  call has what the function is not given: the hidden states (for gates), and the rotary tables if a mixer wants none.
-- `mixed_attention` splits the heads by mixer and joins their outputs. What a forward pass needs beyond its inputs (the
-  2D padding mask, the cache) comes in one `ForwardContext`, as a keyword argument of the model, which the models pass
-  on as far as their attention modules. No module holds a mode.
-- The tokens at the front of an image encoder (class, registers) stand in the middle for the mixers, where two scans
-  see them from both sides (Vision Mamba, arXiv 2401.09417).
+- `attach` adds a `LayerMixer` to each attention module, and hooks that open and close a `LayerCall` around it. The call
+  holds inputs that the attention function does not receive: the hidden states (for gates), and the rotary tables if a
+  mixer does without rotary embedding.
+- `mixed_attention` splits the heads by mixer and joins their outputs. The 2D padding mask and the cache come in one
+  `ForwardContext`, a keyword argument of the model that is passed on to its attention modules. No module holds a mode.
+- The prefix tokens of an image encoder (class, registers) are moved to the middle for the mixers, so that both scans
+  reach them (Vision Mamba, arXiv 2401.09417).
 
-The heads that keep attention go through the function that the model used before (sdpa, eager, ...), so that a student
-whose plan is all attention computes exactly what its teacher does.
+The heads that keep attention use the model's previous implementation (sdpa, eager, ...), so that a student whose plan
+is all attention computes exactly what its teacher computes.
 
 Legend: B batch, H query heads, G key/value heads, T new tokens, L past and new tokens, D head width, M hidden width.
 """
@@ -27,7 +27,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from subquad.model.interface import attention_function, set_attention
-from subquad.model.join import output_projection, projected
+from subquad.model.join import output_projection, project_branch
 from subquad.model.layer_call import Attend, close_call, current_call, open_call
 from subquad.model.layer_mixer import LayerMixer, keep_initialised
 from subquad.plan import JoinStart, Plan
@@ -46,7 +46,7 @@ def mixed_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The attention function of a student: query (B, H, T, D), key and value (B, G, T, D) -> (B, T, H, D).
+    """Attention function of a student: query (B, H, T, D), key and value (B, G, T, D) -> (B, T, H, D).
 
     `base` is the implementation of the heads that keep attention. Attention weights are not returned.
     """
@@ -64,25 +64,25 @@ def mixed_attention(
 def _base_attention(
     module: nn.Module, base: str, mask: Tensor | None, scaling: float | None, kwargs: dict[str, Any]
 ) -> Attend:
-    """The model's own attention function, bound to this call."""
+    """Model's own attention function, bound to this call."""
     function = attention_function(module, base)
 
     def attend(q_BHTD: Tensor, k_BGLD: Tensor, v_BGLD: Tensor) -> Tensor:
-        # Attention functions read these four of the module, and the group size must be that of the heads at hand.
-        view = SimpleNamespace(
+        # Attention functions read these four attributes; the group size must be that of the selected heads.
+        module_view = SimpleNamespace(
             num_key_value_groups=q_BHTD.shape[1] // k_BGLD.shape[1],
             is_causal=getattr(module, "is_causal", True),
             training=module.training,
             layer_idx=getattr(module, "layer_idx", None),
         )
-        y_BTHD, _ = function(view, q_BHTD, k_BGLD, v_BGLD, mask, scaling=scaling, **kwargs)
+        y_BTHD, _ = function(module_view, q_BHTD, k_BGLD, v_BGLD, mask, scaling=scaling, **kwargs)
         return y_BTHD.transpose(1, 2)
 
     return attend
 
 
 def register(base: str) -> str:
-    """Makes our function known for students whose kept heads use `base`; returns the implementation's name."""
+    """Registers `mixed_attention` with `base` for the heads that keep attention; returns the implementation's name."""
     name = PREFIX + base
 
     def function(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
@@ -94,12 +94,12 @@ def register(base: str) -> str:
 
 
 def attach(
-    model: PreTrainedModel, paths: Sequence[str], plan: Plan, join_start: JoinStart = "identity", middle: int = 0
+    model: PreTrainedModel, paths: Sequence[str], plan: Plan, join_start: JoinStart = "identity", prefix_tokens: int = 0
 ) -> None:
-    """Gives each attention module its mixers and its hooks, and makes the model call our attention function."""
+    """Adds mixers and hooks to each attention module, and sets the model's attention to `mixed_attention`."""
     for layer, path in enumerate(paths):
         module = model.get_submodule(path)
-        module.mixer = keep_initialised(LayerMixer(plan, layer, join_start, middle))
+        module.mixer = keep_initialised(LayerMixer(plan, layer, join_start, prefix_tokens))
         module.register_forward_pre_hook(open_call, with_kwargs=True)
         if plan.joined(layer):
             shape = plan.shapes[layer]
@@ -110,10 +110,10 @@ def attach(
 
 
 def _join(projection: nn.Module, module: nn.Module, args: Any, output: tuple[Any, ...]) -> Any:
-    """The module's output with the branch of the retained heads, if this call left one."""
+    """Hook after an attention module: joins the branch of the retained heads to its output, if the call has one."""
     call = current_call()
     if call.branch is None:
         return output
-    u_BTM, *rest = output
+    u_BTM, *other_outputs = output
     assert call.layer_mixer.adapter is not None
-    return call.layer_mixer.adapter(u_BTM, projected(projection, call.branch)), *rest
+    return call.layer_mixer.adapter(u_BTM, project_branch(projection, call.branch)), *other_outputs

@@ -1,4 +1,4 @@
-"""A cache of the right size, filled with random numbers: decoding after 32k tokens, without reading them first."""
+"""Cache of a given context, filled with random numbers, to measure decoding without a prefill."""
 
 from typing import Any
 
@@ -14,31 +14,31 @@ def random_cache(model: PreTrainedModel, plan: Plan, context: int, batch: int = 
     """Cache of `batch` sequences of `context` tokens, all with the same values; `plan`: that of the model."""
     generator = torch.Generator().manual_seed(0)
     if isinstance(model, Student):
-        cache = _of_student(model, context, generator)
+        cache = _student_cache(model, context, generator)
     else:
-        cache = _of_attention(model, plan, context, generator)
+        cache = _attention_cache(model, plan, context, generator)
     if batch > 1:
         cache.batch_repeat_interleave(batch)
     return cache
 
 
-def _of_student(student: Student, context: int, generator: torch.Generator) -> Cache:
+def _student_cache(student: Student, context: int, generator: torch.Generator) -> Cache:
     cache = student.new_cache()
     for index, (layer, module) in enumerate(zip(cache.layers, student.attention_modules(), strict=True)):
         device = next(module.parameters()).device
         layer.tokens, layer.is_initialized = context, True
         for name, mixer in student.mixers(index).items():
-            held = mixer.held(mixer.group, mixer.options, context)
+            entries = mixer.held(mixer.group, mixer.options, context)
             layer.states[name] = {
-                key: torch.rand(1, *part.shape, generator=generator).to(
-                    device, torch.promote_types(student.dtype, torch.float32) if part.wide else student.dtype
+                key: torch.rand(1, *entry.shape, generator=generator).to(
+                    device, torch.promote_types(student.dtype, torch.float32) if entry.wide else student.dtype
                 )
-                for key, part in held.items()
+                for key, entry in entries.items()
             }
     return cache
 
 
-def _of_attention(model: PreTrainedModel, plan: Plan, context: int, generator: torch.Generator) -> Cache:
+def _attention_cache(model: PreTrainedModel, plan: Plan, context: int, generator: torch.Generator) -> Cache:
     def random_BGTD(*shape: int) -> Tensor:
         return torch.rand(shape, generator=generator).to(model.device, model.dtype)
 

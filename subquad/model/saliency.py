@@ -1,8 +1,8 @@
-"""An image encoder with a decoder on top that says how much each pixel matters: a saliency map.
+"""Saliency model: an image encoder with a decoder that predicts how salient each pixel is.
 
-transformers has no such model, so that this one is Subquad's own: any encoder of its auto classes, and transposed
-convolutions that double the grid of patches again and again, as saliency models on ViTs are commonly built. Its student
-keeps the decoder, and can learn from the teacher's map (objective `saliency`).
+transformers has no such model, so Subquad defines one: any encoder of the auto classes, and transposed convolutions
+that double the resolution of the patch grid step by step, as is common for saliency models on ViTs. A student keeps the
+decoder, and can learn from the teacher's map (objective `saliency`).
 
 Legend: B images, T tokens, M model width, H height, W width.
 """
@@ -21,7 +21,7 @@ from subquad.model.interface import patch_grid
 
 
 class SaliencyConfig(PreTrainedConfig):
-    """The encoder's configuration, and the channels of the decoder's steps."""
+    """Configuration of the encoder, and output channels of each decoder step."""
 
     model_type = "saliency_encoder"
     sub_configs_defaults = {"encoder_config": SubConfigSpec(config_class=AutoConfig, model_type="dinov2")}
@@ -30,20 +30,20 @@ class SaliencyConfig(PreTrainedConfig):
     widths: Sequence[int] = (256, 128, 64)
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("image_size", "patch_size", "num_channels", "hidden_size"):  # what the encoder says of itself
+        if name in ("image_size", "patch_size", "num_channels", "hidden_size"):  # fields of the encoder's configuration
             return getattr(self.encoder_config, name)
         raise AttributeError(name)
 
 
 @dataclass
 class SaliencyOutput(BaseModelOutput):
-    """The encoder's last hidden states, and the map: logits (B, H, W) of every pixel."""
+    """Encoder's last hidden states, and the saliency map: logits (B, H, W) of every pixel."""
 
     saliency: Tensor | None = None
 
 
 class SaliencyModel(PreTrainedModel):
-    """An encoder and its decoder; `forward` takes images (B, channels, H, W) and returns a `SaliencyOutput`."""
+    """Encoder and decoder; `forward` takes images (B, channels, H, W) and returns a `SaliencyOutput`."""
 
     config_class = SaliencyConfig
     main_input_name = "pixel_values"
@@ -61,7 +61,7 @@ class SaliencyModel(PreTrainedModel):
         return SaliencyOutput(hidden_BTM, saliency=self.decode(hidden_BTM, pixel_values.shape[-2:]))
 
     def decode(self, hidden_BTM: Tensor, size: Sequence[int]) -> Tensor:
-        """The map (B, H, W), as logits, from the last hidden states for images of this height and width."""
+        """Saliency map (B, H, W), as logits, from the last hidden states of images of this height and width."""
         height, width = patch_grid(self.config, size)
         patches_BTM = hidden_BTM[:, hidden_BTM.shape[1] - height * width :]
         maps = self.decoder(patches_BTM.transpose(1, 2).unflatten(2, (height, width)))
@@ -69,37 +69,38 @@ class SaliencyModel(PreTrainedModel):
 
 
 class _Decoder(nn.Module):
-    """Steps that double height and width, and one channel at the end."""
+    """Decoder of a patch grid: steps that double height and width, and a final map to one channel."""
 
     def __init__(self, width: int, widths: Sequence[int]) -> None:
         super().__init__()
         steps: list[nn.Module] = []
-        for before, after in zip([width, *widths], widths, strict=False):
-            steps += [nn.ConvTranspose2d(before, after, 4, stride=2, padding=1), nn.BatchNorm2d(after), nn.ReLU()]
+        for channels_in, channels_out in zip([width, *widths], widths, strict=False):
+            upsample = nn.ConvTranspose2d(channels_in, channels_out, 4, stride=2, padding=1)
+            steps += [upsample, nn.BatchNorm2d(channels_out), nn.ReLU()]
         self.steps = nn.Sequential(*steps)
         self.last = nn.Conv2d(widths[-1], 1, 1)
 
     def forward(self, maps: Tensor) -> Tensor:
-        one: Tensor = self.last(self.steps(maps))
-        return one
+        saliency: Tensor = self.last(self.steps(maps))
+        return saliency
 
 
 def saliency_model(model: Any) -> SaliencyModel:
-    """The model itself, or the one in a student. Raises TypeError for any other kind."""
-    inside = getattr(model, "backbone", model)
-    if not isinstance(inside, SaliencyModel):
-        raise TypeError(f"{type(inside).__name__} makes no saliency map")
-    return inside
+    """Saliency model: the model itself, or a student's backbone. Raises TypeError for any other kind."""
+    backbone = getattr(model, "backbone", model)
+    if not isinstance(backbone, SaliencyModel):
+        raise TypeError(f"{type(backbone).__name__} makes no saliency map")
+    return backbone
 
 
 def saliency_distance(student_BHW: Tensor, teacher_BHW: Tensor) -> Tensor:
-    """Mean over pixels of the KL, in nats, of the student's probability that a pixel matters from the teacher's, ()."""
-    wanted_BHW = teacher_BHW.sigmoid()
-    cross = F.binary_cross_entropy_with_logits(student_BHW, wanted_BHW)
-    return cross - F.binary_cross_entropy_with_logits(teacher_BHW, wanted_BHW)
+    """Mean over pixels of the KL from the teacher's probability of saliency to the student's, in nats, ()."""
+    target_BHW = teacher_BHW.sigmoid()
+    cross = F.binary_cross_entropy_with_logits(student_BHW, target_BHW)
+    return cross - F.binary_cross_entropy_with_logits(teacher_BHW, target_BHW)
 
 
 def register() -> None:
-    """Makes transformers' auto classes know this model; `import subquad` sees to it."""
+    """Registers this model with transformers' auto classes; called by registration.py."""
     AutoConfig.register(SaliencyConfig.model_type, SaliencyConfig, exist_ok=True)
     AutoModel.register(SaliencyConfig, SaliencyModel, exist_ok=True)

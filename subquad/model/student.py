@@ -1,8 +1,8 @@
-"""The student: a teacher whose attention is replaced by a plan's mixers, as a transformers model.
+"""Student: a causal language model whose attention is replaced by a plan's mixers, as a transformers model.
 
-`Student.from_teacher` makes one that shares every tensor with its teacher; it generates with a cache that holds what
-the plan says, saves as safetensors (the teacher's state dict plus `...<attention module>.mixer.*`) and loads through
-the auto classes.
+`Student.from_teacher` creates one that shares every tensor with its teacher. It generates with a cache of the plan's
+states, saves as safetensors (the teacher's state dict plus `...<attention module>.mixer.*`) and loads through the auto
+classes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from subquad.plan import AttentionShape, Plan
 
 
 class StudentConfig(BaseStudentConfig):
-    """The teacher's configuration, the plan, and where the attention modules are."""
+    """Teacher's configuration, plan, and paths of the attention modules."""
 
     model_type = "subquad"
     sub_configs_defaults = {"text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama")}
@@ -35,11 +35,11 @@ class StudentConfig(BaseStudentConfig):
 
 
 class Student(BaseStudent, GenerationMixin):
-    """A causal language model with the plan's mixers in place of attention. Make one with `from_teacher`."""
+    """Causal language model with the plan's mixers in place of attention. Create one with `from_teacher`."""
 
     config_class = StudentConfig
     main_input_name = "input_ids"
-    inner = "text_config"
+    backbone_field = "text_config"
     _is_stateful = True  # a recurrent state cannot be rolled back, as assisted decoding would need
 
     @classmethod
@@ -68,17 +68,15 @@ class Student(BaseStudent, GenerationMixin):
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
     ) -> Student:
-        """A student whose model has this configuration and random weights: smaller than a teacher, or another family.
+        """Student whose model has this configuration and random weights: smaller than a teacher, or another family.
 
-        `plan_of`: its plan, given the shapes of its layers, as in `lambda shapes: Plan.by_layer(shapes, [], "gla")`.
-        Raises UserError as `from_teacher` does.
+        `plan_of`: function from the shapes of the model's layers to the student's plan, as in
+        `lambda shapes: Plan.by_layer(shapes, [], "gla")`. Raises UserError as `from_teacher` does.
         """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
             return cls.from_teacher(model, plan_of(shapes_of(model)))
-
-    # ------------------------------------------------------------------ running
 
     def forward(
         self,
@@ -93,9 +91,9 @@ class Student(BaseStudent, GenerationMixin):
         cache: StudentCache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Like any causal language model of transformers; `attention_mask` is (B, past + new), 0 at pads.
+        """Output of a causal language model of transformers; `attention_mask` is (B, past + new), 0 at pads.
 
-        `cache` is the name that `past_key_values` has since transformers 5.24; either is taken, whatever the release.
+        `cache` is the name of `past_key_values` since transformers 5.24; both names are accepted in every release.
 
         Raises ValueError for a cache that is not a `StudentCache` (see `new_cache`).
         """
@@ -112,7 +110,7 @@ class Student(BaseStudent, GenerationMixin):
             labels=labels,
             use_cache=use_cache,
             logits_to_keep=logits_to_keep,
-            forward_context=self._pass(attention_mask, cache),
+            forward_context=self._forward_context(attention_mask, cache),
             **{CACHE: cache},
             **kwargs,
         )
@@ -120,15 +118,15 @@ class Student(BaseStudent, GenerationMixin):
     def final_hidden(
         self, inputs: Tensor, attention_mask: Tensor | None = None, forward_context: ForwardContext | None = None
     ) -> Tensor:
-        """The states that the output head reads, (B, T, M), without the head's own cost."""
+        """Hidden states that the output head reads, (B, T, M), without computing the head."""
         return self.backbone.base_model(
             input_ids=inputs,
             attention_mask=attention_mask,
             use_cache=False,
-            forward_context=forward_context or self._pass(attention_mask, None),
+            forward_context=forward_context or self._forward_context(attention_mask, None),
         ).last_hidden_state
 
-    def _pass(self, attention_mask: Tensor | None, cache: StudentCache | None) -> ForwardContext:
+    def _forward_context(self, attention_mask: Tensor | None, cache: StudentCache | None) -> ForwardContext:
         if cache is not None and not isinstance(cache, StudentCache):
             raise ValueError(f"a student needs its own cache (student.new_cache()), not a {type(cache).__name__}")
         if attention_mask is None or bool(attention_mask.all()):
@@ -138,18 +136,16 @@ class Student(BaseStudent, GenerationMixin):
         return ForwardContext(attention_mask.bool(), cache)
 
     def new_cache(self) -> StudentCache:
-        """An empty cache for this student's plan."""
+        """Empty cache for this student's plan."""
         return StudentCache(self.plan)
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
         return False  # `generate` leaves the cache to `forward`
 
-    # ------------------------------------------------------------------ for training
-
     @torch.no_grad()
     def untie(self) -> None:
-        """Gives the output head weights of its own; does nothing where it has them."""
+        """Gives the output head its own weights, if it is tied to the input embedding."""
         if tied(self):
             head: Any = self.get_output_embeddings()
             head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
@@ -157,7 +153,7 @@ class Student(BaseStudent, GenerationMixin):
 
     @torch.no_grad()
     def retie(self) -> None:
-        """Makes input embedding and output head one again: their mean."""
+        """Ties output head and input embedding again, with the mean of their weights."""
         embedding: Any = self.get_input_embeddings()
         head: Any = self.get_output_embeddings()
         embedding.weight.data = (embedding.weight + head.weight) / 2
@@ -176,12 +172,12 @@ class Student(BaseStudent, GenerationMixin):
 
 
 def tied(model: PreTrainedModel) -> bool:
-    """Whether the output head of a causal language model is its input embedding."""
+    """Whether the output head of a causal language model is tied to its input embedding."""
     head = model.get_output_embeddings()
     return head is not None and head.weight is model.get_input_embeddings().weight
 
 
 def register() -> None:
-    """Makes transformers' auto classes know students; `import subquad` sees to it."""
+    """Registers students with transformers' auto classes; called by registration.py."""
     AutoConfig.register(StudentConfig.model_type, StudentConfig, exist_ok=True)
     AutoModelForCausalLM.register(StudentConfig, Student, exist_ok=True)

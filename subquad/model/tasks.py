@@ -1,4 +1,4 @@
-"""What models are for, by the names that the Hub gives tasks: how they load, and which students they become."""
+"""Tasks of models, by the Hub's names: their auto classes, the classes of their students, and words for messages."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ TEXT = "text-generation"
 
 @dataclass(frozen=True)
 class Task:
-    """A task: the auto class of its models, their classes by model type, their students, and words for people."""
+    """Task: auto class of its models, classes by model type, class of its students, and words for messages."""
 
     name: str
     auto: Any
@@ -32,23 +32,24 @@ class Task:
 
     @property
     def student_type(self) -> str:
-        """The model type of a student's configuration."""
+        """Model type of a student's configuration."""
         config: Any = self.student.config_class
         return str(config.model_type)
 
     @property
     def of_images(self) -> bool:
+        """Whether models of this task read images; the models of any other task read text."""
         return issubclass(self.student, ImageStudent)
 
     @property
     def answers(self) -> str:
-        """What a model of this task chooses among, in words."""
+        """Name of the set of a model's possible outputs."""
         return "set of classes" if self.of_images else "vocabulary"
 
     def classes(self, model_type: str) -> list[str]:
-        """Names of the classes that a type of model has for this task; none where it cannot do it."""
-        known = self.families.get(model_type, [])
-        return [known] if isinstance(known, str) else [*known]
+        """Names of the classes of a model type for this task; empty if there are none."""
+        names = self.families.get(model_type, [])
+        return [names] if isinstance(names, str) else [*names]
 
 
 TASKS = {

@@ -1,4 +1,4 @@
-"""The whole path: from a teacher to a folder that transformers loads, by the same code as `make convert`."""
+"""Whole conversions: from a teacher to a folder that transformers loads, by the same code as `make convert`."""
 
 import io
 import json
@@ -72,9 +72,9 @@ def test_the_folder_loads_with_transformers(finished):
     """In a new process: after `import subquad`, and without it by trust_remote_code."""
     out, student = finished
     tokens = torch.tensor([[5, 6, 7, 8]])
-    wanted = student(tokens, use_cache=False).logits
-    loaded = Student.from_pretrained(out)
-    assert torch.equal(loaded(tokens, use_cache=False).logits, wanted)
+    expected_logits = student(tokens, use_cache=False).logits
+    loaded_student = Student.from_pretrained(out)
+    assert torch.equal(loaded_student(tokens, use_cache=False).logits, expected_logits)
     for line, argument in (("import subquad", ""), ("", ", trust_remote_code=True")):
         program = (
             f"{line}\nimport torch\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n"
@@ -82,32 +82,33 @@ def test_the_folder_loads_with_transformers(finished):
             f"AutoTokenizer.from_pretrained({str(out)!r}{argument})\n"
             "print(type(model).__name__, model(torch.tensor([[5, 6, 7, 8]]), use_cache=False).logits.sum().item())\n"
         )
-        ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
-        assert ran.returncode == 0, ran.stderr
-        name, total = ran.stdout.split()
-        assert name == "Student" and float(total) == pytest.approx(wanted.sum().item(), rel=1e-5)
+        process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+        assert process.returncode == 0, process.stderr
+        name, total = process.stdout.split()
+        assert name == "Student" and float(total) == pytest.approx(expected_logits.sum().item(), rel=1e-5)
 
 
 def test_the_teacher_is_left_as_it_was(finished, teacher_folder, text, tmp_path):
     """Training all weights trains the student's own copies."""
     recipe = Recipe(**RECIPE).model_copy(deep=True)
     recipe.stages[1].trainable = "all"
-    source = load_pretrained(teacher_folder)
-    before = {name: parameter.clone() for name, parameter in source.model.named_parameters()}
-    plan = Plan.by_layer(shapes_of(source.model), [1], "hedgehog", RECIPE["mixer"]["options"])
-    student = Student.from_teacher(source.model, plan)
+    teacher = load_pretrained(teacher_folder)
+    teacher_weights = {name: parameter.clone() for name, parameter in teacher.model.named_parameters()}
+    plan = Plan.by_layer(shapes_of(teacher.model), [1], "hedgehog", RECIPE["mixer"]["options"])
+    student = Student.from_teacher(teacher.model, plan)
     run = start_run(recipe, tmp_path / "run", resume=False, overwrite=False)
-    corpus = load_corpus(text, source.tokenizer)
-    train_stages(Conversion(recipe, run, source, source.model, corpus), student, scope="plan")
-    trained = dict(student.backbone.named_parameters())
-    assert all(torch.equal(parameter, before[name]) for name, parameter in source.model.named_parameters())
-    assert not torch.equal(trained["model.layers.0.mlp.up_proj.weight"], before["model.layers.0.mlp.up_proj.weight"])
+    corpus = load_corpus(text, teacher.tokenizer)
+    train_stages(Conversion(recipe, run, teacher, teacher.model, corpus), student, scope="plan")
+    student_parameters = dict(student.backbone.named_parameters())
+    assert all(torch.equal(parameter, teacher_weights[name]) for name, parameter in teacher.model.named_parameters())
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert not torch.equal(student_parameters[name], teacher_weights[name])
 
 
 def test_an_interrupted_run_ends_the_same(finished, teacher_folder, text, tmp_path, monkeypatch):
     """Stopped after selection and resumed: the same weights, bit for bit, with nothing done twice."""
     out, student = finished
-    again = tmp_path / "again"
+    resumed_out = tmp_path / "again"
 
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
@@ -115,12 +116,12 @@ def test_an_interrupted_run_ends_the_same(finished, teacher_folder, text, tmp_pa
     with monkeypatch.context() as patch:
         patch.setattr(convert, "_measure", stop)
         with pytest.raises(KeyboardInterrupt):
-            convert.convert(teacher_folder, Recipe(**RECIPE), again, data=text)
+            convert.convert(teacher_folder, Recipe(**RECIPE), resumed_out, data=text)
     with monkeypatch.context() as patch:
         patch.setattr(select.SELECTORS["kl"], "choose", stop)
-        resumed = convert.convert(teacher_folder, Recipe(**RECIPE), again, data=text, resume=True)
-    mine, theirs = dict(student.mixer_parameters()), dict(resumed.mixer_parameters())
-    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+        resumed_student = convert.convert(teacher_folder, Recipe(**RECIPE), resumed_out, data=text, resume=True)
+    parameters, resumed_parameters = dict(student.mixer_parameters()), dict(resumed_student.mixer_parameters())
+    assert all(torch.equal(parameters[name], resumed_parameters[name]) for name in parameters)
 
 
 PROGRAM = """
@@ -142,11 +143,11 @@ def test_ctrl_c_says_how_to_go_on_and_that_does(teacher_folder, text, tmp_path):
         assert job.poll() is None and time.monotonic() < deadline, job.communicate()
         time.sleep(0.01)
     job.send_signal(signal.SIGINT)
-    said = job.communicate(timeout=60)[1]
-    assert job.returncode == 130 and "Traceback" not in said
-    assert said.endswith(f"go on from the last checkpoint with:\n  {shlex.join(['subquad', *command, '--resume'])}\n")
-    done = len((out / "log.jsonl").read_text().splitlines())
-    assert (out / "checkpoints" / f"stage-0-step-{done:06d}").is_dir() and not list(out.rglob("*.tmp"))
+    stderr = job.communicate(timeout=60)[1]
+    assert job.returncode == 130 and "Traceback" not in stderr
+    assert stderr.endswith(f"go on from the last checkpoint with:\n  {shlex.join(['subquad', *command, '--resume'])}\n")
+    steps_done = len((out / "log.jsonl").read_text().splitlines())
+    assert (out / "checkpoints" / f"stage-0-step-{steps_done:06d}").is_dir() and not list(out.rglob("*.tmp"))
     convert.convert(teacher_folder, load_recipe(tmp_path / "tiny.yaml"), out, data=text, resume=True)
     steps = [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()]
     assert steps[:300] == list(range(1, 301))
@@ -164,24 +165,25 @@ def test_the_command_in_two_processes_gives_the_same_losses(finished, teacher_fo
     (tmp_path / "tiny.yaml").write_text(Recipe(**RECIPE).to_yaml(), encoding="utf-8")
     launch = "accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no"
     command = f"convert {teacher_folder} --recipe {tmp_path}/tiny.yaml --data {text[0]} --out {tmp_path}/two"
-    ran = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-m", *f"{launch} --dynamo_backend no --main_process_port 0 -m subquad {command}".split()],
         capture_output=True,
         text=True,
         timeout=300,
     )
-    assert ran.returncode == 0, ran.stderr
+    assert process.returncode == 0, process.stderr
     out, student = finished
-    one, two = (
+    one_process, two_processes = (
         [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
         for folder in (out, tmp_path / "two")
     )
-    assert [(line["name"], line["step"]) for line in two] == [(line["name"], line["step"]) for line in one]
-    assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in one], rel=1e-4)
+    steps, expected_steps = ([(line["name"], line["step"]) for line in log] for log in (two_processes, one_process))
+    assert steps == expected_steps
+    assert [line["loss"] for line in two_processes] == pytest.approx([line["loss"] for line in one_process], rel=1e-4)
     assert json.loads((tmp_path / "two" / "metrics.json").read_text())["machine"]["processes"] == 2
     assert Student.from_pretrained(tmp_path / "two").plan == student.plan
-    one, two = (json.loads((folder / "scores.json").read_text()) for folder in (out, tmp_path / "two"))
-    assert two["scores"] == pytest.approx(one["scores"], rel=1e-4), "a row of text went to each"
+    expected_scores, scores = (json.loads((folder / "scores.json").read_text()) for folder in (out, tmp_path / "two"))
+    assert scores["scores"] == pytest.approx(expected_scores["scores"], rel=1e-4), "a row of text went to each"
 
 
 def test_a_given_plan_is_used(teacher_folder, text, tmp_path):
@@ -208,34 +210,36 @@ def retraining(budget="1", unit=None):
 
 
 def test_an_interrupted_selection_goes_on(teacher_folder, text, tmp_path, monkeypatch, capsys):
-    """What was measured is not measured again, and the scores are those of a selection in one go."""
+    """Measured pieces are not measured again, and the scores equal those of an uninterrupted selection."""
     select.select(teacher_folder, retraining(), tmp_path / "whole" / "plan.yaml", data=text)
-    trained, run_stage = [], train.run_stage
+    folders, run_stage = [], train.run_stage
 
-    def counted(stage, inputs, **how):
+    def count_and_run(stage, inputs, **options):
         if stage.name == "logits":
-            trained.append(how["out"].name)
-            if len(trained) == 3:
+            folders.append(options["out"].name)
+            if len(folders) == 3:
                 raise KeyboardInterrupt
-        return run_stage(stage, inputs, **how)
+        return run_stage(stage, inputs, **options)
 
-    monkeypatch.setattr(train, "run_stage", counted)
+    monkeypatch.setattr(train, "run_stage", count_and_run)
     with pytest.raises(KeyboardInterrupt):
         select.select(teacher_folder, retraining(), tmp_path / "plan.yaml", data=text)
     plan = select.select(teacher_folder, retraining(), tmp_path / "plan.yaml", data=text, resume=True)
-    assert trained == [f"candidate-{index}-0" for index in (0, 1, 2, 2, 3)]
-    found, wanted = (json.loads((folder / "scores.json").read_text()) for folder in (tmp_path, tmp_path / "whole"))
-    assert found["scores"] == wanted["scores"] and found["chosen"] == wanted["chosen"]
-    assert found["bill"] == {"forward_tokens": 2 * 4 * 64, "training_tokens": 4 * 128}
-    assert found["front"][0]["value"] == 0.0 and found["front"][-1]["value"] == 1.0
-    assert plan.attention_layers == found["chosen"] and not (tmp_path / "plan.work").exists()
+    assert folders == [f"candidate-{index}-0" for index in (0, 1, 2, 2, 3)]
+    resumed_scores, whole_scores = (
+        json.loads((folder / "scores.json").read_text()) for folder in (tmp_path, tmp_path / "whole")
+    )
+    assert resumed_scores["scores"] == whole_scores["scores"] and resumed_scores["chosen"] == whole_scores["chosen"]
+    assert resumed_scores["bill"] == {"forward_tokens": 2 * 4 * 64, "training_tokens": 4 * 128}
+    assert resumed_scores["front"][0]["value"] == 0.0 and resumed_scores["front"][-1]["value"] == 1.0
+    assert plan.attention_layers == resumed_scores["chosen"] and not (tmp_path / "plan.work").exists()
 
 
 def test_a_dry_run_says_the_bill_and_leaves_nothing(teacher_folder, text, tmp_path, capsys):
     assert select.select(teacher_folder, retraining(), tmp_path / "plan.yaml", data=text, dry_run=True) is None
-    said = capsys.readouterr().out
-    assert "align: 512 tokens of training" in said
-    assert "kl, 3 units: 512 tokens forward and 512 tokens of training, about" in said
+    output = capsys.readouterr().out
+    assert "align: 512 tokens of training" in output
+    assert "kl, 3 units: 512 tokens forward and 512 tokens of training, about" in output
     assert [*tmp_path.iterdir()] == []
 
 
@@ -270,10 +274,10 @@ def test_every_selector_gives_a_plan(by, unit, budget, options, teacher_folder, 
     assert sorted(head for index in scores["chosen"] for head in units[index]) == sorted(plan.attention_heads)
     assert scores["spent"].keys() == scores["bill"].keys() and scores["unit"] in ("layer", "head", "group")
     if by not in ("uniform", "fixed"):
-        again = select.select(
+        plan_again = select.select(
             teacher_folder, recipe, tmp_path / "again.yaml", data=text, scores=tmp_path / "scores.json"
         )
-        assert again == plan, "another budget asks for no measuring, and the same gives the same"
+        assert plan_again == plan, "another budget asks for no measuring, and the same gives the same"
     if budget.endswith("KiB@64"):
         assert plan.cache_bytes(64) <= 1024 * int(budget[:2])
     if budget.endswith("x@64"):
@@ -288,32 +292,33 @@ def test_a_choice_of_mixers_for_every_layer(teacher_folder, text, tmp_path):
     student = convert.convert(
         teacher_folder, Recipe(**{**RECIPE, "mixer": mixer, "selector": selector}), tmp_path / "run", data=text
     )
-    used = {name for layer in student.plan.layers for name in layer}
-    assert used & {"sliding_window", "linear"} and student.plan.cache_bytes(64) <= 6000
+    mixers = {name for layer in student.plan.layers for name in layer}
+    assert mixers & {"sliding_window", "linear"} and student.plan.cache_bytes(64) <= 6000
     assert [*json.loads((tmp_path / "run" / "scores.json").read_text())["alternatives"]] == [
         "sliding_window",
         "linear",
     ]
     assert (tmp_path / "run" / "alternatives" / "linear" / "log.jsonl").is_file()
-    loaded = Student.from_pretrained(tmp_path / "run")
-    assert loaded.plan == student.plan
+    loaded_student = Student.from_pretrained(tmp_path / "run")
+    assert loaded_student.plan == student.plan
 
 
 def test_eval_and_generate(finished, teacher_folder, text, tmp_path):
     out, _ = finished
     metrics = evaluate.evaluate_model(out, json_path=tmp_path / "numbers.json")
-    told = json.loads((out / "metrics.json").read_text())
-    assert metrics["student"]["kl"] == pytest.approx(told["student"]["kl"], rel=1e-4)
-    assert metrics["samples"] == told["samples"] and metrics["samples"][0].keys() == {"prompt", "teacher", "student"}
+    run_metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["student"]["kl"] == pytest.approx(run_metrics["student"]["kl"], rel=1e-4)
+    assert metrics["samples"] == run_metrics["samples"]
+    assert metrics["samples"][0].keys() == {"prompt", "teacher", "student"}
     assert json.loads((tmp_path / "numbers.json").read_text()) == metrics
     console = Console(file=io.StringIO(), width=200)
-    fewer = evaluate.evaluate_model(out, changes=SMALL, console=console)
-    assert fewer["student"]["kl"].keys() == {"8"}
+    small_metrics = evaluate.evaluate_model(out, changes=SMALL, console=console)
+    assert small_metrics["student"]["kl"].keys() == {"8"}
     assert f"measure: token {2 * 8 + 2 * 2 * 32}/{2 * 8 + 2 * 2 * 32}" in console.file.getvalue()
-    itself = evaluate.evaluate_model(teacher_folder, teacher=teacher_folder, data=text, changes=SMALL)["student"]
-    assert itself["kl"] == {"8": 0.0} and itself["plan_pattern"] == "AAA", "any model, as the student"
-    first = generate(out, "w1 w2 w3", max_new_tokens=5)
-    assert first == generate(out, "w1 w2 w3", max_new_tokens=5) and first
+    teacher_row = evaluate.evaluate_model(teacher_folder, teacher=teacher_folder, data=text, changes=SMALL)["student"]
+    assert teacher_row["kl"] == {"8": 0.0} and teacher_row["plan_pattern"] == "AAA", "any model, as the student"
+    continuation = generate(out, "w1 w2 w3", max_new_tokens=5)
+    assert continuation == generate(out, "w1 w2 w3", max_new_tokens=5) and continuation
     with pytest.raises(UserError, match="no chat template"):
         generate(out, "w1", chat=True)
 
@@ -337,12 +342,12 @@ def test_a_student_is_no_teacher(finished, tmp_path):
 
 
 def test_a_damaged_student_is_refused(finished, tmp_path):
-    broken = tmp_path / "broken"
-    shutil.copytree(finished[0], broken)
-    whole = (broken / "model.safetensors").read_bytes()
-    (broken / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    broken_folder = tmp_path / "broken"
+    shutil.copytree(finished[0], broken_folder)
+    weights = (broken_folder / "model.safetensors").read_bytes()
+    (broken_folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
     with pytest.raises(UserError, match="damaged or cut short"):
-        generate(broken, "w1")
+        generate(broken_folder, "w1")
 
 
 def test_what_only_the_parts_know_is_checked_before_anything_is_loaded(tmp_path):
@@ -357,16 +362,16 @@ def test_what_only_the_parts_know_is_checked_before_anything_is_loaded(tmp_path)
     assert not (tmp_path / "run").exists()
 
 
-def test_the_window_rival_takes_the_same_bytes():
+def test_the_window_baseline_takes_the_same_bytes():
     shape = AttentionShape(heads=9, kv_heads=3, head_dim=64, hidden_size=576)
     for mixer in ("hedgehog", "gla", "mamba2"):
         plan = Plan.by_layer([shape] * 6, [1, 4], mixer)
         for dtype in ("float32", "bfloat16"):
-            rival = convert.window_plan(plan, dtype)
-            mine, theirs = (cache_table(p, [2048], dtype)[2048] for p in (plan, rival))
-            one_token = 4 * 2 * 3 * 64 * (4 if dtype == "float32" else 2)
-            assert rival.attention_layers == [1, 4]
-            assert theirs <= mine < theirs + one_token
+            baseline = convert.window_plan(plan, dtype)
+            plan_bytes, baseline_bytes = (cache_table(p, [2048], dtype)[2048] for p in (plan, baseline))
+            token_bytes = 4 * 2 * 3 * 64 * (4 if dtype == "float32" else 2)
+            assert baseline.attention_layers == [1, 4]
+            assert baseline_bytes <= plan_bytes < baseline_bytes + token_bytes
 
 
 def test_the_real_teacher_cut_to_its_first_layers(tmp_path):
@@ -399,7 +404,7 @@ def test_the_real_teacher_cut_to_its_first_layers(tmp_path):
 
 @pytest.mark.parametrize("join", ["split", "parallel"])
 def test_heads_that_retrieve_are_kept(teacher_folder, text, tmp_path, monkeypatch, capsys, join):
-    """The whole path for units that are heads: scores, plan, training, rivals, report."""
+    """Whole conversion with heads as units: scores, plan, training, baselines, report."""
     monkeypatch.setitem(FLOORS, "logprob", -1e9)  # a random teacher answers nothing
     options = {"tasks": ["copy"], "context": 32, "rows": 4}
     changes = {
@@ -414,17 +419,17 @@ def test_heads_that_retrieve_are_kept(teacher_folder, text, tmp_path, monkeypatc
     assert len(student.plan.attention_heads) == 3 and student.plan.join == join
     scores = json.loads((tmp_path / "run/scores.json").read_text())
     assert scores["unit"] == "head" and scores["measure"] == "logprob" and len(scores["chosen"]) == 3
-    flat = [score for row in scores["scores"] for score in row]
-    assert sorted(scores["chosen"], key=lambda index: -flat[index]) == scores["order"][:3]
+    flat_scores = [score for row in scores["scores"] for score in row]
+    assert sorted(scores["chosen"], key=lambda index: -flat_scores[index]) == scores["order"][:3]
     metrics = json.loads((tmp_path / "run/metrics.json").read_text())
     assert {"student", "untrained", "window", "uniform"} <= metrics.keys()
     context = "1024"
     assert metrics["uniform"]["cache_bytes"][context] <= metrics["student"]["cache_bytes"][context]
     assert metrics["window"]["cache_bytes"][context] <= metrics["student"]["cache_bytes"][context]
-    said = capsys.readouterr().out
-    assert "silencing 18 heads on 1 x 4 rows of 32 tokens" in " ".join(said.split())
+    output = capsys.readouterr().out
+    assert "silencing 18 heads on 1 x 4 rows of 32 tokens" in " ".join(output.split())
     page = (tmp_path / "run/report.html").read_text()
     assert "Why these heads" in page and "an aggregate head" in page
-    loaded = Student.from_pretrained(tmp_path / "run")
+    loaded_student = Student.from_pretrained(tmp_path / "run")
     tokens = torch.tensor([[5, 6, 7, 8]])
-    assert torch.equal(loaded(tokens, use_cache=False).logits, student(tokens, use_cache=False).logits)
+    assert torch.equal(loaded_student(tokens, use_cache=False).logits, student(tokens, use_cache=False).logits)

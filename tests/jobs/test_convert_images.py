@@ -1,4 +1,4 @@
-"""From a model of images to a folder that transformers loads, by the same command as for text."""
+"""Conversions of image models: to a folder that transformers loads, by the same command as for text."""
 
 import json
 import subprocess
@@ -14,6 +14,7 @@ from subquad.data.batch import ImageBatch
 from subquad.errors import UserError
 from subquad.evaluate import image_fidelity
 from subquad.jobs import convert, evaluate
+from subquad.jobs.cache_teacher import cache_teacher
 from subquad.jobs.conversion import checked_recipe
 from subquad.jobs.train_vit import train_vit
 from subquad.model.base import plan_of
@@ -51,9 +52,9 @@ def encoder_folder(tmp_path_factory):
 def converted(classifier_folder, pictures, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "vit"
     changes = [argument for change in QUICK for argument in ("--set", change)]
-    what = ["convert", classifier_folder, "--task", "image-classification", "--data", pictures, "--out", str(out)]
-    ran = CliRunner().invoke(app, [*what, *changes, "--budget", "1"])
-    assert ran.exit_code == 0, ran.output
+    arguments = ["convert", classifier_folder, "--task", "image-classification", "--data", pictures, "--out", str(out)]
+    result = CliRunner().invoke(app, [*arguments, *changes, "--budget", "1"])
+    assert result.exit_code == 0, result.output
     return out
 
 
@@ -83,25 +84,25 @@ def test_the_folder_loads_with_transformers(converted, pictures):
         "print(type(model).__name__, processor.size['height'], *model(pixels).logits.shape,\n"
         "      *model(torch.randn(1, 3, 64, 48)).logits.shape, model(pixels).logits.sum().item())\n"
     )
-    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
-    assert ran.returncode == 0, ran.stderr
-    name, *numbers, total = ran.stdout.split()
+    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert process.returncode == 0, process.stderr
+    name, *numbers, total = process.stdout.split()
     assert name == "ImageStudent" and numbers == ["32", "2", "4", "1", "4"]
     torch.manual_seed(0)
     with torch.no_grad():
-        wanted = ImageStudent.from_pretrained(converted)(torch.randn(2, 3, 32, 32)).logits.sum().item()
-    assert float(total) == pytest.approx(wanted, rel=1e-4)
+        expected = ImageStudent.from_pretrained(converted)(torch.randn(2, 3, 32, 32)).logits.sum().item()
+    assert float(total) == pytest.approx(expected, rel=1e-4)
 
 
 def test_it_is_measured_again(converted, capsys):
-    before = json.loads((converted / "metrics.json").read_text())
-    again = evaluate.evaluate_model(converted, json_path=converted / "eval.json")
-    for measure, value in before["student"]["images"].items():
-        assert again["student"]["images"][measure] == pytest.approx(value, rel=1e-4, abs=1e-6)  # float32
+    run_metrics = json.loads((converted / "metrics.json").read_text())
+    metrics = evaluate.evaluate_model(converted, json_path=converted / "eval.json")
+    for measure, value in run_metrics["student"]["images"].items():
+        assert metrics["student"]["images"][measure] == pytest.approx(value, rel=1e-4, abs=1e-6)  # float32
     write_report(converted)
     assert read_run(converted).evaluation.student.images.count == 20
-    ran = CliRunner().invoke(app, ["eval", str(converted)])
-    assert ran.exit_code == 0 and "20 held-out images" in ran.output and "Held-out text" not in ran.output
+    result = CliRunner().invoke(app, ["eval", str(converted)])
+    assert result.exit_code == 0 and "20 held-out images" in result.output and "Held-out text" not in result.output
 
 
 @pytest.mark.parametrize("name", [name for name in recipe_names() if load_recipe(name).task != "text-generation"])
@@ -119,38 +120,38 @@ def test_an_encoder_becomes_a_student_by_its_features(encoder_folder, pictures, 
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["student"]["images"]["distance"] < metrics["untrained"]["images"]["distance"]
     assert "kl" not in metrics["student"]["images"] and not student.config.classifies
-    loaded = load_pretrained(str(tmp_path / "run"), task="image-feature-extraction")
+    checkpoint = load_pretrained(str(tmp_path / "run"), task="image-feature-extraction")
     pixels = torch.randn(1, 3, 32, 32)
     with torch.no_grad():
-        assert torch.equal(loaded.model(pixels).last_hidden_state, student(pixels).last_hidden_state)
-    assert AutoImageProcessor.from_pretrained(tmp_path / "run").size == loaded.reader.size
+        assert torch.equal(checkpoint.model(pixels).last_hidden_state, student(pixels).last_hidden_state)
+    assert AutoImageProcessor.from_pretrained(tmp_path / "run").size == checkpoint.reader.size
 
 
 def test_an_interrupted_run_goes_on(classifier_folder, pictures, tmp_path, monkeypatch):
     recipe = load_recipe("cab-vision-quick", QUICK)
-    whole = convert.convert(classifier_folder, recipe, tmp_path / "whole", data=[pictures])
+    whole_student = convert.convert(classifier_folder, recipe, tmp_path / "whole", data=[pictures])
     stages = convert.train_stages
 
-    def cut(*args, scope, **how):
+    def interrupt(*args, scope, **options):
         if scope == "plan":
-            stages(*args, scope=scope, **how)
+            stages(*args, scope=scope, **options)
             raise KeyboardInterrupt
-        return stages(*args, scope=scope, **how)
+        return stages(*args, scope=scope, **options)
 
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(convert, "train_stages", cut)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(convert, "train_stages", interrupt)
         convert.convert(classifier_folder, recipe, tmp_path / "cut", data=[pictures])
-    again = convert.convert(classifier_folder, recipe, tmp_path / "cut", data=[pictures], resume=True)
-    for one, other in zip(whole.parameters(), again.parameters(), strict=True):
-        assert torch.equal(one, other)
+    resumed_student = convert.convert(classifier_folder, recipe, tmp_path / "cut", data=[pictures], resume=True)
+    for parameter, resumed_parameter in zip(whole_student.parameters(), resumed_student.parameters(), strict=True):
+        assert torch.equal(parameter, resumed_parameter)
 
 
 def test_a_dry_run_writes_nothing(classifier_folder, pictures, tmp_path):
     changes = [argument for change in QUICK for argument in ("--set", change)]
-    what = ["convert", classifier_folder, "--task", "image-classification", "--data", pictures, "--dry-run"]
-    ran = CliRunner().invoke(app, [*what, *changes, "--out", str(tmp_path / "run")])
-    assert ran.exit_code == 0, ran.output
-    assert "36 images of 17 tokens" in ran.output and "nothing was written" in ran.output
+    arguments = ["convert", classifier_folder, "--task", "image-classification", "--data", pictures, "--dry-run"]
+    result = CliRunner().invoke(app, [*arguments, *changes, "--out", str(tmp_path / "run")])
+    assert result.exit_code == 0, result.output
+    assert "36 images of 17 tokens" in result.output and "nothing was written" in result.output
     assert not (tmp_path / "run").exists()
 
 
@@ -181,9 +182,9 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("wrong", REFUSED)
-def test_what_cannot_be_is_refused(wrong, classifier_folder, pictures, tmp_path):
-    data, changes, message = REFUSED[wrong]
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_is_refused(case, classifier_folder, pictures, tmp_path):
+    data, changes, message = REFUSED[case]
     recipe = load_recipe("cab-vision-quick", [*QUICK, *changes])
     with pytest.raises(UserError, match=message):
         convert.convert(classifier_folder, recipe, tmp_path / "run", data=data and [pictures])
@@ -202,7 +203,7 @@ def test_teachers_of_images_are_checked(classifier_folder, encoder_folder, tmp_p
 
 def test_too_many_classes(pictures, tmp_path):
     folder = saved(tmp_path / "two", encoder("vit", AutoModelForImageClassification, num_labels=2))
-    with pytest.raises(UserError, match="has 4 classes, and two knows 2"):
+    with pytest.raises(UserError, match="has 4 classes, and two has 2"):
         convert.convert(folder, load_recipe("cab-vision-quick", QUICK), tmp_path / "run", data=[pictures])
 
 
@@ -213,18 +214,19 @@ def test_likeness_is_what_it_says(pictures, classifier_folder):
     plan = Plan.by_layer(shapes, [0], "gla", {"bidirectional": True})
     student = ImageStudent.from_teacher(teacher, plan)
     pixels, labels = torch.randn(5, 3, 32, 32), torch.tensor([0, 1, 2, -100, 3])
-    found = image_fidelity(
+    fidelity = image_fidelity(
         {"student": student}, teacher, [ImageBatch(pixels[:3], labels[:3]), ImageBatch(pixels[3:], labels[3:])]
     )["student"]
     with torch.no_grad():
-        mine, theirs = student(pixels).logits.log_softmax(-1), teacher(pixels).logits.log_softmax(-1)
-    kl = (theirs.exp() * (theirs - mine)).sum(-1)
-    right = (mine.argmax(-1) == labels)[labels >= 0].float()
-    assert found["kl"] == pytest.approx(kl.mean().item(), rel=1e-4)
-    assert found["samples"] == pytest.approx(kl.tolist(), rel=1e-3, abs=1e-6)
-    assert found["kl_stderr"] == pytest.approx(kl.std().item() / 5**0.5, rel=1e-3)
-    assert found["accuracy"] == pytest.approx(right.mean().item()) and found["count"] == 5
-    assert found["agreement"] == pytest.approx((mine.argmax(-1) == theirs.argmax(-1)).float().mean().item())
+        student_logprobs, teacher_logprobs = (model(pixels).logits.log_softmax(-1) for model in (student, teacher))
+    kl = (teacher_logprobs.exp() * (teacher_logprobs - student_logprobs)).sum(-1)
+    is_correct = (student_logprobs.argmax(-1) == labels)[labels >= 0].float()
+    assert fidelity["kl"] == pytest.approx(kl.mean().item(), rel=1e-4)
+    assert fidelity["samples"] == pytest.approx(kl.tolist(), rel=1e-3, abs=1e-6)
+    assert fidelity["kl_stderr"] == pytest.approx(kl.std().item() / 5**0.5, rel=1e-3)
+    assert fidelity["accuracy"] == pytest.approx(is_correct.mean().item()) and fidelity["count"] == 5
+    is_same_class = student_logprobs.argmax(-1) == teacher_logprobs.argmax(-1)
+    assert fidelity["agreement"] == pytest.approx(is_same_class.float().mean().item())
 
 
 def test_a_small_vit_learns(pictures, tmp_path):
@@ -238,14 +240,11 @@ def test_a_small_vit_learns(pictures, tmp_path):
         train_vit(pictures, tmp_path / "other", size=32, patch=5)
 
 
-# Saliency ------------------------------------------------------------------------------------------------------------
-
-
 def saliency_teacher():
     torch.manual_seed(0)
-    inside = encoder("dinov2_with_registers")
-    model = SaliencyModel(SaliencyConfig(encoder_config=inside.config.to_dict(), widths=(8, 4)))
-    model.encoder.load_state_dict(inside.state_dict())
+    backbone = encoder("dinov2_with_registers")
+    model = SaliencyModel(SaliencyConfig(encoder_config=backbone.config.to_dict(), widths=(8, 4)))
+    model.encoder.load_state_dict(backbone.state_dict())
     return model.eval().requires_grad_(False)
 
 
@@ -257,11 +256,11 @@ def test_a_saliency_model_is_converted_by_its_map(pictures, tmp_path):
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["teacher"]["images"]["saliency"] == 0
     assert 0 < metrics["student"]["images"]["saliency"] < metrics["untrained"]["images"]["saliency"]
-    loaded = AutoModel.from_pretrained(tmp_path / "run")
+    loaded_student = AutoModel.from_pretrained(tmp_path / "run")
     pixels = torch.randn(2, 3, 64, 48)  # another size
     with torch.no_grad():
-        assert torch.equal(loaded(pixels).saliency, student(pixels).saliency)
-    assert loaded(pixels).saliency.shape == (2, 64, 48)
+        assert torch.equal(loaded_student(pixels).saliency, student(pixels).saliency)
+    assert loaded_student(pixels).saliency.shape == (2, 64, 48)
 
 
 def test_the_map_is_of_the_pixels_that_the_patches_are_of():
@@ -270,9 +269,9 @@ def test_the_map_is_of_the_pixels_that_the_patches_are_of():
     spot = flat.clone()
     spot[..., :8, 24:] = 4.0  # one patch, in the corner
     hidden = [model(pixels).last_hidden_state for pixels in (flat, spot)]
-    there = hidden[0].clone()
-    there[:, 5 + 3] = hidden[1][:, 5 + 3]  # five tokens are no patches; the fourth patch of the first row
-    change = (model.decode(there, (32, 32)) - model.decode(hidden[0], (32, 32)))[0].abs()
+    changed_hidden = hidden[0].clone()
+    changed_hidden[:, 5 + 3] = hidden[1][:, 5 + 3]  # five tokens are no patches; the fourth patch of the first row
+    change = (model.decode(changed_hidden, (32, 32)) - model.decode(hidden[0], (32, 32)))[0].abs()
     assert change[:8, 24:].mean() > 10 * change[16:, :16].mean()
 
 
@@ -291,6 +290,13 @@ def test_models_without_a_map_are_refused(encoder_folder, pictures, tmp_path):
         UserError, match="'saliency', and Dinov2WithRegistersModel makes no saliency map: choose features"
     ):
         convert.convert(encoder_folder, recipe, tmp_path / "run", data=[pictures])
+
+
+def test_a_recipe_of_images_has_no_logits_to_cache(tmp_path):
+    """It is rejected before the teacher is loaded or the folder is claimed."""
+    with pytest.raises(UserError, match="only a language model's logits can be cached.* image-classification"):
+        cache_teacher("nowhere", load_recipe("cab-vision-quick"), tmp_path / "cache", data=["nothing"])
+    assert not (tmp_path / "cache").exists()
 
 
 def test_text_has_no_images():

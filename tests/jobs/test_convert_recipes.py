@@ -1,4 +1,4 @@
-"""Every shipped recipe on a tiny teacher, and what a recipe's stages may ask for beside objectives."""
+"""Every shipped recipe on a tiny teacher, and settings of a recipe's stages other than objectives."""
 
 import json
 
@@ -48,10 +48,10 @@ def test_every_recipe_of_text_runs(name, teacher_folder, text, tmp_path, monkeyp
     assert [stage["name"] for stage in metrics["stages"]] == [stage.name for stage in recipe.stages]
     assert all(stage["tokens"] == 128 and stage["peak_memory_bytes"] > 0 for stage in metrics["stages"])
     assert metrics["student"]["kl"]["48"] > 0 and "teacher" in metrics
-    loaded = Student.from_pretrained(tmp_path / "run")
+    loaded_student = Student.from_pretrained(tmp_path / "run")
     ids_BT = torch.randint(3, 97, (2, 20))
     with torch.no_grad():
-        torch.testing.assert_close(loaded(ids_BT).logits, student(ids_BT).logits.to(loaded.dtype))
+        torch.testing.assert_close(loaded_student(ids_BT).logits, student(ids_BT).logits.to(loaded_student.dtype))
     assert (tmp_path / "run" / "report.html").is_file()
 
 
@@ -69,20 +69,19 @@ def test_both_plans_of_the_greedy_path_are_kept(teacher_folder, text, tmp_path, 
 
 
 def test_budgets_are_scaled_together():
-    whole, tenth = load_recipe("radlads"), load_recipe("radlads", ["stages.logits.tokens=1M"], tokens_scale=0.1)
-    assert [stage.tokens for stage in tenth.stages] == [10_000_000, 100_000, 10_000_000]
-    assert tenth.data.max_tokens == whole.data.max_tokens // 10 and tenth.selector.tokens == 819
-    full = load_recipe("kl-guided-full", tokens_scale=0.1)
-    assert full.selector.options == {"retrain_tokens": 20_000_000}
+    full_recipe = load_recipe("radlads")
+    tenth_recipe = load_recipe("radlads", ["stages.logits.tokens=1M"], tokens_scale=0.1)
+    assert [stage.tokens for stage in tenth_recipe.stages] == [10_000_000, 100_000, 10_000_000]
+    assert tenth_recipe.data.max_tokens == full_recipe.data.max_tokens // 10 and tenth_recipe.selector.tokens == 819
+    scaled_recipe = load_recipe("kl-guided-full", tokens_scale=0.1)
+    assert scaled_recipe.selector.options == {"retrain_tokens": 20_000_000}
     for scale in (0.0, -1.0, float("inf"), float("nan")):
         with pytest.raises(UserError, match="cannot scale token budgets by"):
             load_recipe("radlads", tokens_scale=scale)
 
 
-# Families: biases, q/k norms, parallel blocks, fused projections -----------------------------------------------------
-
 SIZES = {"vocab_size": 97, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 6}
-OTHERS = {  # beside those of conftest
+MORE_FAMILIES = {  # in addition to FAMILIES
     "phi": {"partial_rotary_factor": 0.5},  # parallel blocks, biases everywhere
     "qwen2": {"num_key_value_heads": 2},  # biases on q, k and v
     "cohere": {"num_key_value_heads": 2, "logit_scale": 0.5, "use_qk_norm": True},  # parallel blocks, q/k norms
@@ -90,16 +89,17 @@ OTHERS = {  # beside those of conftest
 }
 
 
-@pytest.mark.parametrize("family", [*OTHERS, "llama", "qwen3", "gpt_neox", "gpt2", "olmo2"])
+@pytest.mark.parametrize("family", [*MORE_FAMILIES, "llama", "qwen3", "gpt_neox", "gpt2", "olmo2"])
 def test_mohawk_on_families(family, tmp_path):
-    if family in OTHERS:
+    if family in MORE_FAMILIES:
         torch.manual_seed(0)
-        config = AutoConfig.for_model(family, **SIZES, **OTHERS[family], pad_token_id=0, bos_token_id=1, eos_token_id=2)
+        special_tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+        config = AutoConfig.for_model(family, **SIZES, **MORE_FAMILIES[family], **special_tokens)
         config.initializer_range = 0.2
         teacher = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
     else:
         teacher = tiny(family)
-    before = weights(teacher)
+    teacher_weights = weights(teacher)
     shapes = shapes_of(teacher)
     student = Student.from_teacher(teacher, Plan.by_layer(shapes, [1], "discrete_mamba2"))
     student.calibrate(torch.randint(3, 97, (2, 32)))
@@ -115,35 +115,32 @@ def test_mohawk_on_families(family, tmp_path):
         out, same_text = tmp_path, RepeatedText()
         _, result = train(out, settings, teacher=teacher, student=student, corpus=same_text, index=index)
         assert result.final_loss < result.first_loss
-    assert_same_bits(before, weights(teacher))
+    assert_same_bits(teacher_weights, weights(teacher))
     check_student(student)
 
 
 class RepeatedText(RandomText):
     """The same rows at every step."""
 
-    def batch(self, step, **how):
-        return super().batch(0, **how)
-
-
-# LoRA ----------------------------------------------------------------------------------------------------------------
+    def batch(self, step, **options):
+        return super().batch(0, **options)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_adapters_are_merged_and_the_teacher_keeps_its_weights(family, tmp_path):
     teacher = tiny(family)
-    before = weights(teacher)
+    teacher_weights = weights(teacher)
     student = make_student(teacher)
-    names, start = set(student.state_dict()), weights(student)
+    names, start_weights = set(student.state_dict()), weights(student)
     train(tmp_path, LORA, teacher=teacher, student=student)
-    assert_same_bits(before, weights(teacher))
-    after = weights(student)
-    assert after.keys() == names
-    changed = {name for name in names if not torch.equal(start[name], after[name])}
+    assert_same_bits(teacher_weights, weights(teacher))
+    trained_weights = weights(student)
+    assert trained_weights.keys() == names
+    changed_names = {name for name in names if not torch.equal(start_weights[name], trained_weights[name])}
     attention = [student.config.attention_paths[layer] for layer in (0, 2)]
-    assert changed and all(any(f"backbone.{path}." in name for path in attention) for name in changed)
-    for name in changed:
-        difference = (after[name] - start[name]).double()
+    assert changed_names and all(any(f"backbone.{path}." in name for path in attention) for name in changed_names)
+    for name in changed_names:
+        difference = (trained_weights[name] - start_weights[name]).double()
         assert torch.linalg.matrix_rank(difference, rtol=1e-3) <= 2
     student.save_pretrained(tmp_path / "model")
     ids_BT = torch.randint(3, 97, (2, 20))
@@ -153,37 +150,35 @@ def test_adapters_are_merged_and_the_teacher_keeps_its_weights(family, tmp_path)
 
 def test_a_stage_of_adapters_is_resumed(tmp_path, monkeypatch):
     teacher = tiny("llama")
-    whole, result = train(tmp_path / "whole", LORA, teacher=teacher)
-    again, loaded = train(tmp_path / "whole", LORA, teacher=teacher, resume=True)
-    assert loaded == result
-    assert_same_bits(weights(whole), weights(again))
+    whole_student, result = train(tmp_path / "whole", LORA, teacher=teacher)
+    loaded_student, loaded_result = train(tmp_path / "whole", LORA, teacher=teacher, resume=True)
+    assert loaded_result == result
+    assert_same_bits(weights(whole_student), weights(loaded_student))
 
     class Dies(RandomText):
-        def batch(self, step, **how):
-            if step == 3 and how["seed"] == 0:
+        def batch(self, step, **options):
+            if step == 3 and options["seed"] == 0:
                 raise KeyboardInterrupt
-            return super().batch(step, **how)
+            return super().batch(step, **options)
 
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "cut", LORA, teacher=teacher, corpus=Dies())
-    resumed, _ = train(tmp_path / "cut", LORA, teacher=teacher, resume=True)
-    assert_same_bits(weights(whole), weights(resumed))
+    resumed_student, _ = train(tmp_path / "cut", LORA, teacher=teacher, resume=True)
+    assert_same_bits(weights(whole_student), weights(resumed_student))
 
 
 def test_targets_of_adapters(tmp_path):
     teacher = tiny("llama")
     student = make_student(teacher)
-    start = weights(student)
+    start_weights = weights(student)
     train(tmp_path, {**LORA, "lora": {"targets": ["*v_proj", "*up_proj"]}}, teacher=teacher, student=student)
-    after = weights(student)
-    changed = {name.split(".")[-2] for name in start if not torch.equal(start[name], after[name])}
-    assert changed == {"v_proj", "up_proj"}
-    for nothing in ("nothing", "lm_head"):  # the head is tied to the embedding
-        with pytest.raises(UserError, match=f"no linear map matches '{nothing}' of stage 'logits': names look like"):
-            train(tmp_path, {**LORA, "lora": {"targets": [nothing]}}, teacher=teacher)
-
-
-# Plateaus ------------------------------------------------------------------------------------------------------------
+    trained_weights = weights(student)
+    changed_names = [name for name in start_weights if not torch.equal(start_weights[name], trained_weights[name])]
+    changed_modules = {name.split(".")[-2] for name in changed_names}
+    assert changed_modules == {"v_proj", "up_proj"}
+    for target in ("nothing", "lm_head"):  # the head is tied to the embedding
+        with pytest.raises(UserError, match=f"no linear map matches '{target}' of stage 'logits': names look like"):
+            train(tmp_path, {**LORA, "lora": {"targets": [target]}}, teacher=teacher)
 
 
 def test_a_stage_ends_on_a_plateau(tmp_path):
@@ -192,34 +187,31 @@ def test_a_stage_ends_on_a_plateau(tmp_path):
     student, result = train(tmp_path, settings, corpus=RepeatedText())
     assert result.ended_on_plateau and result.steps == 6 and result.tokens == 6 * tokens
     assert lines(tmp_path)[-1]["step"] == 6
-    _, again = train(tmp_path, settings, corpus=RepeatedText(), resume=True)
-    assert again == result
-    _, falling = train(tmp_path / "b", {**settings, "tokens": 6 * tokens, "lr": 3e-2}, corpus=RepeatedText())
-    assert not falling.ended_on_plateau and falling.steps == 6
-
-
-# Tied embeddings -----------------------------------------------------------------------------------------------------
+    _, loaded_result = train(tmp_path, settings, corpus=RepeatedText(), resume=True)
+    assert loaded_result == result
+    _, falling_result = train(tmp_path / "b", {**settings, "tokens": 6 * tokens, "lr": 3e-2}, corpus=RepeatedText())
+    assert not falling_result.ended_on_plateau and falling_result.steps == 6
 
 
 def test_tied_embeddings(teacher_folder, text, tmp_path):
     recipe = {**RECIPE, "stages": [{**RECIPE["stages"][1], "trainable": "all"}], "selector": {"by": "uniform"}}
 
-    def converted(how):
-        return convert(teacher_folder, Recipe(**recipe, tied_embeddings=how), tmp_path / how, data=text)
+    def convert_with(option):
+        return convert(teacher_folder, Recipe(**recipe, tied_embeddings=option), tmp_path / option, data=text)
 
-    kept, untied, retied = (converted(how) for how in ("keep", "untie", "retie"))
-    assert tied(kept) and not tied(untied) and tied(retied)
-    embedding, head = untied.get_input_embeddings().weight, untied.get_output_embeddings().weight
+    kept_student, untied_student, retied_student = (convert_with(option) for option in ("keep", "untie", "retie"))
+    assert tied(kept_student) and not tied(untied_student) and tied(retied_student)
+    embedding, head = untied_student.get_input_embeddings().weight, untied_student.get_output_embeddings().weight
     assert not torch.equal(embedding, head)
-    torch.testing.assert_close(retied.get_input_embeddings().weight, (embedding + head) / 2)
+    torch.testing.assert_close(retied_student.get_input_embeddings().weight, (embedding + head) / 2)
     ids_BT = torch.randint(3, 97, (2, 20))
-    for how, student in (("keep", kept), ("untie", untied), ("retie", retied)):
-        loaded = Student.from_pretrained(tmp_path / how)
-        assert tied(loaded) == tied(student)
+    for option, student in (("keep", kept_student), ("untie", untied_student), ("retie", retied_student)):
+        loaded_student = Student.from_pretrained(tmp_path / option)
+        assert tied(loaded_student) == tied(student)
         with torch.no_grad():
-            assert torch.equal(loaded(ids_BT).logits, student(ids_BT).logits)
+            assert torch.equal(loaded_student(ids_BT).logits, student(ids_BT).logits)
     with pytest.raises(UserError, match="ties its output head to its input embedding, and the recipe refuses"):
-        converted("refuse")
+        convert_with("refuse")
 
 
 def test_a_tied_head_has_no_name_of_its_own(tmp_path):
@@ -227,24 +219,21 @@ def test_a_tied_head_has_no_name_of_its_own(tmp_path):
         train(tmp_path, {**LOGITS, "trainable": ["*lm_head*"]})
 
 
-# Other teachers ------------------------------------------------------------------------------------------------------
-
-
 def test_a_stage_has_a_teacher_of_its_own(teacher_folder, text, tmp_path):
     """A larger one, whose head is padded to more tokens."""
     torch.manual_seed(5)
     config = AutoConfig.for_model("llama", **{**FAMILIES["llama"], "vocab_size": 104, "num_hidden_layers": 4})
-    other = AutoModelForCausalLM.from_config(config)
-    other.save_pretrained(tmp_path / "larger")
+    larger_model = AutoModelForCausalLM.from_config(config)
+    larger_model.save_pretrained(tmp_path / "larger")
     AutoTokenizer.from_pretrained(teacher_folder).save_pretrained(tmp_path / "larger")
     stage = {**RECIPE["stages"][1], "teacher": str(tmp_path / "larger"), "tokens": 2048}
     recipe = {**RECIPE, "stages": [stage], "selector": {"by": "uniform"}}
     convert(teacher_folder, Recipe(**recipe), tmp_path / "run", data=text)
-    own = {**recipe, "stages": [{**stage, "teacher": None}]}
-    convert(teacher_folder, Recipe(**own), tmp_path / "own", data=text)
-    first = [json.loads((tmp_path / run / "metrics.json").read_text())["stages"][0] for run in ("run", "own")]
-    assert first[0]["first_loss"] > 2 * first[1]["first_loss"]  # a random stranger
-    assert first[0]["final_loss"] < first[0]["first_loss"]
+    own_recipe = {**recipe, "stages": [{**stage, "teacher": None}]}
+    convert(teacher_folder, Recipe(**own_recipe), tmp_path / "own", data=text)
+    first_stages = [json.loads((tmp_path / run / "metrics.json").read_text())["stages"][0] for run in ("run", "own")]
+    assert first_stages[0]["first_loss"] > 2 * first_stages[1]["first_loss"]  # a random stranger
+    assert first_stages[0]["final_loss"] < first_stages[0]["first_loss"]
 
     tokenizer = AutoTokenizer.from_pretrained(teacher_folder)
     tokenizer.add_tokens(["another"])
@@ -256,16 +245,16 @@ def test_a_stage_has_a_teacher_of_its_own(teacher_folder, text, tmp_path):
 def test_a_stage_learns_from_stored_logits(teacher_folder, text, tmp_path):
     stage = {**RECIPE["stages"][1], "tokens": 512}
     recipe = Recipe(**{**RECIPE, "stages": [stage], "selector": {"by": "uniform"}, "data": {"heldout_fraction": 0.1}})
-    every = 10**6  # all of the text, so that both runs draw the same rows
-    cache_teacher(teacher_folder, recipe, tmp_path / "cache", data=text, tokens=every, top_k=97)
-    cache_teacher(teacher_folder, recipe, tmp_path / "short", data=text, tokens=every, top_k=4)
+    all_tokens = 10**6  # all of the text, so that both runs draw the same rows
+    cache_teacher(teacher_folder, recipe, tmp_path / "cache", data=text, tokens=all_tokens, top_k=97)
+    cache_teacher(teacher_folder, recipe, tmp_path / "short", data=text, tokens=all_tokens, top_k=4)
     losses = {}
     for name in (None, "cache", "short"):
         recipe.stages[0].teacher_cache = name and str(tmp_path / name)
         convert(teacher_folder, recipe, tmp_path / f"run-{name}", data=text)
         losses[name] = [line["loss"] for line in lines(tmp_path / f"run-{name}")]
     assert losses["cache"] == pytest.approx(losses[None], rel=1e-2)
-    assert all(one < other for one, other in zip(losses["short"], losses[None], strict=True))
+    assert all(short_loss < loss for short_loss, loss in zip(losses["short"], losses[None], strict=True))
     recipe.stages[0].sequence_length = 16
     with pytest.raises(UserError, match="sequences of 16 tokens, and the logits in .* are of 32: set sequence_length"):
         convert(teacher_folder, recipe, tmp_path / "other", data=text)

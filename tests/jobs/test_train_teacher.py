@@ -34,8 +34,8 @@ def text(tmp_path_factory):
     """A file of words in random order among the sentences of the probes, and a cache of its own for the tokens."""
     folder = tmp_path_factory.mktemp("text")
     rng = random.Random(0)
-    asked = "There is a pass key hidden in a lot of irrelevant text. Find it and memorize it. Remember it. What is it? "
-    documents = [asked + FILLER + " ".join(rng.sample(WORDS, 100)) for _ in range(120)]
+    task = "There is a pass key hidden in a lot of irrelevant text. Find it and memorize it. Remember it. What is it? "
+    documents = [task + FILLER + " ".join(rng.sample(WORDS, 100)) for _ in range(120)]
     (folder / "words.txt").write_text("\n\n".join(documents))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SUBQUAD_CACHE", str(folder / "cache"))
@@ -63,8 +63,8 @@ def test_the_tokenizer_has_single_digits_and_one_special_token(lessons):
     assert tokenizer.all_special_tokens == ["<|endoftext|>"]
     assert document_separator(tokenizer) == tokenizer.bos_token_id == tokenizer.eos_token_id == tokenizer.pad_token_id
     assert tokenizer.tokenize("1234") == ["1", "2", "3", "4"]
-    said = "Anything at all: 5 é\n\tand so on, isn't it?  "
-    assert tokenizer.decode(tokenizer(said)["input_ids"]) == said
+    sentence = "Anything at all: 5 é\n\tand so on, isn't it?  "
+    assert tokenizer.decode(tokenizer(sentence)["input_ids"]) == sentence
 
 
 def test_a_key_is_one_token_wherever_it_stands(lessons):
@@ -72,20 +72,20 @@ def test_a_key_is_one_token_wherever_it_stands(lessons):
     tokenizer = lessons.tokenizer
     for word in WORDS:
         (index,) = tokenizer(f"{word}")["input_ids"]
-        for said in (f"\n{word}:1", f"the key '{word}' is", f"3\n{word} is"):
-            assert index in tokenizer(said)["input_ids"], said
+        for phrase in (f"\n{word}:1", f"the key '{word}' is", f"3\n{word} is"):
+            assert index in tokenizer(phrase)["input_ids"], phrase
 
 
 def test_lessons_are_a_function_of_seed_and_step(lessons):
     def batch(step, seed):
         return lessons.batch(step, batch=8, sequence_length=128, seed=seed)
 
-    first = batch(3, 1)
+    rows = batch(3, 1)
     batch(4, 1)
-    assert first.shape == (8, 128) and first.dtype == torch.int64
-    assert 0 <= first.min() and first.max() < VOCABULARY
-    assert torch.equal(first, batch(3, 1))
-    assert not torch.equal(first, batch(4, 1)) and not torch.equal(first, batch(3, 2))
+    assert rows.shape == (8, 128) and rows.dtype == torch.int64
+    assert 0 <= rows.min() and rows.max() < VOCABULARY
+    assert torch.equal(rows, batch(3, 1))
+    assert not torch.equal(rows, batch(4, 1)) and not torch.equal(rows, batch(3, 2))
 
 
 @pytest.mark.parametrize("length", [64, 128, 300])
@@ -105,7 +105,7 @@ def test_lessons_never_use_a_seed_of_an_evaluation(length, lessons, monkeypatch)
 
 @pytest.mark.parametrize("length", [64, 256, 512])
 def test_problems_are_right(length, lessons):
-    asked = dict.fromkeys(CHECKS, 0)
+    problems = dict.fromkeys(CHECKS, 0)
     rows_of = {
         "dictionary": lessons.dictionaries,
         "passkey": lessons.pass_keys,
@@ -118,17 +118,17 @@ def test_problems_are_right(length, lessons):
             assert rows.shape == (4, length)
             for ids in rows.tolist():
                 ids = ids[:-1] if ids[-1] == document_separator(lessons.tokenizer) else ids
-                asked[task] += CHECKS[task](lessons.tokenizer.decode(ids), ids)
-    assert asked["dictionary"] > 2 * 48 and asked["copy"] == 48
-    assert asked["passkey"] == (48 if length >= SHORTEST["passkey"] else 0)
+                problems[task] += CHECKS[task](lessons.tokenizer.decode(ids), ids)
+    assert problems["dictionary"] > 2 * 48 and problems["copy"] == 48
+    assert problems["passkey"] == (48 if length >= SHORTEST["passkey"] else 0)
 
 
-def _dictionary(said, ids):
+def _dictionary(text, ids):
     """All questions are about the dictionary above them, and the last may be cut off."""
-    assert said.startswith("Memorize the following dictionary:\n")
+    assert text.startswith("Memorize the following dictionary:\n")
     pairs: dict[str, str] = {}
     questions = 0
-    for key, value, end in re.findall(r"(\w+)(?::|'? is )(\d+)(\n|$)", said):
+    for key, value, end in re.findall(r"(\w+)(?::|'? is )(\d+)(\n|$)", text):
         if key in pairs:
             assert pairs[key].startswith(value) and (pairs[key] == value or not end), (key, value)
             questions += 1
@@ -137,13 +137,13 @@ def _dictionary(said, ids):
     return questions
 
 
-def _passkey(said, ids):
-    (key,) = re.findall(r"What is the pass key\? The pass key is (\d{5})$", said)
-    assert said.count(key) == 3
+def _passkey(text, ids):
+    (key,) = re.findall(r"What is the pass key\? The pass key is (\d{5})$", text)
+    assert text.count(key) == 3
     return 1
 
 
-def _copy(said, ids):
+def _copy(text, ids):
     """The probe's format, after at most one token more, or a period that goes on to the end."""
     half = len(ids) // 2
     if ids[-half:] == ids[-2 * half : -half]:
@@ -157,22 +157,22 @@ CHECKS = {"dictionary": _dictionary, "passkey": _passkey, "copy": _copy}
 
 def test_small_batches_leave_no_task_out(lessons, monkeypatch):
     """At 512 tokens a step has four rows: shares are chances, not counts that round to nothing."""
-    made = dict.fromkeys(("copying", "associations", "dictionaries", "pass_keys"), 0)
+    row_counts = dict.fromkeys(("copying", "associations", "dictionaries", "pass_keys"), 0)
 
     def spy(name):
         make = getattr(Lessons, name)
 
         def count(self, rows, *arguments):
-            made[name] += rows
+            row_counts[name] += rows
             return make(self, rows, *arguments)
 
         return count
 
-    for name in made:
+    for name in row_counts:
         monkeypatch.setattr(Lessons, name, spy(name))
     for step in range(30):
         assert lessons.batch(step, batch=4, sequence_length=128, seed=0).shape == (4, 128)
-    assert all(rows > 10 for rows in made.values()) and sum(made.values()) < 115
+    assert all(rows > 10 for rows in row_counts.values()) and sum(row_counts.values()) < 115
 
 
 def test_associations_are_asked_as_they_were_said(lessons, monkeypatch):
@@ -181,14 +181,14 @@ def test_associations_are_asked_as_they_were_said(lessons, monkeypatch):
     for seed in range(20):
         ids = lessons.pairs(400, random.Random(seed))
         count = next(n for n in range(1, 101) if ids[4 * n + 1] != ids[1] or ids[4 * n] in ids[: 4 * n : 4])
-        said = dict(zip(ids[: 4 * count : 4], ids[2 : 4 * count : 4], strict=True))
+        pairs = dict(zip(ids[: 4 * count : 4], ids[2 : 4 * count : 4], strict=True))
         assert {*ids[1 : 4 * count : 4]} == {ids[1]} and {*ids[3 : 4 * count : 4]} == {ids[3]}
         questions = ids[4 * count :]
         stride, place = (4, 2) if questions[1] == ids[1] else (8, 4)  # key, 1, value, 1; or key, 3, value, 1 + 2
         strides.add(stride)
-        asked = list(zip(questions[::stride], questions[place::stride], strict=False))
-        assert len(asked) >= 10 and all(said[key] == value for key, value in asked)
-        assert len({key for key, _ in asked[:count]}) == min(count, len(asked))  # all of them, before any again
+        answers = list(zip(questions[::stride], questions[place::stride], strict=False))
+        assert len(answers) >= 10 and all(pairs[key] == value for key, value in answers)
+        assert len({key for key, _ in answers[:count]}) == min(count, len(answers))  # all of them, before any again
     assert strides == {4, 8}
 
 
@@ -210,12 +210,13 @@ def test_the_same_seed_gives_the_same_weights_also_after_an_interruption(tmp_pat
         train_teacher(tmp_path / name, tokens="6k", seed=seed, data=text, **options)
         return load_file(tmp_path / name / "model.safetensors")
 
-    def same(one, other):
-        return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+    def are_equal(weights_a, weights_b):
+        same_keys = weights_a.keys() == weights_b.keys()
+        return same_keys and all(torch.equal(weights_a[key], weights_b[key]) for key in weights_a)
 
-    whole = weights("whole")
-    assert same(whole, weights("again"))
-    assert not same(whole, weights("other", seed=1))
+    whole_weights = weights("whole")
+    assert are_equal(whole_weights, weights("again"))
+    assert not are_equal(whole_weights, weights("other", seed=1))
 
     run_stage = small_teacher.run_stage
 
@@ -228,7 +229,7 @@ def test_the_same_seed_gives_the_same_weights_also_after_an_interruption(tmp_pat
     with pytest.raises(KeyboardInterrupt):
         weights("cut")
     monkeypatch.setattr(small_teacher, "run_stage", run_stage)
-    assert same(whole, weights("cut", resume=True))
+    assert are_equal(whole_weights, weights("cut", resume=True))
 
 
 def test_it_stops_when_it_is_perfect(tmp_path, text, small, monkeypatch):
@@ -246,7 +247,7 @@ def test_perfect_asks_every_task_and_context():
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (["--layers", "3"], "has 4 to 8 layers, not 3"),
         (["--tokens", "many"], "--tokens is 'many'"),
@@ -254,12 +255,12 @@ def test_perfect_asks_every_task_and_context():
         (["--out", "{here}"], "holds something other than a run of Subquad"),
     ],
 )
-def test_bad_options_are_one_sentence(options, said, tmp_path):
+def test_bad_options_are_one_sentence(options, message, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     options = [option.format(here=tmp_path) for option in options]
     result = CliRunner().invoke(app, ["train-teacher", "--out", str(tmp_path / "run"), *options])
     assert result.exit_code == 2
-    assert said in result.stderr and result.stderr.count("\n") == 1
+    assert message in result.stderr and result.stderr.count("\n") == 1
     assert not (tmp_path / "run").exists()
 
 
@@ -277,6 +278,6 @@ def test_the_shipped_teacher_scores_what_its_metrics_say():
     for task, by_context in metrics["retrieval"].items():
         for context in {"128", "256"} & by_context.keys():  # none of the tasks it does not learn
             probe = make_probe(task, teacher.tokenizer, int(context), rows, seed=7)
-            found = retrieval(teacher.model, {task: {int(context): probe}})[task][int(context)]["accuracy"]
-            stated = by_context[context]["accuracy"]
-            assert found == pytest.approx(stated, abs=0.1), (task, context)
+            accuracy = retrieval(teacher.model, {task: {int(context): probe}})[task][int(context)]["accuracy"]
+            saved_accuracy = by_context[context]["accuracy"]
+            assert accuracy == pytest.approx(saved_accuracy, abs=0.1), (task, context)

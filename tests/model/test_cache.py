@@ -18,17 +18,17 @@ from tests.helpers import tiny
 def test_appending_is_joining(heads, window, mode):
     copies = 0
     with mode():
-        held = wanted = torch.randn(*heads, 200, 4)
+        appended_BGTD = joined_BGTD = torch.randn(*heads, 200, 4)
         for step in range(60):
-            new = torch.randn(*heads, 1 + step % 3, 4)
-            before = held.untyped_storage().data_ptr()
-            held, wanted = append(held, new), torch.cat([wanted, new], 2)
-            copies += held.untyped_storage().data_ptr() != before
+            new_BGTD = torch.randn(*heads, 1 + step % 3, 4)
+            pointer = appended_BGTD.untyped_storage().data_ptr()
+            appended_BGTD, joined_BGTD = append(appended_BGTD, new_BGTD), torch.cat([joined_BGTD, new_BGTD], 2)
+            copies += appended_BGTD.untyped_storage().data_ptr() != pointer
             if window:
-                held, wanted = held[:, :, -window:], wanted[:, :, -window:]
-            assert torch.equal(held, wanted)
+                appended_BGTD, joined_BGTD = appended_BGTD[:, :, -window:], joined_BGTD[:, :, -window:]
+            assert torch.equal(appended_BGTD, joined_BGTD)
     assert 2 <= copies < 20
-    assert held.untyped_storage().nbytes() <= held.nbytes * 9 / 8
+    assert appended_BGTD.untyped_storage().nbytes() <= appended_BGTD.nbytes * 9 / 8
 
 
 def test_gradients_pass_through():
@@ -42,16 +42,16 @@ def test_a_copied_prefix_goes_on_by_itself():
     """Two continuations of one prompt, each with its own copy of the cache; and one that changes inference mode."""
     teacher = tiny("llama")
     student = Student.from_teacher(teacher, Plan.by_layer(shapes_of(teacher), [0, 2], "hedgehog", {"window": 33}))
-    prompt, one, other = torch.randint(3, 97, (3, 1, 50)).unbind(0)
+    prompt, first, second = torch.randint(3, 97, (3, 1, 50)).unbind(0)
     cache = student.new_cache()
     student(prompt, past_key_values=cache)
-    student(one[:, :1], past_key_values=cache)  # which makes room
-    copy = deepcopy(cache)
+    student(first[:, :1], past_key_values=cache)  # which makes room
+    copied_cache = deepcopy(cache)
     logits = {}
     for step in range(1, 6):
-        for name, tokens, held in (("one", one, cache), ("other", other, copy)):
+        for name, tokens, student_cache in (("first", first, cache), ("second", second, copied_cache)):
             with (torch.no_grad, torch.inference_mode)[step % 2]():
-                logits[name] = student(tokens[:, step : step + 1], past_key_values=held).logits[:, -1]
-    for name, tokens in (("one", one), ("other", other)):
-        whole = student(torch.cat([prompt, one[:, :1], tokens[:, 1:6]], 1)).logits[:, -1]
-        torch.testing.assert_close(logits[name], whole, rtol=1e-4, atol=1e-5)
+                logits[name] = student(tokens[:, step : step + 1], past_key_values=student_cache).logits[:, -1]
+    for name, tokens in (("first", first), ("second", second)):
+        full_logits = student(torch.cat([prompt, first[:, :1], tokens[:, 1:6]], 1)).logits[:, -1]
+        torch.testing.assert_close(logits[name], full_logits, rtol=1e-4, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Students that look at images: exact where nothing is replaced, and the same from every side where something is."""
+"""Image students: exact where nothing is replaced, and bidirectional where something is."""
 
 import subprocess
 import sys
@@ -38,10 +38,11 @@ def test_saved_is_loaded_and_other_sizes_work(family, tmp_path):
     student = ImageStudent.from_teacher(teacher, mixed_plan(teacher))
     student.calibrate(images())
     student.save_pretrained(tmp_path)
-    again = AutoModel.from_pretrained(tmp_path)
-    assert type(again) is ImageStudent and torch.equal(hidden(again, images()), hidden(student, images()))
-    wide = images(size=(48, 64))
-    assert hidden(again, wide).shape == (2, ENCODERS[family][1] + 6 * 8, 48)
+    loaded_student = AutoModel.from_pretrained(tmp_path)
+    assert type(loaded_student) is ImageStudent
+    assert torch.equal(hidden(loaded_student, images()), hidden(student, images()))
+    wide_images = images(size=(48, 64))
+    assert hidden(loaded_student, wide_images).shape == (2, ENCODERS[family][1] + 6 * 8, 48)
     assert (hidden(student, images()) - hidden(teacher, images())).abs().max() > 0.01
 
 
@@ -51,11 +52,11 @@ def test_a_classifier_stays_one(family, tmp_path):
     teacher = encoder(family, AutoModelForImageClassification, **labels)
     student = ImageStudent.from_teacher(teacher, mixed_plan(teacher))
     student.save_pretrained(tmp_path)
-    again = AutoModelForImageClassification.from_pretrained(tmp_path)
-    logits = again(images()).logits
+    loaded_student = AutoModelForImageClassification.from_pretrained(tmp_path)
+    logits = loaded_student(images()).logits
     assert logits.shape == (2, 4) and torch.equal(logits, student(images()).logits)
-    assert again.config.id2label == labels["id2label"]
-    assert again(images(), labels=torch.tensor([0, 3])).loss > 0
+    assert loaded_student.config.id2label == labels["id2label"]
+    assert loaded_student(images(), labels=torch.tensor([0, 3])).loss > 0
 
 
 def test_a_folder_loads_where_subquad_is_not_imported(tmp_path):
@@ -66,26 +67,26 @@ def test_a_folder_loads_where_subquad_is_not_imported(tmp_path):
         f"m = AutoModel.from_pretrained({str(tmp_path)!r}, trust_remote_code=True);"
         "print(type(m).__name__, m(torch.zeros(1, 3, 32, 32)).last_hidden_state.shape[1])"
     )
-    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
-    assert found.stdout.split() == ["ImageStudent", "17"], found.stderr
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert process.stdout.split() == ["ImageStudent", "17"], process.stderr
 
 
 @pytest.mark.parametrize("family", ["vit", "dinov2_with_registers"])
 def test_teacher_forced_passes_are_the_teachers(family):
-    """Layers that are restored or observed attend, whatever stands in the middle for their mixers."""
+    """Restored and observed layers attend, also where prefix tokens are moved to the middle for their mixers."""
     teacher = encoder(family)
     student = ImageStudent.from_teacher(teacher, mixed_plan(teacher))
-    seen = []
+    mixer_inputs = []
 
     def observe(call):
-        seen.extend(call.inputs(name) for name in call.mixers)
+        mixer_inputs.extend(call.inputs(name) for name in call.mixers)
         return call.attention()
 
-    restored = student.final_hidden(images(), forward_context=attending(range(3)))
-    observed = student.final_hidden(images(), forward_context=ForwardContext(around=observe))
-    for found in (restored, observed):
-        torch.testing.assert_close(found, hidden(teacher, images()), rtol=1e-5, atol=1e-5)
-    assert len(seen) == 4  # a mixer, two in the layer where heads differ, and attention
+    restored_hidden = student.final_hidden(images(), forward_context=attending(range(3)))
+    observed_hidden = student.final_hidden(images(), forward_context=ForwardContext(around=observe))
+    for student_hidden in (restored_hidden, observed_hidden):
+        torch.testing.assert_close(student_hidden, hidden(teacher, images()), rtol=1e-5, atol=1e-5)
+    assert len(mixer_inputs) == 4  # a mixer, two in the layer where heads differ, and attention
 
 
 def test_what_is_no_patch_stands_in_the_middle():
@@ -101,17 +102,17 @@ def test_mixers_look_both_ways(mixer):
     student = ImageStudent.from_teacher(teacher, Plan.by_layer(shapes_of(teacher), [], mixer, {"bidirectional": True}))
     pixels = images(batch=1).requires_grad_()
     for token in (0, 1, 8, 16):
-        (slope,) = torch.autograd.grad(hidden(student, pixels)[0, token].square().sum(), pixels)
-        of_patches = slope[0].abs().sum(0).unfold(0, 8, 8).unfold(1, 8, 8).sum((-1, -2))
-        assert (of_patches > 0).all(), token
+        (gradient,) = torch.autograd.grad(hidden(student, pixels)[0, token].square().sum(), pixels)
+        patch_gradients = gradient[0].abs().sum(0).unfold(0, 8, 8).unfold(1, 8, 8).sum((-1, -2))
+        assert (patch_gradients > 0).all(), token
 
 
 def test_what_does_not_fit_is_refused():
     teacher = encoder("vit")
     with pytest.raises(UserError, match="mixer 'gla' looks back only, and ViTModel looks both ways: set bidirectional"):
         ImageStudent.from_teacher(teacher, Plan.by_layer(shapes_of(teacher), [], "gla"))
-    words = tiny("llama")
+    text_teacher = tiny("llama")
     with pytest.raises(UserError, match="LlamaForCausalLM does not look at images"):
-        ImageStudent.from_teacher(words, Plan.all_attention(shapes_of(words)))
+        ImageStudent.from_teacher(text_teacher, Plan.all_attention(shapes_of(text_teacher)))
     with pytest.raises(UserError, match="ViTModel predicts no next token"):
         Student.from_teacher(teacher, Plan.all_attention(shapes_of(teacher)))

@@ -33,13 +33,13 @@ def test_the_join_is_the_papers_formula(family):
     student = Student.from_teacher(teacher, plan_of(teacher), join_start="random")
     tokens = torch.randint(3, 97, (2, 20))
     module = student.attention_modules()[0]
-    seen = {}
+    outputs = {}
     shape = student.plan.shapes[0]
     projection = output_projection(module, 6 * shape.head_dim, shape.hidden_size)
 
     def keep(name):
         def hook(part, args, output):
-            seen.setdefault(name, []).append(output[0] if isinstance(output, tuple) else output)
+            outputs.setdefault(name, []).append(output[0] if isinstance(output, tuple) else output)
 
         return hook
 
@@ -52,18 +52,18 @@ def test_the_join_is_the_papers_formula(family):
     for handle in handles:
         handle.remove()
 
-    y_BHTD = seen["attention"][0]
+    y_BHTD = outputs["attention"][0]
     width = y_BHTD.shape[-1]
     columns = [head * width + channel for head in (1, 4) for channel in range(width)]
     kind = type(projection)
-    weight = projection.weight if kind is nn.Linear else projection.weight.T
-    v = y_BHTD.transpose(1, 2).flatten(2) @ weight[:, columns].T
-    u = seen["projected"][0]
-    (mu_u, mu_v), (std_u, std_v) = ([f(x) for x in (u, v)] for f in (_mean, _std))
-    recoloured = (v - mu_v) / (std_v + EPS) * (std_u + EPS) + mu_u
+    weight_MX = projection.weight if kind is nn.Linear else projection.weight.T
+    v_BTM = y_BHTD.transpose(1, 2).flatten(2) @ weight_MX[:, columns].T
+    u_BTM = outputs["projected"][0]
+    (mu_u, mu_v), (std_u, std_v) = ([f(x) for x in (u_BTM, v_BTM)] for f in (_mean, _std))
+    recoloured = (v_BTM - mu_v) / (std_v + EPS) * (std_u + EPS) + mu_u
     join = module.mixer.adapter
-    expected = (u + recoloured @ join.weight.T + join.bias) / 2
-    torch.testing.assert_close(seen["joined"][0], expected, atol=1e-5, rtol=1e-4)
+    expected = (u_BTM + recoloured @ join.weight.T + join.bias) / 2
+    torch.testing.assert_close(outputs["joined"][0], expected, atol=1e-5, rtol=1e-4)
 
 
 def _mean(x):
@@ -100,10 +100,10 @@ def test_the_recurrence_has_all_heads_and_its_cache_is_the_larger():
 def test_a_layer_without_retained_heads_is_the_mixer_alone():
     teacher = tiny("llama")
     tokens = torch.randint(3, 97, (2, 20))
-    none = Student.from_teacher(teacher, plan_of(teacher, heads=()))
+    parallel = Student.from_teacher(teacher, plan_of(teacher, heads=()))
     split = Student.from_teacher(teacher, plan_of(teacher, heads=(), join="split"))
-    torch.testing.assert_close(none(tokens).logits, split(tokens).logits, atol=0, rtol=0)
-    assert not [name for name, _ in none.named_parameters() if ".join." in name]
+    torch.testing.assert_close(parallel(tokens).logits, split(tokens).logits, atol=0, rtol=0)
+    assert not [name for name, _ in parallel.named_parameters() if ".join." in name]
 
 
 def test_a_plan_says_its_join():
@@ -133,9 +133,9 @@ def test_a_silenced_head_is_silent_in_both_branches():
     tokens = torch.randint(3, 97, (1, 20))
     gain_BH = torch.ones(1, 6)
     gain_BH[0, 4] = 0  # it attends, and the recurrence has it too
-    silent = student.final_hidden(tokens, forward_context=scaled({0: gain_BH}))
+    silenced_hidden = student.final_hidden(tokens, forward_context=scaled({0: gain_BH}))
     width = student.plan.shapes[0].head_dim
     projection = student.attention_modules()[0].o_proj
     projection.weight.data = projection.weight.data.clone()
     projection.weight.data[:, 4 * width : 5 * width] = 0
-    torch.testing.assert_close(silent, student.final_hidden(tokens))
+    torch.testing.assert_close(silenced_hidden, student.final_hidden(tokens))

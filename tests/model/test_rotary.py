@@ -1,4 +1,4 @@
-"""Heads with and without rotary embedding in one layer: the convention that is found is the model's own."""
+"""Heads with and without rotary embedding in one layer: the convention found by trial is the model's own."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ CONVENTIONS = {
 
 def teacher_of(family, monkeypatch):
     monkeypatch.setitem(FAMILIES, family, CONVENTIONS[family][0])
-    monkeypatch.setattr(rotary, "_known", {})
+    monkeypatch.setattr(rotary, "_rotations", {})
     return tiny(family)
 
 
@@ -37,24 +37,24 @@ def test_attention_in_the_place_of_mixers_without_rotary_embedding_is_the_teache
     tokens_BT = torch.randint(3, 97, (2, 20))
     mask_BT = torch.ones_like(tokens_BT)
     mask_BT[1, :7] = 0  # rows of different positions
-    restored = attending(range(len(shapes)))
-    padded = {"attention_mask": mask_BT, "position_ids": mask_BT.cumsum(-1) - 1, "use_cache": False}
+    attention_context = attending(range(len(shapes)))
+    arguments = {"attention_mask": mask_BT, "position_ids": mask_BT.cumsum(-1) - 1, "use_cache": False}
     with torch.no_grad():
-        theirs = teacher(tokens_BT, **padded).logits
-        mine = student.backbone(tokens_BT, **padded, forward_context=restored).logits
-        without = student(tokens_BT, **padded).logits
-    real = mask_BT.bool()
-    torch.testing.assert_close(mine[real], theirs[real], rtol=1e-5, atol=1e-5)
-    assert (without - theirs)[real].abs().max() > 0.1
-    assert {*rotary._known.values()} == {CONVENTIONS[family][1]}
+        teacher_logits = teacher(tokens_BT, **arguments).logits
+        restored_logits = student.backbone(tokens_BT, **arguments, forward_context=attention_context).logits
+        mixed_logits = student(tokens_BT, **arguments).logits
+    is_token = mask_BT.bool()
+    torch.testing.assert_close(restored_logits[is_token], teacher_logits[is_token], rtol=1e-5, atol=1e-5)
+    assert (mixed_logits - teacher_logits)[is_token].abs().max() > 0.1
+    assert {*rotary._rotations.values()} == {CONVENTIONS[family][1]}
 
 
 def test_a_half_table_serves_both_halves():
     x_BHTD, angle_BTK = torch.randn(1, 2, 3, 8), torch.randn(1, 3, 4)
-    short, whole = Rotation("halves", "pairs"), Rotation("halves", "all")
+    half_table, full_table = Rotation("halves", "pairs"), Rotation("halves", "all")
     tables = angle_BTK.cos(), angle_BTK.sin()
-    doubled = [torch.cat([table, table], -1) for table in tables]
-    assert torch.equal(short.turned(x_BHTD, *short.tables(*tables)), whole.turned(x_BHTD, *doubled))
+    full_tables = [torch.cat([table, table], -1) for table in tables]
+    assert torch.equal(half_table.rotate(x_BHTD, *half_table.tables(*tables)), full_table.rotate(x_BHTD, *full_tables))
 
 
 def test_weights_of_zero_tell_nothing_and_are_not_remembered(monkeypatch):
@@ -63,12 +63,12 @@ def test_weights_of_zero_tell_nothing_and_are_not_remembered(monkeypatch):
         layer.self_attn.q_proj.weight.zero_(), layer.self_attn.k_proj.weight.zero_()
     plan = Plan.by_head(shapes_of(teacher), [(0, 0)], "gla", {"rotary": False})
     Student.from_teacher(teacher, plan)(torch.randint(3, 97, (1, 5)))
-    assert rotary._known == {}
+    assert rotary._rotations == {}
 
 
 def test_an_unknown_convention_is_refused_by_its_class(monkeypatch):
     teacher = teacher_of("llama", monkeypatch)
     student = Student.from_teacher(teacher, Plan.by_head(shapes_of(teacher), [(0, 0)], "gla", {"rotary": False}))
-    monkeypatch.setattr(Rotation, "turned", lambda self, x, cos, sin: x + 1)
+    monkeypatch.setattr(Rotation, "rotate", lambda self, x, cos, sin: x + 1)
     with pytest.raises(UserError, match="LlamaAttention turns its queries and keys in a way .* rotary: true"):
         student(torch.randint(3, 97, (1, 5)))

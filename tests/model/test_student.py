@@ -69,40 +69,40 @@ def test_every_mixer_has_a_conformance_row():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("kept", [[], [0, 3]], ids=["no head attends", "some heads attend"])
-def test_a_mixer_may_go_without_rotary_embedding(family, kept):
-    """It gets the queries and keys of position 0, cached or not; the heads beside it get theirs as ever."""
+@pytest.mark.parametrize("attention_heads", [[], [0, 3]], ids=["no head attends", "some heads attend"])
+def test_a_mixer_may_go_without_rotary_embedding(family, attention_heads):
+    """It gets the queries and keys of position 0, cached or not; the other heads keep rotary embedding."""
     teacher = tiny(family)
     shapes = shapes_of(teacher)
-    others = [head for head in range(6) if head not in kept]
-    layer = {"discrete_mamba2": others} | ({"attention": kept} if kept else {})
+    mixer_heads = [head for head in range(6) if head not in attention_heads]
+    layer = {"discrete_mamba2": mixer_heads} | ({"attention": attention_heads} if attention_heads else {})
     plan = Plan(shapes=shapes, mixers={"attention": {}, "discrete_mamba2": {}}, layers=[layer] * 3)
     student = Student.from_teacher(teacher, plan)
     check_student(student)
-    seen = []
+    mixer_inputs = []
     mixer = student.attention_modules()[0].mixer["discrete_mamba2"]
-    mixer.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    mixer.register_forward_pre_hook(lambda module, args: mixer_inputs.append(args[0]))
     tokens = torch.full((1, 9), 7)  # the same token everywhere: only its position could tell its query apart
     student(tokens, use_cache=False)
     if family != "gpt2":  # whose positions are in the hidden states
-        torch.testing.assert_close(seen[0].q_BHTD, seen[0].q_BHTD[:, :, :1].expand(-1, -1, 9, -1))
-        torch.testing.assert_close(seen[0].k_BGTD, seen[0].k_BGTD[:, :, :1].expand(-1, -1, 9, -1))
-    rotated = Student.from_teacher(
+        torch.testing.assert_close(mixer_inputs[0].q_BHTD, mixer_inputs[0].q_BHTD[:, :, :1].expand(-1, -1, 9, -1))
+        torch.testing.assert_close(mixer_inputs[0].k_BGTD, mixer_inputs[0].k_BGTD[:, :, :1].expand(-1, -1, 9, -1))
+    rotary_student = Student.from_teacher(
         teacher,
         Plan(shapes=shapes, mixers={"attention": {}, "discrete_mamba2": {"rotary": True}}, layers=[layer] * 3),
         mixers_from=student,
     )
-    assert torch.equal(rotated(tokens).logits, student(tokens).logits) == (family == "gpt2")
+    assert torch.equal(rotary_student(tokens).logits, student(tokens).logits) == (family == "gpt2")
 
 
 def test_restored_and_observed_layers_attend_with_rotary_embedding():
-    """Teacher-forced passes and restored layers are the teacher's, whatever the mixer of the layer wants."""
+    """Teacher-forced passes and restored layers equal the teacher's, also where the mixer uses no rotary embedding."""
     teacher = tiny("llama")
     student = Student.from_teacher(teacher, Plan.by_layer(shapes_of(teacher), [], "discrete_mamba2"))
     tokens = torch.randint(3, 97, (2, 30))
-    for how in (attending(range(3)), ForwardContext(around=LayerCall.attention)):
-        hidden = student.final_hidden(tokens, forward_context=how)
-        torch.testing.assert_close(student.backbone.lm_head(hidden), teacher(tokens).logits)
+    for context in (attending(range(3)), ForwardContext(around=LayerCall.attention)):
+        hidden_BTM = student.final_hidden(tokens, forward_context=context)
+        torch.testing.assert_close(student.backbone.lm_head(hidden_BTM), teacher(tokens).logits)
 
 
 def test_a_call_leaves_nothing_behind():
@@ -132,8 +132,8 @@ def test_threads_share_a_student(mixer):
 
     expected = [write(prompt_1T) for prompt_1T in prompts]
     with ThreadPoolExecutor(4) as pool:
-        written = [*pool.map(write, prompts * 4)]
-    assert all(torch.equal(row, expected[index % 4]) for index, row in enumerate(written))
+        outputs = [*pool.map(write, prompts * 4)]
+    assert all(torch.equal(row, expected[index % 4]) for index, row in enumerate(outputs))
 
 
 def test_bidirectional_mixers_are_refused():
@@ -179,14 +179,16 @@ def test_check_student_finds_a_broken_cache():
 def test_tensors_are_shared_until_unshared():
     teacher = tiny("llama")
     student = Student.from_teacher(teacher, mixed_plan(shapes_of(teacher)))
-    mine, theirs = dict(student.backbone.named_parameters()), dict(teacher.named_parameters())
-    assert theirs.keys() < mine.keys()
-    assert all(mine[name].data_ptr() == theirs[name].data_ptr() and mine[name] is not theirs[name] for name in theirs)
+    student_parameters, teacher_parameters = dict(student.backbone.named_parameters()), dict(teacher.named_parameters())
+    assert teacher_parameters.keys() < student_parameters.keys()
+    for name, parameter in teacher_parameters.items():
+        assert student_parameters[name].data_ptr() == parameter.data_ptr()
+        assert student_parameters[name] is not parameter
     name = "model.layers.0.mlp.up_proj.weight"
     student.unshare([f"backbone.{name}"])
     with torch.no_grad():
-        mine[name].zero_()
-    assert theirs[name].abs().sum() > 0
+        student_parameters[name].zero_()
+    assert teacher_parameters[name].abs().sum() > 0
 
 
 def test_mixers_are_taken_from_another_student():
@@ -195,11 +197,11 @@ def test_mixers_are_taken_from_another_student():
     linear = Student.from_teacher(teacher, Plan.by_layer(shapes, [], "hedgehog"))
     for _, parameter in linear.mixer_parameters():
         parameter.data.uniform_()
-    chosen = Student.from_teacher(teacher, Plan.by_layer(shapes, [1], "hedgehog"), mixers_from=linear)
-    source = dict(linear.mixer_parameters())
-    taken = dict(chosen.mixer_parameters())
-    assert len(taken) == len(source) * 2 // 3
-    assert all(torch.equal(parameter, source[name]) for name, parameter in taken.items())
+    hybrid = Student.from_teacher(teacher, Plan.by_layer(shapes, [1], "hedgehog"), mixers_from=linear)
+    linear_parameters = dict(linear.mixer_parameters())
+    hybrid_parameters = dict(hybrid.mixer_parameters())
+    assert len(hybrid_parameters) == len(linear_parameters) * 2 // 3
+    assert all(torch.equal(parameter, linear_parameters[name]) for name, parameter in hybrid_parameters.items())
 
 
 def test_calibration_brings_the_student_nearer():
@@ -209,9 +211,9 @@ def test_calibration_brings_the_student_nearer():
     for mixer in MIXERS.keys() - {"sliding_window", "liger"}:  # which have nothing to calibrate
         options = MIXERS[mixer] if mixer == "hedgehog" else {}  # a window that does not hold the whole text
         student = Student.from_teacher(teacher, Plan.by_layer(shapes_of(teacher), [], mixer, options))
-        before = (student(tokens).logits - teacher(tokens).logits).square().mean()
+        error = (student(tokens).logits - teacher(tokens).logits).square().mean()
         student.calibrate(tokens)
-        assert (student(tokens).logits - teacher(tokens).logits).square().mean() < before, mixer
+        assert (student(tokens).logits - teacher(tokens).logits).square().mean() < error, mixer
 
 
 def test_a_plan_of_another_shape_is_refused():
@@ -266,14 +268,14 @@ def test_foreign_caches_are_refused():
 
 
 @torch.no_grad()
-def test_the_cache_has_two_names():  # transformers' generate says the one before 5.24, the other since
+def test_the_cache_has_two_names():  # transformers' generate passes past_key_values before 5.24, and cache since
     teacher = tiny("llama")
     student = Student.from_teacher(teacher, mixed_plan(shapes_of(teacher)))
     tokens = torch.tensor([[3, 4, 5, 6]])
-    whole = student(tokens).logits[:, -1]
+    full_logits = student(tokens).logits[:, -1]
     for name in ("past_key_values", "cache"):
-        held = student.new_cache()
-        student(tokens[:, :3], **{name: held})
-        assert held.get_seq_length() == 3
-        torch.testing.assert_close(student(tokens[:, 3:], **{name: held}).logits[:, -1], whole)
-        assert held.get_seq_length() == 4
+        cache = student.new_cache()
+        student(tokens[:, :3], **{name: cache})
+        assert cache.get_seq_length() == 3
+        torch.testing.assert_close(student(tokens[:, 3:], **{name: cache}).logits[:, -1], full_logits)
+        assert cache.get_seq_length() == 4
