@@ -92,8 +92,8 @@ class Costs:
 
     def prefill(self, context: int, batch: int) -> PassCost:
         """`batch` prompts of `context` tokens: reads the weights, writes the caches, and gives the last logits."""
-        on_the_way = (round((i + 0.5) * context / _SAMPLES) for i in range(_SAMPLES))
-        mixing = fmean(mixing_flops(self.plan, seen) for seen in on_the_way)
+        positions = (round((i + 0.5) * context / _SAMPLES) for i in range(_SAMPLES))
+        mixing = fmean(mixing_flops(self.plan, position) for position in positions)
         flops = context * (self.token_flops + mixing) + self.head_flops
         return PassCost(self.weight_bytes + self.cache_bytes(context, batch), batch * flops)
 

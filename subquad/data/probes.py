@@ -120,7 +120,7 @@ class Probe:
         """
         rows, length = self.input_ids.shape
         if rows < 2:
-            raise UserError("a retrieval probe of one row cannot exchange facts with another row: use more rows")
+            raise UserError("a retrieval probe of one row cannot exchange facts with another row: raise the count")
         in_question = torch.arange(length) >= self.question_start[:, None]
         return replace(self, input_ids=self.input_ids.where(in_question, self.input_ids.roll(1, dims=0)), depth=None)
 

@@ -38,19 +38,19 @@ def image_fidelity(
     difference of both maps' probabilities. `samples`: the divergences, or else the distances, of `GROUPS` groups of
     images, for comparisons in pairs. `tick` is called with the images of each batch, times the models.
     """
-    everyone = {"teacher": teacher, **models}
-    values: dict[str, dict[str, list[Tensor]]] = {name: {} for name in everyone}
-    with evaluating(*everyone.values()):
+    all_models = {"teacher": teacher, **models}
+    values: dict[str, dict[str, list[Tensor]]] = {name: {} for name in all_models}
+    with evaluating(*all_models.values()):
         for batch in batches:
             answers = {
                 name: _answer(model, batch.pixels_BCHW.to(model.device)).to(teacher.device)
-                for name, model in everyone.items()
+                for name, model in all_models.items()
             }
             for name, answer in answers.items():
                 labels_B = batch.labels_B.to(teacher.device)
                 for measure, value_B in _compared(answer, answers["teacher"], labels_B).items():
                     values[name].setdefault(measure, []).append(value_B.float().cpu())
-            tick(len(everyone) * len(batch))
+            tick(len(all_models) * len(batch))
     return {
         name: _summary({measure: torch.cat(parts) for measure, parts in measures.items()})
         for name, measures in values.items()

@@ -62,16 +62,16 @@ def likelihood(
             )
 
     # Every measure of every token, a chunk of positions at a time
-    everyone = {"teacher": teacher, **models}
+    all_models = {"teacher": teacher, **models}
     longest = max(contexts, default=0)
-    kl = {name: torch.zeros(rows, longest) for name in everyone}
-    same = {name: torch.ones(rows, longest) for name in everyone}
-    surprise = {name: torch.zeros(rows, longest) for name in everyone}  # at p: of token p, so the first stays empty
+    kl = {name: torch.zeros(rows, longest) for name in all_models}
+    same = {name: torch.ones(rows, longest) for name in all_models}
+    surprise = {name: torch.zeros(rows, longest) for name in all_models}  # at p: of token p, so the first stays empty
 
-    with evaluating(*everyone.values()):
+    with evaluating(*all_models.values()):
         for row in range(rows):
             ids_1T = heldout_BT[row : row + 1, :longest].to(teacher.device)
-            hidden = {name: final_hidden(model, ids_1T.to(model.device)) for name, model in everyone.items()}
+            hidden = {name: final_hidden(model, ids_1T.to(model.device)) for name, model in all_models.items()}
             for start in range(0, longest, chunk):
                 positions = slice(start, min(start + chunk, longest))
                 targets_C = ids_1T[0, start + 1 : positions.stop + 1]  # one less at the end of the row
@@ -85,12 +85,12 @@ def likelihood(
                     same[name][row, positions] = (logp_CV.argmax(-1) == best_C).float().cpu()
                     difference_CV = torch.sub(teacher_CV, logp_CV, out=logp_CV)  # their last use: overwrite them
                     kl[name][row, positions] = torch.einsum("cv,cv->c", p_CV, difference_CV).cpu()
-            tick(len(everyone) * longest)
+            tick(len(all_models) * longest)
 
     # Means by context, and between one context and the next
     bounds = [0, *sorted(set(contexts))]
     result: dict[str, Measures] = {}
-    for name in everyone:
+    for name in all_models:
         tables = kl[name], same[name], surprise[name]
         whole = {c: _means(*tables, 0, c) for c in contexts}
         samples = {c: _sample_means(kl[name][:, :c]) for c in contexts}
@@ -156,7 +156,7 @@ class Gain(NamedTuple):
         return abs(self.mean) < 2 * self.stderr
 
 
-def paired_gain(mine: Sequence[float], theirs: Sequence[float]) -> Gain:
-    """Gain of `mine` over `theirs`, with the standard error of the differences between paired samples."""
-    gains = [baseline - sample for sample, baseline in zip(mine, theirs, strict=True)]
+def paired_gain(samples: Sequence[float], baselines: Sequence[float]) -> Gain:
+    """Gain of `samples` over `baselines`, with the standard error of the differences between paired samples."""
+    gains = [baseline - sample for sample, baseline in zip(samples, baselines, strict=True)]
     return Gain(fmean(gains), standard_error(gains))

@@ -74,12 +74,12 @@ def _names(folders: list[Path]) -> list[str]:
 def _view(name: str, run: RunFiles, prefix: str) -> View:
     """`prefix`: of the ids of all its drawings, for a page has many."""
 
-    def drawn(what: str, figure: Figure | None) -> Markup | None:
-        return None if figure is None else Markup(plots.svg(figure, f"{prefix}-{what}"))
+    def drawn(part: str, figure: Figure | None) -> Markup | None:
+        return None if figure is None else Markup(plots.svg(figure, f"{prefix}-{part}"))
 
-    def maps(metrics: Metrics, what: str) -> list[tuple[str, Markup]]:
+    def maps(metrics: Metrics, part: str) -> list[tuple[str, Markup]]:
         pictures = ((task, depth_picture(metrics, task)) for task in metrics.depth_tasks)
-        return [(task, Markup(plots.svg(figure, f"{prefix}-{what}-{task}"))) for task, figure in pictures]
+        return [(task, Markup(plots.svg(figure, f"{prefix}-{part}-{task}"))) for task, figure in pictures]
 
     pictures = {
         "plan": plots.plan_picture(run.plan) if run.plan else None,
@@ -99,7 +99,7 @@ def _view(name: str, run: RunFiles, prefix: str) -> View:
     return View(
         name,
         run,
-        {what: drawn(what, figure) for what, figure in pictures.items()},
+        {part: drawn(part, figure) for part, figure in pictures.items()},
         curves,
         maps(run.metrics, "map"),
         maps(run.evaluation or Metrics(), "later"),

@@ -44,8 +44,10 @@ def _picture(plan: Plan, width: int) -> list[Text]:
     if _by_layer(plan):
         rows = {"": [heads[0] for heads in table]}
     else:
-        most = max(map(len, table))
-        rows = {f"head {head}": [heads[head] if head < len(heads) else "" for heads in table] for head in range(most)}
+        head_count = max(map(len, table))
+        rows = {
+            f"head {head}": [heads[head] if head < len(heads) else "" for heads in table] for head in range(head_count)
+        }
     lines = []
     for first in range(0, len(table), band):
         stop = min(first + band, len(table))

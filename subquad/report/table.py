@@ -17,9 +17,9 @@ from subquad.utils.format import NAN
 def print_table(metrics: Mapping[str, Any], console: Console) -> None:
     """Prints the main rows of metrics.json. Raises `UserError` if `metrics` is not of that form."""
     checked = check_metrics(dict(metrics))
-    for table in (_images, _variants, _buckets, _retrieval, _depths, _tasks, _stages):
-        if (found := table(checked)).row_count:
-            console.print(found)
+    for make in (_images, _variants, _buckets, _retrieval, _depths, _tasks, _stages):
+        if (table := make(checked)).row_count:
+            console.print(table)
     for sample in checked.samples:
         console.print(_sample(sample))
     for verdict in checked.verdicts:
@@ -82,18 +82,20 @@ def _retrieval(metrics: Metrics) -> Table:
 
 def _depths(metrics: Metrics) -> Table:
     """The student's accuracy by depth of the fact, with the teacher's in brackets."""
-    contexts = sorted({context for known in metrics.depth_tasks.values() for context in known})
+    contexts = sorted({context for task_contexts in metrics.depth_tasks.values() for context in task_contexts})
     title = "Retrieval by depth of the fact: the student (the teacher)"
     table = make_table(title, ["", "depth", *map(fmt.context, contexts)], words=(0, 1))
     for task in metrics.depth_tasks:
         student, teacher = (
-            [one.retrieval.get(task, {}).get(context, Answer()).by_depth for context in contexts]
-            for one in (metrics.student or Variant(), metrics.teacher or Variant())
+            [variant.retrieval.get(task, {}).get(context, Answer()).by_depth for context in contexts]
+            for variant in (metrics.student or Variant(), metrics.teacher or Variant())
         )
         depths = max(map(len, student + teacher))
         for depth in range(depths):
-            mine, theirs = ([_accuracy(bands, depth) for bands in found] for found in (student, teacher))
-            cells = (f"{one} ({other})" for one, other in zip(mine, theirs, strict=True))
+            cells = (
+                f"{_accuracy(student_bands, depth)} ({_accuracy(teacher_bands, depth)})"
+                for student_bands, teacher_bands in zip(student, teacher, strict=True)
+            )
             table.add_row(Text(task), fmt.band(depth, depths), *cells)
     return table
 

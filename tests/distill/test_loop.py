@@ -320,6 +320,7 @@ def test_the_second_ctrl_c_waits_for_nothing(tmp_path, ctrl_c):
     assert [path.name for path in (tmp_path / "checkpoints").iterdir() if path.is_dir()] == ["stage-0-step-000002"]
 
 
+@pytest.mark.slow
 def test_killed_by_the_system_it_goes_on(tmp_path):
     job = start_job(tmp_path / "killed", steps=150)
     deadline = time.monotonic() + 60

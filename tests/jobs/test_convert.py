@@ -161,6 +161,7 @@ def test_a_model_that_cannot_be_written_whole_is_not_left_in_halves(finished, tm
     assert {path.name for path in run.out.iterdir()} == {"recipe.yaml", "tensorboard"}
 
 
+@pytest.mark.slow
 def test_the_command_in_two_processes_gives_the_same_losses(finished, teacher_folder, text, tmp_path):
     (tmp_path / "tiny.yaml").write_text(Recipe(**RECIPE).to_yaml(), encoding="utf-8")
     launch = "accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no"

@@ -205,6 +205,7 @@ def test_a_run_leaves_a_teacher_that_converts(tmp_path, text, small):
     assert student(torch.arange(8)[None]).logits.isfinite().all()
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_weights_also_after_an_interruption(tmp_path, text, small, monkeypatch):
     def weights(name, seed=0, **options):
         train_teacher(tmp_path / name, tokens="6k", seed=seed, data=text, **options)
