@@ -80,49 +80,50 @@ def test_the_distance_is_the_papers(sides):
     training_pass = make_pass(stage, student, teacher, seed=3)
     tokens_BT = torch.randint(3, 97, (2, T))
     with torch.no_grad():
-        with watched_attention(teacher) as theirs:
+        with watched_attention(teacher) as teacher_calls:
             teacher(tokens_BT)
-        mine = []
+        student_pairs = []
         for module in (m for m in student.modules() if type(m).__name__ == "Retention"):
-            module.register_forward_pre_hook(lambda m, args: mine.append((args[0].q_BHTD, args[0].k_BGTD)))
+            module.register_forward_pre_hook(lambda m, args: student_pairs.append((args[0].q_BHTD, args[0].k_BGTD)))
         student(tokens_BT, use_cache=False)
-    expected = []
-    for layer, ((q, k), call) in enumerate(zip(mine, [[*theirs.values()][layer] for layer in (0, 1)], strict=True)):
+    expected_losses = []
+    calls = [[*teacher_calls.values()][layer] for layer in (0, 1)]
+    for layer, ((q, k), call) in enumerate(zip(student_pairs, calls, strict=True)):
         maps, total = training_pass.bridge.maps, 0.0
         for side, x, y in (
             ("queries", q, call.q_BHTD),
             ("keys", k.repeat_interleave(2, 1), call.k_BGTD),
         ):  # a state a head
             if f"{layer}_{side}" in maps:
-                first, _, second = maps[f"{layer}_{side}"]
-                assert first.out_features == 12
-                inner = F.silu(x.transpose(1, 2).flatten(2) @ first.weight.T + first.bias)
-                total += (inner @ second.weight.T + second.bias - y.transpose(1, 2).flatten(2)).square().mean()
-        expected.append(float(total.detach()))
+                first_map, _, second_map = maps[f"{layer}_{side}"]
+                assert first_map.out_features == 12
+                inner = F.silu(x.transpose(1, 2).flatten(2) @ first_map.weight.T + first_map.bias)
+                total += (inner @ second_map.weight.T + second_map.bias - y.transpose(1, 2).flatten(2)).square().mean()
+        expected_losses.append(float(total.detach()))
     assert {*maps} == {f"{layer}_{side}" for layer in (0, 1) for side in (SIDES if sides == "both" else (sides,))}
     parts = training_pass(tokens_BT, 1.0)
-    torch.testing.assert_close([float(part) for part in parts.values()], expected)
+    torch.testing.assert_close([float(part) for part in parts.values()], expected_losses)
     assert training_pass.weights == dict.fromkeys(parts, 0.5)
 
 
 def test_the_maps_learn_and_are_dropped(tmp_path, monkeypatch):
     teacher, student = tiny("llama"), small_student()
     names = {*student.state_dict()}
-    before = weights(student)
-    longer = {**BRIDGE, "tokens": 80 * 4 * T}
-    _, result = train(tmp_path, longer, teacher=teacher, student=student)
+    weights_before = weights(student)
+    settings = {**BRIDGE, "tokens": 80 * 4 * T}
+    _, result = train(tmp_path, settings, teacher=teacher, student=student)
     assert result.final_loss < 0.8 * result.first_loss
     assert {*student.state_dict()} == names and not torch.equal(
-        before["backbone.model.layers.0.self_attn.q_proj.weight"],
+        weights_before["backbone.model.layers.0.self_attn.q_proj.weight"],
         student.state_dict()["backbone.model.layers.0.self_attn.q_proj.weight"],
     )
     # Without training the maps, as in the released code, the same steps do less.
     optimizer = loop.make_optimizer
     monkeypatch.setattr(
-        loop, "make_optimizer", lambda p, *how: optimizer({k: v for k, v in p.items() if "bridge." not in k}, *how)
+        loop, "make_optimizer", lambda p, *args: optimizer({k: v for k, v in p.items() if "bridge." not in k}, *args)
     )
-    _, worse = train(tmp_path / "frozen", longer, teacher=teacher, student=small_student())
-    assert worse.final_loss > 1.1 * result.final_loss
+    _, frozen_result = train(tmp_path / "frozen", settings, teacher=teacher, student=small_student())
+    assert frozen_result.final_loss > 1.1 * result.final_loss
 
 
 def test_given_the_teachers_inputs_or_not(tmp_path):
@@ -154,18 +155,18 @@ def test_layers_that_the_user_maps(tmp_path):
 
 def test_a_stage_with_a_bridge_is_resumed_as_if_it_had_not_stopped(tmp_path, monkeypatch):
     settings = {**BRIDGE, "objective": {"bridge": 0.5, "labels": 1.0, "logits": 0.5}}
-    whole, _ = train(tmp_path / "whole", settings, student=small_student())
+    student, _ = train(tmp_path / "whole", settings, student=small_student())
 
     class Stopping(RandomText):
-        def batch(self, step, **how):
+        def batch(self, step, **kwargs):
             if step == 3:
                 raise KeyboardInterrupt
-            return super().batch(step, **how)
+            return super().batch(step, **kwargs)
 
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "cut", settings, student=small_student(), corpus=Stopping())
-    again, _ = train(tmp_path / "cut", settings, student=small_student(), resume=True)
-    assert_same_bits(weights(whole), weights(again))
+    resumed, _ = train(tmp_path / "cut", settings, student=small_student(), resume=True)
+    assert_same_bits(weights(student), weights(resumed))
 
 
 def test_logits_and_labels_teach_a_smaller_student(tmp_path):
@@ -177,19 +178,19 @@ def test_logits_and_labels_teach_a_smaller_student(tmp_path):
 @pytest.mark.parametrize("mixer", ["mamba2", "discrete_mamba2"])
 def test_memory_starts_long_or_spread(mixer):
     """Decays near 1 (CAB's ablation), or as far apart as in Mamba-2: from below 0.3 to above 0.99."""
-    found = {}
+    decays_by_memory = {}
     for memory in ("long", "spread"):
         torch.manual_seed(0)
         student = small_student(mixer, {"memory": memory, "rotary": False}, num_attention_heads=4)
         decays = []
         for layer in range(2):
-            (part,) = student.mixers(layer).values()
+            (layer_mixer,) = student.mixers(layer).values()
             if mixer == "mamba2":
-                decays.append((-part.A_log_G.exp() * F.softplus(part.dt.bias)).exp())
+                decays.append((-layer_mixer.A_log_G.exp() * F.softplus(layer_mixer.dt.bias)).exp())
             else:
-                decays.append(part.decay.bias.sigmoid())
-        found[memory] = torch.cat(decays)
-    assert found["long"].min() > 0.99 and found["spread"].min() < 0.9
+                decays.append(layer_mixer.decay.bias.sigmoid())
+        decays_by_memory[memory] = torch.cat(decays)
+    assert decays_by_memory["long"].min() > 0.99 and decays_by_memory["spread"].min() < 0.9
     assert mixer_options(mixer, {}).memory == "long"
 
 
@@ -200,13 +201,13 @@ def test_weights_of_the_teacher_that_fit_are_taken():
     torch.manual_seed(5)
     model = AutoModelForCausalLM.from_config(config)
     mlp = model.model.layers[1].mlp.up_proj.weight.clone()
-    taken = take_weights(model, teacher)
+    names = take_weights(model, teacher)
     assert torch.equal(model.model.layers[1].self_attn.q_proj.weight, teacher.model.layers[2].self_attn.q_proj.weight)
     assert torch.equal(model.model.embed_tokens.weight, teacher.model.embed_tokens.weight)
-    assert torch.equal(model.model.layers[1].mlp.up_proj.weight, mlp) and not any("up_proj" in name for name in taken)
-    other = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **FAMILIES["gpt2"]))
+    assert torch.equal(model.model.layers[1].mlp.up_proj.weight, mlp) and not any("up_proj" in name for name in names)
+    gpt2 = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **FAMILIES["gpt2"]))
     with pytest.raises(UserError, match="no weight of GPT2LMHeadModel has the name and shape of one of Llama"):
-        take_weights(other, teacher)
+        take_weights(gpt2, teacher)
 
 
 def cab(**student):
@@ -218,9 +219,9 @@ def test_a_conversion_into_a_smaller_model(teacher_folder, text, tmp_path):
     recipe = cab(changes=SMALL)
     student = convert(teacher_folder, recipe, tmp_path / "out", data=text)
     assert len(student.plan.shapes) == 2 and student.plan.shapes[0].heads == 4
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert_same_bits(weights(student), weights(again))
-    check_student(again)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert_same_bits(weights(student), weights(loaded))
+    check_student(loaded)
     page = (tmp_path / "out" / "report.html").read_text()
     assert "bridge" in page
 

@@ -27,8 +27,8 @@ T = 17  # a class token and 4 x 4 patches
 STAGE = dict(name="images", tokens=6 * 4 * T, sequence_length=T, batch=4, lr=1e-3, trainable="all", checkpoint_every=2)
 
 
-def processor(size=32, **more):
-    return ViTImageProcessorPil(size={"height": size, "width": size}, **more)
+def processor(size=32, **options):
+    return ViTImageProcessorPil(size={"height": size, "width": size}, **options)
 
 
 @pytest.fixture(autouse=True)
@@ -93,10 +93,10 @@ def test_losses_are_those_of_the_models_answers(family):
     stage = Stage(**{**STAGE, "objective": {"labels": 1.0, "logits": 1.0}})
     parts = make_pass(stage, student, teacher)(batch, 1.0)
     with torch.no_grad():
-        mine, theirs = student(batch.pixels_BCHW).logits, teacher(batch.pixels_BCHW).logits
-        torch.testing.assert_close(OutputHead.of(student)(final_hidden(student, batch.pixels_BCHW))[:, 0], mine)
-    labels = torch.nn.functional.cross_entropy(mine, batch.labels_B)
-    kl = (theirs.softmax(-1) * (theirs.log_softmax(-1) - mine.log_softmax(-1))).sum(-1).mean()
+        student_BV, teacher_BV = student(batch.pixels_BCHW).logits, teacher(batch.pixels_BCHW).logits
+        torch.testing.assert_close(OutputHead.of(student)(final_hidden(student, batch.pixels_BCHW))[:, 0], student_BV)
+    labels = torch.nn.functional.cross_entropy(student_BV, batch.labels_B)
+    kl = (teacher_BV.softmax(-1) * (teacher_BV.log_softmax(-1) - student_BV.log_softmax(-1))).sum(-1).mean()
     torch.testing.assert_close(parts["labels"], labels)
     torch.testing.assert_close(parts["logits"], kl)
 
@@ -107,8 +107,8 @@ def test_features_are_the_last_hidden_states():
     batch = picture_set().heldout(3)
     parts = make_pass(Stage(**STAGE, objective="features", loss="squared"), student, teacher)(batch, 1.0)
     with torch.no_grad():
-        expected = (hidden(student, batch.pixels_BCHW) - hidden(teacher, batch.pixels_BCHW)).square().mean()
-    torch.testing.assert_close(parts["features"], expected)
+        distance = (hidden(student, batch.pixels_BCHW) - hidden(teacher, batch.pixels_BCHW)).square().mean()
+    torch.testing.assert_close(parts["features"], distance)
 
 
 def test_an_all_attention_student_has_nothing_to_learn():
@@ -130,18 +130,18 @@ def test_an_all_attention_student_has_nothing_to_learn():
 
 def test_resumed_is_uninterrupted(tmp_path):
     teacher, objective = classifier(), {"labels": 1.0, "bridge": 0.5}
-    whole, _ = train(tmp_path / "whole", objective, teacher)
+    student, _ = train(tmp_path / "whole", objective, teacher)
 
     class Stopping:
-        def batch(self, step, **how):
+        def batch(self, step, **kwargs):
             if step == 5:
                 raise KeyboardInterrupt
-            return picture_set().batch(step, **how)
+            return picture_set().batch(step, **kwargs)
 
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "cut", objective, teacher, corpus=Stopping())
-    again, _ = train(tmp_path / "cut", objective, teacher, resume=True)
-    assert_same_bits(weights(whole), weights(again))
+    resumed, _ = train(tmp_path / "cut", objective, teacher, resume=True)
+    assert_same_bits(weights(student), weights(resumed))
 
 
 def test_objectives_that_have_no_head_are_refused(tmp_path):
@@ -151,33 +151,30 @@ def test_objectives_that_have_no_head_are_refused(tmp_path):
         Stage(**STAGE, objective="features", teacher_forced=True)
 
 
-# Data ---------------------------------------------------------------------------------------------------------------
-
-
 def test_idx_files(tmp_path):
     rng = np.random.default_rng(0)
     arrays = {part: (rng.integers(0, 256, (20, 28, 28)), np.arange(20) % 5) for part in ("train", "t10k")}
     for part, (pixels, labels) in arrays.items():
         write_idx(tmp_path / f"{part}-images-idx3-ubyte.gz", pixels)
         write_idx(tmp_path / f"{part}-labels-idx1-ubyte.gz", labels)
-    found = load_images(str(tmp_path), processor(28, do_normalize=False), channels=1)
-    assert [len(found.parts[part]) for part in ("train", "selection", "test")] == [18, 2, 20]
-    test = found.heldout(20)
+    image_set = load_images(str(tmp_path), processor(28, do_normalize=False), channels=1)
+    assert [len(image_set.parts[part]) for part in ("train", "selection", "test")] == [18, 2, 20]
+    test = image_set.heldout(20)
     torch.testing.assert_close(test.pixels_BCHW[:, 0] * 255, torch.tensor(arrays["t10k"][0]).float())
-    assert test.labels_B.tolist() == arrays["t10k"][1].tolist() and found.classes == ["0", "1", "2", "3", "4"]
-    seen = torch.cat([found.batch(step, batch=6).labels_B for step in range(3)])
-    assert sorted(seen.tolist()) == sorted(found.parts["train"].labels_N.tolist())  # each once an epoch
+    assert test.labels_B.tolist() == arrays["t10k"][1].tolist() and image_set.classes == ["0", "1", "2", "3", "4"]
+    labels_N = torch.cat([image_set.batch(step, batch=6).labels_B for step in range(3)])
+    assert sorted(labels_N.tolist()) == sorted(image_set.parts["train"].labels_N.tolist())  # each once an epoch
     wide = load_images(str(tmp_path), processor())
     assert wide.heldout(2).pixels_BCHW.shape == (2, 3, 32, 32) and -1.01 < wide.heldout(2).pixels_BCHW.min() < -0.5
-    few, others = (load_images(str(tmp_path), processor(), max_images=9, seed=seed) for seed in (0, 1))
-    assert [len(part) for part in few.parts.values()] == [9, 2, 20] and few.sha256 == wide.sha256
-    drawn = [found.parts["train"].pixels_NCHW for found in (few, others, wide)]
-    assert not torch.equal(drawn[0], drawn[1]) and all(any(torch.equal(x, y) for y in drawn[2]) for x in drawn[0])
+    subset, other_subset = (load_images(str(tmp_path), processor(), max_images=9, seed=seed) for seed in (0, 1))
+    assert [len(part) for part in subset.parts.values()] == [9, 2, 20] and subset.sha256 == wide.sha256
+    pixels = [images.parts["train"].pixels_NCHW for images in (subset, other_subset, wide)]
+    assert not torch.equal(pixels[0], pixels[1]) and all(any(torch.equal(x, y) for y in pixels[2]) for x in pixels[0])
     (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(b"damaged")
     with pytest.raises(UserError, match="train-images-idx3-ubyte.gz is damaged or no idx file"):
         read_idx(tmp_path / "train-images-idx3-ubyte.gz")
     with pytest.raises(UserError, match="21 images are wanted of the part 'test', which has 20"):
-        found.heldout(21)
+        image_set.heldout(21)
 
 
 def test_folders_by_class(tmp_path, monkeypatch):
@@ -188,14 +185,14 @@ def test_folders_by_class(tmp_path, monkeypatch):
             picture = Image.new("RGB", (40 + number, 36), (colour, colour, colour))
             picture.save(tmp_path / "images" / "train" / label / f"{number}.png")
     reader = processor(image_mean=[0.4, 0.5, 0.6])
-    found = load_images(str(tmp_path / "images"), reader)
-    assert found.classes == ["dark", "light"] and [len(part) for part in found.parts.values()] == [16, 2, 2]
-    batch = found.batch(0, batch=16)
+    image_set = load_images(str(tmp_path / "images"), reader)
+    assert image_set.classes == ["dark", "light"] and [len(part) for part in image_set.parts.values()] == [16, 2, 2]
+    batch = image_set.batch(0, batch=16)
     assert batch.pixels_BCHW.shape == (16, 3, 32, 32)
     assert torch.equal(batch.pixels_BCHW.mean((1, 2, 3)) > 0, batch.labels_B == 1)
-    pictures = [row["image"] for row in found.parts["test"].rows]
-    theirs = reader(pictures, return_tensors="pt")["pixel_values"]
-    torch.testing.assert_close(found.heldout(2).pixels_BCHW, theirs)  # what the processor gives, kept as bytes
+    pictures = [row["image"] for row in image_set.parts["test"].rows]
+    expected_BCHW = reader(pictures, return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(image_set.heldout(2).pixels_BCHW, expected_BCHW)  # of the processor, stored as bytes
     with pytest.raises(UserError, match="no image set can be read from '.*nothing'"):
         load_images(str(tmp_path / "nothing"), processor())
     with pytest.raises(UserError, match="images of various sizes: give it a height and a width"):

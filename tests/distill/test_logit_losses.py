@@ -82,9 +82,9 @@ def test_chunked_loss_equals_the_plain_form(weights, form, chunk):
     assert set(loss.parts()) == set(weights)
     weighted = sum(weights[name] * part for name, part in loss.parts().items())
     torch.testing.assert_close(weighted, plain, rtol=1e-12, atol=1e-12)
-    ours = torch.autograd.grad(3.0 * loss.total, leaves)
-    for mine, theirs in zip(ours, torch.autograd.grad(3.0 * plain, leaves), strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
+    grads = torch.autograd.grad(3.0 * loss.total, leaves)
+    for grad, plain_grad in zip(grads, torch.autograd.grad(3.0 * plain, leaves), strict=True):
+        torch.testing.assert_close(grad, plain_grad, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", get_args(Divergence))
@@ -98,15 +98,15 @@ def test_every_divergence_equals_its_plain_form(kind, tau):
     )  # fmt: skip
     plain = plain_loss(student_BTM, head, teacher_BTM, teacher_head, labels_BT, weights, tau, kind)
     torch.testing.assert_close(loss.total, plain, rtol=1e-12, atol=1e-12)
-    ours = torch.autograd.grad(3.0 * loss.total, leaves)
-    for mine, theirs in zip(ours, torch.autograd.grad(3.0 * plain, leaves), strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
+    grads = torch.autograd.grad(3.0 * loss.total, leaves)
+    for grad, plain_grad in zip(grads, torch.autograd.grad(3.0 * plain, leaves), strict=True):
+        torch.testing.assert_close(grad, plain_grad, rtol=1e-10, atol=1e-12)
     with torch.no_grad():
-        same = chunked_loss(
+        no_grad_loss = chunked_loss(
             student_BTM, head, weights=weights, teacher=FromHidden(teacher_BTM, teacher_head), labels_BT=labels_BT,
             kind=kind, temperature=tau,
         )  # fmt: skip
-    torch.testing.assert_close(same.total, plain.detach(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(no_grad_loss.total, plain.detach(), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", get_args(Divergence))
@@ -116,26 +116,26 @@ def test_top_k_is_the_divergence_of_k_and_one_outcomes(kind, k):
     teacher_log = F.log_softmax(teacher_head(teacher_BTM), -1)
     top = teacher_log.topk(k)
     log_rest_BT = teacher_log.scatter(-1, top.indices, -torch.inf).logsumexp(-1)
-    stored = FromTopK(top.indices, top.values, log_rest_BT)
-    loss = chunked_loss(student_BTM, head, weights={"logits": 1.0}, teacher=stored, kind=kind, chunk=5)
+    top_k = FromTopK(top.indices, top.values, log_rest_BT)
+    loss = chunked_loss(student_BTM, head, weights={"logits": 1.0}, teacher=top_k, kind=kind, chunk=5)
 
     def outcomes(log_BTV):
-        rest = log_BTV.exp().scatter(-1, top.indices, 0.0).sum(-1, keepdim=True)
-        return torch.cat([log_BTV.gather(-1, top.indices), rest.log()], -1)
+        rest_BT1 = log_BTV.exp().scatter(-1, top.indices, 0.0).sum(-1, keepdim=True)
+        return torch.cat([log_BTV.gather(-1, top.indices), rest_BT1.log()], -1)
 
     student_log = F.log_softmax(head(student_BTM), -1)
     plain = plain_divergence(kind, outcomes(teacher_log), outcomes(student_log))
-    whole = plain_divergence(kind, teacher_log, student_log)
+    full_divergence = plain_divergence(kind, teacher_log, student_log)
     if kind != "soft_cross_entropy":  # which counts the spread tokens' entropy too
         torch.testing.assert_close(loss.total, plain, rtol=1e-10, atol=1e-12)
-        assert loss.total <= whole + 1e-12 and (k < 22 or torch.allclose(loss.total, whole))
+        assert loss.total <= full_divergence + 1e-12 and (k < 22 or torch.allclose(loss.total, full_divergence))
         leaves = [student_BTM, head.weight_VM]
-        for mine, theirs in zip(
+        for grad, plain_grad in zip(
             torch.autograd.grad(loss.total, leaves), torch.autograd.grad(plain, leaves), strict=True
         ):
-            torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(grad, plain_grad, rtol=1e-9, atol=1e-12)
     with pytest.raises(ValueError, match="temperature 1"):
-        chunked_loss(student_BTM, head, weights={"logits": 1.0}, teacher=stored, temperature=2.0)
+        chunked_loss(student_BTM, head, weights={"logits": 1.0}, teacher=top_k, temperature=2.0)
 
 
 def test_frozen_head_gets_no_gradient_and_no_grad_mode_computes_none():
@@ -146,9 +146,9 @@ def test_frozen_head_gets_no_gradient_and_no_grad_mode_computes_none():
     loss.total.backward()
     assert student_BTM.grad is not None and frozen.weight_VM.grad is None
     with torch.no_grad():
-        again = chunked_loss(student_BTM, frozen, **inputs)
-    assert not again.total.requires_grad
-    torch.testing.assert_close(again.total, loss.total.detach(), rtol=0, atol=0)
+        no_grad_loss = chunked_loss(student_BTM, frozen, **inputs)
+    assert not no_grad_loss.total.requires_grad
+    torch.testing.assert_close(no_grad_loss.total, loss.total.detach(), rtol=0, atol=0)
 
 
 def test_kl_of_a_model_to_itself_is_zero_and_its_gradient_too():

@@ -74,8 +74,8 @@ def test_groups_of_learning_rates_and_weight_decay():
     student = make_student(tiny("llama"))
     settings = {**ALIGN, "weight_decay": 0.1, "lr_groups": {"*key_map*": 5e-4}}
     stage = Stage(**settings)
-    everything = {name for name, _ in student.named_parameters()}
-    parameters = choose_parameters(student, stage, everything)
+    all_names = {name for name, _ in student.named_parameters()}
+    parameters = choose_parameters(student, stage, all_names)
     assert parameters.keys() == {name for name, _ in student.mixer_parameters()}
     assert {name for name, p in student.named_parameters() if p.requires_grad} == parameters.keys()
     groups = make_optimizer(parameters, stage, student).param_groups
@@ -85,9 +85,9 @@ def test_groups_of_learning_rates_and_weight_decay():
         "hedgehog.query_map.weight_HDF": (1e-2, 0.1), "hedgehog.key_map.weight_HDF": (5e-4, 0.1),
         "hedgehog.log_far_H": (1e-2, 0.0),
     }  # fmt: skip
-    for wrong in ({"trainable": ["*nothing*"]}, {"lr_groups": {"*nothing*": 1.0}}):
+    for bad_settings in ({"trainable": ["*nothing*"]}, {"lr_groups": {"*nothing*": 1.0}}):
         with pytest.raises(UserError, match=r"nothing.*mixer"):
-            choose_parameters(student, Stage(**{**ALIGN, **wrong}), everything)
+            choose_parameters(student, Stage(**{**ALIGN, **bad_settings}), all_names)
 
 
 def test_nothing_to_train_is_an_error(tmp_path):
@@ -111,23 +111,24 @@ def test_teacher_forced_layers_see_what_they_would_see_alone(family, mixer):
     shapes, paths = student.plan.shapes, student.config.attention_paths
     options = student.plan.mixers[mixer]
     for layer in (0, 2):
-        plan = Plan.by_layer(shapes, [other for other in range(3) if other != layer], mixer, options)
+        plan = Plan.by_layer(shapes, [index for index in range(3) if index != layer], mixer, options)
         alone = Student.from_teacher(teacher, plan, mixers_from=student)
-        wanted = {name: p for name, p in alone.mixer_parameters()}
-        for parameter in wanted.values():
+        reference = {name: p for name, p in alone.mixer_parameters()}
+        for parameter in reference.values():
             parameter.requires_grad_()
-        seen = []
+        outputs = []
         for model in (teacher, alone.backbone):
             module = model.get_submodule(paths[layer])
-            module.register_forward_hook(lambda module, inputs, output, seen=seen: seen.append(output[0]))
+            module.register_forward_hook(lambda module, inputs, output, outputs=outputs: outputs.append(output[0]))
             model(tokens_BT, use_cache=False) if model is teacher else alone(tokens_BT, use_cache=False)
-        loss = output_distance(seen[1], seen[0])
+        loss = output_distance(outputs[1], outputs[0])
         torch.testing.assert_close(losses[f"layer {layer}"], loss.detach(), rtol=1e-5, atol=1e-7)
-        for name, gradient in zip(wanted, torch.autograd.grad(loss, wanted.values(), allow_unused=True), strict=True):
-            ours = parameters[name].grad
-            assert (ours is None) == (gradient is None)
+        gradients = torch.autograd.grad(loss, reference.values(), allow_unused=True)
+        for name, gradient in zip(reference, gradients, strict=True):
+            grad = parameters[name].grad
+            assert (grad is None) == (gradient is None)
             if gradient is not None:
-                torch.testing.assert_close(ours, 0.5 * 0.5 * gradient, rtol=1e-4, atol=1e-7)
+                torch.testing.assert_close(grad, 0.5 * 0.5 * gradient, rtol=1e-4, atol=1e-7)
 
 
 def test_teacher_forced_pass_computes_no_more_than_it_needs():
@@ -150,26 +151,26 @@ def test_teacher_forced_pass_computes_no_more_than_it_needs():
 @pytest.mark.parametrize("settings", [ALIGN, LOGITS], ids=["mixer_output", "logits"])
 def test_a_stage_trains_what_it_should_and_leaves_the_teacher_alone(tmp_path, settings):
     teacher = tiny("llama")
-    before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
+    teacher_before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
     student = make_student(teacher)
     untrained = weights(student)
     settings = {**settings, "tokens": 40 * BATCH * T}
-    out = StringIO()
-    student, result = train(tmp_path, settings, teacher=teacher, student=student, progress=Console(file=out))
+    output = StringIO()
+    student, result = train(tmp_path, settings, teacher=teacher, student=student, progress=Console(file=output))
     assert result.final_loss < 0.95 * result.first_loss
-    assert_same_bits(before, dict(teacher.state_dict()))
+    assert_same_bits(teacher_before, dict(teacher.state_dict()))
     assert not any(p.requires_grad or p.grad is not None for p in student.parameters())
 
-    trained = {name for name, tensor in student.state_dict().items() if not torch.equal(tensor, untrained[name])}
-    shared = {
+    changed_names = {name for name, tensor in student.state_dict().items() if not torch.equal(tensor, untrained[name])}
+    shared_names = {
         name for name, tensor in student.backbone.state_dict().items()
-        if name in before and tensor.data_ptr() == teacher.state_dict()[name].data_ptr()
+        if name in teacher_before and tensor.data_ptr() == teacher.state_dict()[name].data_ptr()
     }  # fmt: skip
     if settings["name"] == "align":
-        assert trained == {name for name, _ in student.mixer_parameters()}
-        assert shared == before.keys()
+        assert changed_names == {name for name, _ in student.mixer_parameters()}
+        assert shared_names == teacher_before.keys()
     else:
-        assert trained == untrained.keys() and not shared
+        assert changed_names == untrained.keys() and not shared_names
 
     assert (result.steps, result.tokens) == (40, 40 * BATCH * T)
     assert result.tokens_per_second == pytest.approx(result.tokens / result.seconds)
@@ -178,7 +179,7 @@ def test_a_stage_trains_what_it_should_and_leaves_the_teacher_alone(tmp_path, se
     )
     parts = {"layer 0", "layer 2"} if settings["name"] == "align" else {"logits", "labels"}
     assert result.final_parts.keys() == parts
-    assert "step 40/40" in out.getvalue()
+    assert "step 40/40" in output.getvalue()
     assert StageResult(**json.loads(json.dumps(result.as_dict()))) == result
 
 
@@ -187,11 +188,11 @@ def test_log_says_what_happened(tmp_path):
     accelerator.init_trackers("tensorboard")
     train(tmp_path, {**ALIGN, "log_every": 4, "schedule": "constant", "warmup": 0}, accelerator=accelerator)
     accelerator.end_training()
-    first, last = lines(tmp_path)
-    assert [first["step"], last["step"]] == [4, 6]
-    assert last["tokens"] == STEPS * BATCH * T and last["lr"] == 1e-2 and last["grad_norm"] > 0
-    assert (last["stage"], last["name"]) == (0, "align") and last["seconds"] > first["seconds"]
-    assert last["loss"] == pytest.approx(sum(last["parts"].values()) / 2)
+    first_line, last_line = lines(tmp_path)
+    assert [first_line["step"], last_line["step"]] == [4, 6]
+    assert last_line["tokens"] == STEPS * BATCH * T and last_line["lr"] == 1e-2 and last_line["grad_norm"] > 0
+    assert (last_line["stage"], last_line["name"]) == (0, "align") and last_line["seconds"] > first_line["seconds"]
+    assert last_line["loss"] == pytest.approx(sum(last_line["parts"].values()) / 2)
     assert list((tmp_path / "tensorboard").glob("events*"))
 
 
@@ -215,15 +216,15 @@ def test_micro_batches_change_nothing(tmp_path):
 def test_bfloat16_weights_are_trained_in_float32(tmp_path, settings):
     teacher = tiny("llama", torch.bfloat16)
     student = make_student(teacher, mixer="hedgehog")
-    before = weights(student)
+    weights_before = weights(student)
     # Steps of 1e-5 in weights of order one: each is lost in bfloat16, their sum is not.
     settings = {**settings, "tokens": 40 * BATCH * T, "lr": 4e-4, "schedule": "constant", "batch": BATCH}
     _, result = train(tmp_path, settings, teacher=teacher, student=student)
-    after = weights(student)
-    assert {tensor.dtype for tensor in after.values()} == {torch.bfloat16}
-    moved = [name for name in before if not torch.equal(before[name], after[name])]
-    assert any("query_map" in name for name in moved)
-    assert load_file(tmp_path / "checkpoints/stage-0.safetensors")[moved[0]].dtype == torch.float32
+    weights_after = weights(student)
+    assert {tensor.dtype for tensor in weights_after.values()} == {torch.bfloat16}
+    changed_names = [name for name in weights_before if not torch.equal(weights_before[name], weights_after[name])]
+    assert any("query_map" in name for name in changed_names)
+    assert load_file(tmp_path / "checkpoints/stage-0.safetensors")[changed_names[0]].dtype == torch.float32
     assert result.final_loss < result.first_loss
 
 
@@ -238,12 +239,12 @@ def test_bare_forward_speed_counts_tokens():
 
 def test_progress_of_work_in_several_parts():
     """Each part has a number of steps of its own, and the time left is that of the part."""
-    out = StringIO()
-    with StageProgress(Console(file=out, width=100), "select by kl", unit="piece") as bar:
+    output = StringIO()
+    with StageProgress(Console(file=output, width=100), "select by kl", unit="piece") as bar:
         for steps in (3, 3, 2):
             for step in range(1, steps + 1):
                 bar.update(step, "7 tokens/s", steps)
-    assert out.getvalue().splitlines() == [
+    assert output.getvalue().splitlines() == [
         f"select by kl: piece {steps}/{steps}  7 tokens/s  0 s left" for steps in (3, 3, 2)
     ]
 
@@ -255,34 +256,34 @@ def test_interrupted_at_any_write_it_ends_with_the_same_bits(tmp_path, settings,
     class Killed(BaseException):
         pass
 
-    plain, _ = train(tmp_path / "plain", settings)
-    expected = weights(plain)
-    left = 0
+    uninterrupted, _ = train(tmp_path / "plain", settings)
+    expected_weights = weights(uninterrupted)
+    writes_left = 0
 
-    def dying(function, *args, **kwargs):
-        nonlocal left
-        left -= 1
-        if left == 0:
+    def die_at_last_write(function, *args, **kwargs):
+        nonlocal writes_left
+        writes_left -= 1
+        if writes_left == 0:
             raise Killed
         return function(*args, **kwargs)
 
     for module, name in ((os, "replace"), (checkpoint_module, "save_file"), (files, "sync")):
-        monkeypatch.setattr(module, name, partial(dying, getattr(module, name)))
+        monkeypatch.setattr(module, name, partial(die_at_last_write, getattr(module, name)))
     deaths = 0
     for budget in (1, 2, 3, 5, 6, 7, 8, 9, 10, 12, 15, 18, 19, 20, 21, 22):
         out = tmp_path / str(budget)
-        student, resume, left = None, False, budget
+        student, resume, writes_left = None, False, budget
         while student is None:
             try:
                 student, result = train(out, settings, resume=resume)
             except Killed:
-                deaths, resume, left = deaths + 1, True, 10_000
-        assert_same_bits(weights(student), expected)
+                deaths, resume, writes_left = deaths + 1, True, 10_000
+        assert_same_bits(weights(student), expected_weights)
         assert [line["step"] for line in lines(out)] == list(range(1, STEPS + 1))
         assert [line["loss"] for line in lines(out)] == [line["loss"] for line in lines(tmp_path / "plain")]
         assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["stage-0.safetensors"]
-        again, loaded = train(out, settings, resume=True)  # finished: loads and does not train
-        assert_same_bits(weights(again), expected)
+        reloaded, loaded = train(out, settings, resume=True)  # finished: loads and does not train
+        assert_same_bits(weights(reloaded), expected_weights)
         assert loaded == result
     assert deaths == 16
 
@@ -293,24 +294,27 @@ class Interrupting(RandomText):
     def __init__(self, press, at, times=1):
         self.press, self.at, self.times = press, at, times
 
-    def batch(self, step, **how):
+    def batch(self, step, **kwargs):
         for _ in range(self.times if step == self.at else 0):
             self.press()
-        return super().batch(step, **how)
+        return super().batch(step, **kwargs)
 
 
 @pytest.mark.parametrize("at", [2, STEPS - 1])
 def test_ctrl_c_ends_at_a_checkpoint_of_that_step(at, tmp_path, ctrl_c, capfd):
     """The step is finished and kept, whatever `checkpoint_every` says, and no step is done again."""
     settings, text = {**ALIGN, "checkpoint_every": 1000}, Interrupting(ctrl_c, at)
-    plain, _ = train(tmp_path / "plain", settings)
+    uninterrupted, _ = train(tmp_path / "plain", settings)
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "stopped", settings, corpus=text)
     assert "Ctrl-C again" in capfd.readouterr().err
-    kept = {path.name for path in (tmp_path / "stopped" / "checkpoints").iterdir()}
-    assert kept == ({"stage-0.safetensors"} if at == STEPS - 1 else {"latest.json", f"stage-0-step-{at + 1:06d}"})
+    checkpoint_names = {path.name for path in (tmp_path / "stopped" / "checkpoints").iterdir()}
+    in_last_step = at == STEPS - 1
+    assert checkpoint_names == (
+        {"stage-0.safetensors"} if in_last_step else {"latest.json", f"stage-0-step-{at + 1:06d}"}
+    )
     student, _ = train(tmp_path / "stopped", settings, corpus=text, resume=True)  # that step again would stop again
-    assert_same_bits(weights(student), weights(plain))
+    assert_same_bits(weights(student), weights(uninterrupted))
     assert [line["step"] for line in lines(tmp_path / "stopped")] == list(range(1, STEPS + 1))
 
 
@@ -332,8 +336,8 @@ def test_killed_by_the_system_it_goes_on(tmp_path):
     killed_at = lines_whole(tmp_path / "killed")
     assert 25 <= killed_at < 150
     resumed, _ = train(tmp_path / "killed", job_settings(150), resume=True)
-    plain, _ = train(tmp_path / "plain", job_settings(150))
-    assert_same_bits(weights(resumed), weights(plain))
+    uninterrupted, _ = train(tmp_path / "plain", job_settings(150))
+    assert_same_bits(weights(resumed), weights(uninterrupted))
     assert [line["step"] for line in lines(tmp_path / "killed")] == list(range(1, 151))
     assert [line["loss"] for line in lines(tmp_path / "killed")] == [line["loss"] for line in lines(tmp_path / "plain")]
 
@@ -343,11 +347,11 @@ def test_second_stage_goes_on_after_the_first(tmp_path):
     student = make_student(teacher)
     train(tmp_path, ALIGN, teacher=teacher, student=student)
     train(tmp_path, LOGITS, teacher=teacher, student=student, index=1)
-    expected = weights(student)
-    fresh = make_student(teacher)
+    expected_weights = weights(student)
+    fresh_student = make_student(teacher)
     for index, settings in enumerate((ALIGN, LOGITS)):
-        train(tmp_path, settings, teacher=teacher, student=fresh, index=index, resume=True)
-    assert_same_bits(weights(fresh), expected)
+        train(tmp_path, settings, teacher=teacher, student=fresh_student, index=index, resume=True)
+    assert_same_bits(weights(fresh_student), expected_weights)
     assert [line["stage"] for line in lines(tmp_path)] == [0] * STEPS + [1] * STEPS
     assert [line["step"] for line in lines(tmp_path)] == [*range(1, STEPS + 1)] * 2
     train(tmp_path, ALIGN, teacher=teacher, student=make_student(teacher))  # from the start: the second stage is void
@@ -361,11 +365,11 @@ def test_resuming_something_else_is_refused_and_named(tmp_path):
         train(tmp_path, ALIGN, seed=1, resume=True)
     with pytest.raises(UserError, match="another recipe"):
         train(tmp_path, {**ALIGN, "lr": 1e-4}, resume=True)
-    other = tiny("llama")
+    changed_teacher = tiny("llama")
     with torch.no_grad():
-        other.model.layers[2].mlp.up_proj.weight.add_(0.1)
+        changed_teacher.model.layers[2].mlp.up_proj.weight.add_(0.1)
     with pytest.raises(UserError, match="another teacher"):
-        train(tmp_path, ALIGN, teacher=other, resume=True)
+        train(tmp_path, ALIGN, teacher=changed_teacher, resume=True)
     with pytest.raises(UserError, match="another plan"):
         train(tmp_path, ALIGN, student=make_student(tiny("llama"), attention_layers=(0,)), resume=True)
     train(tmp_path, {**ALIGN, "log_every": 3, "checkpoint_every": 1}, resume=True)  # these change no weight
@@ -374,19 +378,19 @@ def test_resuming_something_else_is_refused_and_named(tmp_path):
 def test_full_disk_during_a_checkpoint_keeps_the_one_before(tmp_path, monkeypatch):
     save = checkpoint_module.save_file
 
-    def full(tensors, path, **kwargs):
+    def fail_at_step_4(tensors, path, **kwargs):
         if "step-000004" in str(path):
             raise OSError(errno.ENOSPC, "No space left on device")
         save(tensors, path, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint_module, "save_file", full)
+        patch.setattr(checkpoint_module, "save_file", fail_at_step_4)
         with pytest.raises(UserError, match=r"step 4.*No space left on device.*--resume"):
             train(tmp_path)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["latest.json", "stage-0-step-000002"]
     resumed, _ = train(tmp_path, resume=True)
-    plain, _ = train(tmp_path / "plain")
-    assert_same_bits(weights(resumed), weights(plain))
+    uninterrupted, _ = train(tmp_path / "plain")
+    assert_same_bits(weights(resumed), weights(uninterrupted))
 
 
 def test_damaged_checkpoint_is_an_error_of_one_sentence(tmp_path):
@@ -410,18 +414,18 @@ class PoisonAt(RandomText):
         return super().batch(step, **settings)
 
 
-@pytest.mark.parametrize("settings, where", [(ALIGN, "layer 2"), (LOGITS, "logits")], ids=["mixer_output", "logits"])
-def test_nan_is_named_and_the_last_good_checkpoint_kept(tmp_path, settings, where):
+@pytest.mark.parametrize("settings, part", [(ALIGN, "layer 2"), (LOGITS, "logits")], ids=["mixer_output", "logits"])
+def test_nan_is_named_and_the_last_good_checkpoint_kept(tmp_path, settings, part):
     teacher = tiny("llama")
     student = make_student(teacher)
     poison = PoisonAt(student, 2, step=4)
-    with pytest.raises(UserError, match=f"'{settings['name']}' stopped at step 5 of 6: the loss of {where}.* is nan"):
+    with pytest.raises(UserError, match=f"'{settings['name']}' stopped at step 5 of 6: the loss of {part}.* is nan"):
         train(tmp_path, settings, teacher=teacher, student=student, corpus=poison)
     saved = load_file(tmp_path / "checkpoints/stage-0-step-000004/trainable.safetensors")
     assert all(tensor.isfinite().all() for tensor in saved.values())
     resumed, _ = train(tmp_path, settings, resume=True)
-    plain, _ = train(tmp_path / "plain", settings)
-    assert_same_bits(weights(resumed), weights(plain))
+    uninterrupted, _ = train(tmp_path / "plain", settings)
+    assert_same_bits(weights(resumed), weights(uninterrupted))
 
 
 def test_batch_that_does_not_divide_is_an_error(tmp_path):
@@ -440,10 +444,10 @@ def test_two_processes_do_what_one_does(tmp_path):
     assert job.returncode == 0, output
     assert "processes: 2" in output
     student, _ = train(tmp_path / "one", job_settings(STEPS))
-    two, one = lines(tmp_path / "two"), lines(tmp_path / "one")
-    assert [line["step"] for line in two] == [line["step"] for line in one]
+    lines_of_two, lines_of_one = lines(tmp_path / "two"), lines(tmp_path / "one")
+    assert [line["step"] for line in lines_of_two] == [line["step"] for line in lines_of_one]
     for key in ("loss", "grad_norm"):
-        assert [line[key] for line in two] == pytest.approx([line[key] for line in one], rel=1e-5)
+        assert [line[key] for line in lines_of_two] == pytest.approx([line[key] for line in lines_of_one], rel=1e-5)
     trained = load_file(tmp_path / "two/checkpoints/stage-0.safetensors")
     for name, tensor in trained.items():
         torch.testing.assert_close(tensor, student.state_dict()[name], rtol=1e-4, atol=1e-6)

@@ -41,13 +41,13 @@ def rows_of(corpus):
     return torch.from_numpy(corpus.train[: len(corpus.train) // T * T].astype(np.int64)).reshape(-1, T)
 
 
-def opened(folder, teacher):
+def open_cache(folder, teacher):
     return TeacherCache.open(
         folder, teacher_fingerprint=teacher.fingerprint, tokenizer_hash=tokenizer_hash(teacher.tokenizer)
     )
 
 
-def plain(teacher, ids_BT):
+def log_softmax(teacher, ids_BT):
     """The full log-softmax, in float64."""
     return teacher.model(ids_BT, use_cache=False).logits.double().log_softmax(-1)
 
@@ -71,44 +71,44 @@ def corpus():
 
 
 @pytest.fixture(scope="module")
-def whole(teacher, corpus, tmp_path_factory):
+def cache_folder(teacher, corpus, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     write_cache(folder, teacher, corpus, **SETTINGS)
     return folder
 
 
 @pytest.fixture
-def copy(whole, tmp_path):
+def folder_to_damage(cache_folder, tmp_path):
     """A copy to damage."""
-    for path in whole.iterdir():
+    for path in cache_folder.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     return tmp_path
 
 
-def test_what_is_found_is_the_plain_softmax_to_float16(teacher, corpus, whole):
+def test_what_is_found_is_the_plain_softmax_to_float16(teacher, corpus, cache_folder):
     ids_BT = rows_of(corpus)
-    log_p_BTV = plain(teacher, ids_BT)
+    log_p_BTV = log_softmax(teacher, ids_BT)
     top = log_p_BTV.topk(K)
-    rest_BT = log_p_BTV.scatter(-1, top.indices, -torch.inf).logsumexp(-1)
-    found = opened(whole, teacher).lookup(ids_BT)
-    assert [tensor.dtype for tensor in found] == [torch.int64, torch.float32, torch.float32]
-    assert torch.equal(found.ids_BTK, top.indices)
-    assert (found.log_probs_BTK.diff() <= 0).all()
-    true, mine = (torch.cat([a, b[..., None]], -1) for a, b in ((top.values, rest_BT), found[1:]))
-    assert (mine.double().exp().sum(-1) - 1).abs().max() < 1e-6
+    log_rest_BT = log_p_BTV.scatter(-1, top.indices, -torch.inf).logsumexp(-1)
+    top_k = open_cache(cache_folder, teacher).lookup(ids_BT)
+    assert [tensor.dtype for tensor in top_k] == [torch.int64, torch.float32, torch.float32]
+    assert torch.equal(top_k.ids_BTK, top.indices)
+    assert (top_k.log_probs_BTK.diff() <= 0).all()
+    expected_BTO, lookup_BTO = (torch.cat([a, b[..., None]], -1) for a, b in ((top.values, log_rest_BT), top_k[1:]))
+    assert (lookup_BTO.double().exp().sum(-1) - 1).abs().max() < 1e-6
     # Each is rounded, and the sum of all, by which they are divided, is off by the mean of the errors: the entropy's.
-    entropy_BT1 = -(true.exp() * true).sum(-1, keepdim=True)
-    assert ((mine - true).abs() <= 1.05 * HALF * (true.abs() + entropy_BT1) + 1e-6).all()
-    assert not torch.equal(mine, true.float())
+    entropy_BT1 = -(expected_BTO.exp() * expected_BTO).sum(-1, keepdim=True)
+    assert ((lookup_BTO - expected_BTO).abs() <= 1.05 * HALF * (expected_BTO.abs() + entropy_BT1) + 1e-6).all()
+    assert not torch.equal(lookup_BTO, expected_BTO.float())
 
 
-def test_a_shard_holds_what_its_format_says(teacher, corpus, whole):
-    meta = json.loads((whole / "meta.json").read_text())
+def test_a_shard_holds_what_its_format_says(teacher, corpus, cache_folder):
+    meta = json.loads((cache_folder / "meta.json").read_text())
     assert [shard["rows"] for shard in meta["shards"]] == [3, 3, 1] and meta["rows"] == ROWS
     ids_BT = rows_of(corpus)[3:6]
-    log_p_BTV = plain(teacher, ids_BT)
+    log_p_BTV = log_softmax(teacher, ids_BT)
     top = log_p_BTV.topk(K)
-    shard = load_file(whole / "shard-00001.safetensors")
+    shard = load_file(cache_folder / "shard-00001.safetensors")
     assert {name: (tensor.dtype, tensor.shape) for name, tensor in shard.items()} == {
         "ids_WTK": (torch.uint16, (3, T, K)),
         "log_probs_WTK": (torch.float16, (3, T, K)),
@@ -116,24 +116,24 @@ def test_a_shard_holds_what_its_format_says(teacher, corpus, whole):
         "key_W": (torch.int64, (3,)),
     }
     torch.testing.assert_close(shard["log_probs_WTK"].double(), top.values, rtol=HALF, atol=1e-6)
-    rest_BT = (1 - top.values.exp().sum(-1)).log()
-    torch.testing.assert_close(shard["log_rest_WT"].double(), rest_BT, rtol=HALF, atol=1e-6)
-    sizes = [path.stat().st_size for path in whole.glob("shard-*")]
+    log_rest_BT = (1 - top.values.exp().sum(-1)).log()
+    torch.testing.assert_close(shard["log_rest_WT"].double(), log_rest_BT, rtol=HALF, atol=1e-6)
+    sizes = [path.stat().st_size for path in cache_folder.glob("shard-*")]
     assert meta["bytes_per_token"] == sum(sizes) / (ROWS * T)
     assert (meta["vocabulary"], meta["top_k"], meta["sequence_length"], meta["dtype"]) == (V, K, T, "float32")
     assert meta["teacher_fingerprint"] == teacher.fingerprint and meta["sources"] == corpus.meta["sources"]
 
 
-def test_what_truncation_loses_is_the_kl_from_what_is_read(teacher, corpus, whole):
+def test_what_truncation_loses_is_the_kl_from_what_is_read(teacher, corpus, cache_folder):
     """Against the definition, over the whole vocabulary in float64: rounding included."""
     ids_BT = rows_of(corpus)
-    log_p_BTV = plain(teacher, ids_BT)
-    found = opened(whole, teacher).lookup(ids_BT)
-    even_BT1 = (found.log_rest_BT.double() - np.log(V - K))[..., None]
-    completed_BTV = even_BT1.expand_as(log_p_BTV).scatter(-1, found.ids_BTK, found.log_probs_BTK.double())
-    meta = json.loads((whole / "meta.json").read_text())
-    lost_BT = (log_p_BTV.exp() * (log_p_BTV - completed_BTV)).sum(-1)
-    assert meta["kl_lost"] == pytest.approx(lost_BT.mean().item(), abs=2e-6)
+    log_p_BTV = log_softmax(teacher, ids_BT)
+    top_k = open_cache(cache_folder, teacher).lookup(ids_BT)
+    even_log_p_BT1 = (top_k.log_rest_BT.double() - np.log(V - K))[..., None]
+    completed_BTV = even_log_p_BT1.expand_as(log_p_BTV).scatter(-1, top_k.ids_BTK, top_k.log_probs_BTK.double())
+    meta = json.loads((cache_folder / "meta.json").read_text())
+    kl_BT = (log_p_BTV.exp() * (log_p_BTV - completed_BTV)).sum(-1)
+    assert meta["kl_lost"] == pytest.approx(kl_BT.mean().item(), abs=2e-6)
     assert 0.01 < meta["kl_lost"] < 1
     assert meta["mass_kept"] == pytest.approx(log_p_BTV.topk(K).values.exp().sum(-1).mean().item(), abs=1e-6)
 
@@ -142,7 +142,7 @@ def test_the_whole_vocabulary_leaves_no_rest_and_loses_only_rounding(teacher, co
     meta = write_cache(tmp_path, teacher, corpus, **SETTINGS | {"top_k": V})
     assert meta["mass_kept"] == pytest.approx(1, abs=1e-6)
     assert 0 < meta["kl_lost"] < 1e-5
-    found = opened(tmp_path, teacher).lookup(rows_of(corpus)[:1])
+    found = open_cache(tmp_path, teacher).lookup(rows_of(corpus)[:1])
     assert found.log_rest_BT.isfinite().all() and (found.log_rest_BT.exp() == 0).all()
     assert load_file(tmp_path / "shard-00000.safetensors")["log_rest_WT"].eq(FLOOR).all()
     for top_k in (0, V + 1):
@@ -156,10 +156,10 @@ def test_ids_take_two_bytes_where_they_fit(vocabulary, dtype, teacher, tmp_path)
     corpus = make_corpus(rows=2, vocabulary=vocabulary)
     write_cache(tmp_path, large, corpus, **SETTINGS | {"top_k": 64})
     assert load_file(tmp_path / "shard-00000.safetensors")["ids_WTK"].dtype == dtype
-    wanted = plain(large, rows_of(corpus)).topk(64).indices
-    found = opened(tmp_path, large).lookup(rows_of(corpus)).ids_BTK
-    assert wanted.max() > (32767 if dtype == torch.uint16 else 65535)
-    assert (found == wanted).float().mean() > 0.99  # float32 may order near ties another way
+    expected_BTK = log_softmax(large, rows_of(corpus)).topk(64).indices
+    ids_BTK = open_cache(tmp_path, large).lookup(rows_of(corpus)).ids_BTK
+    assert expected_BTK.max() > (32767 if dtype == torch.uint16 else 65535)
+    assert (ids_BTK == expected_BTK).float().mean() > 0.99  # float32 may order near ties another way
 
 
 def test_shards_are_bounded_in_bytes_and_a_small_cache_has_several(teacher, corpus, tmp_path, monkeypatch):
@@ -171,20 +171,20 @@ def test_shards_are_bounded_in_bytes_and_a_small_cache_has_several(teacher, corp
         assert [shard["rows"] for shard in meta["shards"]] == rows
 
 
-def test_rows_are_found_in_any_order(teacher, corpus, whole, monkeypatch):
+def test_rows_are_found_in_any_order(teacher, corpus, cache_folder, monkeypatch):
     monkeypatch.setattr(teacher_cache, "OPEN_SHARDS", 1)  # every change of shard opens a file
-    cache = opened(whole, teacher)
+    cache = open_cache(cache_folder, teacher)
     assert (cache.rows, cache.sequence_length, cache.tokens, cache.top_k, cache.vocabulary) == (ROWS, T, ROWS * T, K, V)
     ids_BT = rows_of(corpus)
     in_order = cache.lookup(ids_BT)
     order = torch.tensor([6, 0, 5, 5, 2])
     shuffled = cache.lookup(ids_BT[order].to(torch.int32))
-    for one, other in zip(shuffled, in_order, strict=True):
-        assert torch.equal(one, other[order])
+    for x, y in zip(shuffled, in_order, strict=True):
+        assert torch.equal(x, y[order])
 
 
-def test_training_on_the_cached_text_finds_every_row(teacher, corpus, whole):
-    cache = opened(whole, teacher)
+def test_training_on_the_cached_text_finds_every_row(teacher, corpus, cache_folder):
+    cache = open_cache(cache_folder, teacher)
     prefix = corpus.first(cache.tokens)
     for step in range(ROWS):
         cache.lookup(prefix.batch(step, batch=2, sequence_length=T, seed=3))
@@ -194,7 +194,7 @@ def test_of_equal_rows_the_first_counts(teacher, tmp_path):
     corpus = make_corpus(rows=60)  # many: few keys are sorted stably by any means
     corpus.train[: 60 * T].reshape(60, T)[1::2] = corpus.train[T : 2 * T]  # every second row is row 1
     write_cache(tmp_path, teacher, corpus, **SETTINGS | {"tokens": 60 * T})
-    cache = opened(tmp_path, teacher)
+    cache = open_cache(tmp_path, teacher)
     for shard in range(1, 20):
         (tmp_path / f"shard-{shard:05d}.safetensors").unlink()
     for row in (1, 59):
@@ -203,12 +203,12 @@ def test_of_equal_rows_the_first_counts(teacher, tmp_path):
         cache.lookup(rows_of(corpus)[4:5])
 
 
-def test_rows_that_are_not_there(teacher, corpus, whole):
-    cache = opened(whole, teacher)
+def test_rows_that_are_not_there(teacher, corpus, cache_folder):
+    cache = open_cache(cache_folder, teacher)
     message = "is not in the teacher's cache .* which has 7 of 12: the text, the sequence length or the order differ"
-    other = rows_of(corpus)[:2].clone()
-    other[1, -1] = (other[1, -1] + 1) % V
-    for ids_BT in (other, other[:1, :-1], rows_of(corpus).flatten()[1 : T + 1][None]):
+    changed_BT = rows_of(corpus)[:2].clone()
+    changed_BT[1, -1] = (changed_BT[1, -1] + 1) % V
+    for ids_BT in (changed_BT, changed_BT[:1, :-1], rows_of(corpus).flatten()[1 : T + 1][None]):
         with pytest.raises(UserError, match=message):
             cache.lookup(ids_BT)
 
@@ -218,100 +218,105 @@ class Stop(BaseException):
 
 
 @pytest.mark.parametrize("batches", [1, 2, 3, 4])  # two of a shard each; 1 is before any shard is whole
-def test_interrupted_and_resumed_is_as_if_it_had_not_been(batches, teacher, corpus, whole, tmp_path, monkeypatch):
-    answers, asked = cache_writer._shard_entries, []
+def test_interrupted_and_resumed_is_uninterrupted(batches, teacher, corpus, cache_folder, tmp_path, monkeypatch):
+    shard_entries, first_rows = cache_writer._shard_entries, []
 
-    def stopping(*arguments, first_row, **rest):
-        if len(asked) == batches:
+    def stop_at_batch(*args, first_row, **kwargs):
+        if len(first_rows) == batches:
             raise Stop
-        asked.append(first_row)
-        return answers(*arguments, first_row=first_row, **rest)
+        first_rows.append(first_row)
+        return shard_entries(*args, first_row=first_row, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(cache_writer, "_shard_entries", stopping)
+        patch.setattr(cache_writer, "_shard_entries", stop_at_batch)
         with pytest.raises(Stop):
             write_cache(tmp_path, teacher, corpus, **SETTINGS)
-    done = batches // 2 * SHARD_ROWS
-    with pytest.raises(UserError, match=rf"is unfinished \({done} of 7 rows\): resume it with --resume"):
-        opened(tmp_path, teacher)
+    rows_done = batches // 2 * SHARD_ROWS
+    with pytest.raises(UserError, match=rf"is unfinished \({rows_done} of 7 rows\): resume it with --resume"):
+        open_cache(tmp_path, teacher)
     with pytest.raises(UserError, match="go on with it by --resume, or replace it by --overwrite"):
         write_cache(tmp_path, teacher, corpus, **SETTINGS)
-    asked.clear()
-    monkeypatch.setattr(
-        cache_writer, "_shard_entries", lambda *a, first_row: asked.append(first_row) or answers(*a, first_row)
-    )
+    first_rows.clear()
+
+    def recorded(*args, first_row):
+        first_rows.append(first_row)
+        return shard_entries(*args, first_row)
+
+    monkeypatch.setattr(cache_writer, "_shard_entries", recorded)
     write_cache(tmp_path, teacher, corpus, **SETTINGS, resume=True)
-    assert asked[0] == done
-    assert bytes_of(tmp_path) == bytes_of(whole)
+    assert first_rows[0] == rows_done
+    assert bytes_of(tmp_path) == bytes_of(cache_folder)
 
 
 @pytest.mark.parametrize("batches", [1, 2, 3, 4])
-def test_ctrl_c_loses_no_row(batches, teacher, corpus, whole, tmp_path, monkeypatch, ctrl_c):
+def test_ctrl_c_loses_no_row(batches, teacher, corpus, cache_folder, tmp_path, monkeypatch, ctrl_c):
     """The rows that are done become a shard, however few; going on asks for the others alone."""
-    answers, asked = cache_writer._shard_entries, []
+    shard_entries, first_rows = cache_writer._shard_entries, []
 
-    def counted(*arguments, first_row):
-        asked.append(first_row)
-        if len(asked) == batches:
+    def press_at_batch(*args, first_row):
+        first_rows.append(first_row)
+        if len(first_rows) == batches:
             ctrl_c()
-        return answers(*arguments, first_row=first_row)
+        return shard_entries(*args, first_row=first_row)
 
-    monkeypatch.setattr(cache_writer, "_shard_entries", counted)
+    monkeypatch.setattr(cache_writer, "_shard_entries", press_at_batch)
     with pytest.raises(KeyboardInterrupt):
         write_cache(tmp_path, teacher, corpus, **SETTINGS)
-    assert len(asked) == batches
+    assert len(first_rows) == batches
     write_cache(tmp_path, teacher, corpus, **SETTINGS, resume=True)
-    assert len(set(asked)) == len(asked), "no row twice"
+    assert len(set(first_rows)) == len(first_rows), "no row twice"
     ids_BT = rows_of(corpus)
-    found, wanted = (opened(folder, teacher).lookup(ids_BT) for folder in (tmp_path, whole))
-    assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
+    resumed, uninterrupted = (open_cache(folder, teacher).lookup(ids_BT) for folder in (tmp_path, cache_folder))
+    assert all(torch.equal(x, y) for x, y in zip(resumed, uninterrupted, strict=True))
 
 
 @pytest.mark.parametrize("file", ["shard-00001.safetensors", "meta.json"])
 @pytest.mark.parametrize("after", [False, True])
-def test_stopped_while_a_file_is_replaced(file, after, teacher, corpus, whole, tmp_path, monkeypatch):
+def test_stopped_while_a_file_is_replaced(file, after, teacher, corpus, cache_folder, tmp_path, monkeypatch):
     """Before or after the rename, of the second shard or of meta.json that should name it: the same bytes."""
     replace = os.replace
 
-    def stopping(aside, path):
-        now = path.name == file and (tmp_path / "shard-00001.safetensors.tmp").exists() == (path.name != "meta.json")
-        now = now and (path.name != "meta.json" or (tmp_path / "shard-00001.safetensors").exists())
-        if not now or after:
+    def replace_or_stop(aside, path):
+        is_meta = path.name == "meta.json"
+        is_chosen = path.name == file and (tmp_path / "shard-00001.safetensors.tmp").exists() != is_meta
+        is_chosen = is_chosen and (not is_meta or (tmp_path / "shard-00001.safetensors").exists())
+        if not is_chosen or after:
             replace(aside, path)
-        if now:
+        if is_chosen:
             raise Stop
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", stopping)
+        patch.setattr(os, "replace", replace_or_stop)
         with pytest.raises(Stop):
             write_cache(tmp_path, teacher, corpus, **SETTINGS)
-    named = json.loads((tmp_path / "meta.json").read_text())["shards"]
-    assert len(named) == (2 if file == "meta.json" and after else 1)
+    shards = json.loads((tmp_path / "meta.json").read_text())["shards"]
+    assert len(shards) == (2 if file == "meta.json" and after else 1)
     write_cache(tmp_path, teacher, corpus, **SETTINGS, resume=True)
-    assert bytes_of(tmp_path) == bytes_of(whole)
+    assert bytes_of(tmp_path) == bytes_of(cache_folder)
 
 
-def test_a_cache_is_made_longer(teacher, corpus, whole, tmp_path):
+def test_a_cache_is_made_longer(teacher, corpus, cache_folder, tmp_path):
     meta = write_cache(tmp_path, teacher, corpus, **SETTINGS | {"tokens": 5 * T + 1})  # a begun row is a whole row
     assert meta["rows"] == 6
     assert write_cache(tmp_path, teacher, corpus, **SETTINGS | {"tokens": T}, resume=True)["rows"] == 6
     assert write_cache(tmp_path, teacher, corpus, **SETTINGS | {"tokens": 10**9}, resume=True)["rows"] == ROWS
-    assert bytes_of(tmp_path) == bytes_of(whole)
+    assert bytes_of(tmp_path) == bytes_of(cache_folder)
 
     write_cache(tmp_path / "uneven", teacher, corpus, **SETTINGS | {"tokens": 4 * T})
     meta = write_cache(tmp_path / "uneven", teacher, corpus, **SETTINGS, resume=True)
     assert [shard["rows"] for shard in meta["shards"]] == [3, 1, 3]
-    even, uneven = (opened(folder, teacher).lookup(rows_of(corpus)) for folder in (whole, tmp_path / "uneven"))
-    for one, other in zip(even, uneven, strict=True):
-        torch.testing.assert_close(one, other)
+    folders = (cache_folder, tmp_path / "uneven")
+    even, uneven = (open_cache(folder, teacher).lookup(rows_of(corpus)) for folder in folders)
+    for x, y in zip(even, uneven, strict=True):
+        torch.testing.assert_close(x, y)
 
 
-def test_resuming_with_other_settings_names_them(teacher, corpus, copy):
-    def refused(what, teacher=teacher, corpus=corpus, **settings):
-        with pytest.raises(UserError, match=f"cannot resume: the cache in .* was made with another {what}; resume"):
-            write_cache(copy, teacher, corpus, **SETTINGS | settings, resume=True)
+def test_resuming_with_other_settings_names_them(teacher, corpus, folder_to_damage):
+    def refused(setting, teacher=teacher, corpus=corpus, **settings):
+        with pytest.raises(UserError, match=f"cannot resume: the cache in .* was made with another {setting}; resume"):
+            write_cache(folder_to_damage, teacher, corpus, **SETTINGS | settings, resume=True)
 
-    before = bytes_of(copy)
+    files_before = bytes_of(folder_to_damage)
     refused("teacher", teacher=dataclasses.replace(teacher, fingerprint="1234"))
     refused("dtype", teacher=dataclasses.replace(teacher, model=tiny("llama", torch.bfloat16)))
     refused("sequence length and another top-k", sequence_length=T + 1, top_k=K + 1)
@@ -319,90 +324,90 @@ def test_resuming_with_other_settings_names_them(teacher, corpus, copy):
     refused("text", corpus=make_corpus(rows=ROWS - 1))
     tokenizer = type(teacher.tokenizer)(tokenizer_object=teacher.tokenizer.backend_tokenizer, eos_token="w5")
     refused("tokenizer", teacher=dataclasses.replace(teacher, reader=tokenizer))
-    assert bytes_of(copy) == before
+    assert bytes_of(folder_to_damage) == files_before
 
 
-def test_another_teacher_or_tokenizer(teacher, whole, tmp_path):
-    right = {"teacher_fingerprint": teacher.fingerprint, "tokenizer_hash": tokenizer_hash(teacher.tokenizer)}
+def test_another_teacher_or_tokenizer(teacher, cache_folder, tmp_path):
+    identity = {"teacher_fingerprint": teacher.fingerprint, "tokenizer_hash": tokenizer_hash(teacher.tokenizer)}
     with pytest.raises(UserError, match=rf"was made with another teacher \('{teacher.name}'\)"):
-        TeacherCache.open(whole, **right | {"teacher_fingerprint": "1234"})
+        TeacherCache.open(cache_folder, **identity | {"teacher_fingerprint": "1234"})
     with pytest.raises(UserError, match="was made with another tokenizer"):
-        TeacherCache.open(whole, **right | {"tokenizer_hash": "1234"})
+        TeacherCache.open(cache_folder, **identity | {"tokenizer_hash": "1234"})
     for folder in (tmp_path, tmp_path / "none"):
         with pytest.raises(UserError, match=f"there is no teacher's cache in '{folder}': write one with"):
-            TeacherCache.open(folder, **right)
+            TeacherCache.open(folder, **identity)
     (tmp_path / "meta.json").write_text('{"format": 1, "separator": 0}')  # of packed text
     with pytest.raises(UserError, match="there is no teacher's cache in"):
-        TeacherCache.open(tmp_path, **right)
+        TeacherCache.open(tmp_path, **identity)
 
 
-def test_a_later_format(teacher, copy):
-    meta = json.loads((copy / "meta.json").read_text())
-    (copy / "meta.json").write_text(json.dumps(meta | {"format": FORMAT + 1}))
+def test_a_later_format(teacher, folder_to_damage):
+    meta = json.loads((folder_to_damage / "meta.json").read_text())
+    (folder_to_damage / "meta.json").write_text(json.dumps(meta | {"format": FORMAT + 1}))
     with pytest.raises(UserError, match="has format 2, this version of Subquad reads up to 1: update Subquad"):
-        opened(copy, teacher)
+        open_cache(folder_to_damage, teacher)
 
 
 @pytest.mark.parametrize("tensor", ["ids_WTK", "log_probs_WTK", "log_rest_WT", "key_W"])
-def test_a_flipped_bit(tensor, teacher, corpus, copy):
-    file = copy / "shard-00001.safetensors"
+def test_a_flipped_bit(tensor, teacher, corpus, folder_to_damage):
+    file = folder_to_damage / "shard-00001.safetensors"
     data = bytearray(file.read_bytes())
     length = int.from_bytes(data[:8], "little")
-    at = 8 + length + json.loads(data[8 : 8 + length])[tensor]["data_offsets"][0]
-    data[at] ^= 1
+    position = 8 + length + json.loads(data[8 : 8 + length])[tensor]["data_offsets"][0]
+    data[position] ^= 1
     file.write_bytes(data)
-    cache = opened(copy, teacher)  # which does not read all of it
+    cache = open_cache(folder_to_damage, teacher)  # which does not read all of it
     cache.lookup(rows_of(corpus)[:3])
     message = "the shard shard-00001.safetensors of the teacher's cache .*its checksum has changed since it was written"
     with pytest.raises(UserError, match=message):
         cache.lookup(rows_of(corpus)[3:6])
 
 
-def test_a_shard_that_is_missing_or_cut_short(teacher, copy):
-    file = copy / "shard-00002.safetensors"
+def test_a_shard_that_is_missing_or_cut_short(teacher, folder_to_damage):
+    file = folder_to_damage / "shard-00002.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(UserError, match="the shard shard-00002.safetensors .* cannot be used"):
-        opened(copy, teacher)
+        open_cache(folder_to_damage, teacher)
     file.unlink()
     with pytest.raises(UserError, match=r"the shard shard-00002.safetensors .* cannot be used \(it is missing\)"):
-        opened(copy, teacher)
+        open_cache(folder_to_damage, teacher)
 
 
 def test_text_shorter_than_a_row_and_logits_that_are_not_finite(teacher, corpus, tmp_path):
     with pytest.raises(UserError, match="has 89 tokens, fewer than one sequence of 90"):
         write_cache(tmp_path, teacher, corpus, **SETTINGS | {"sequence_length": 90})
-    broken = dataclasses.replace(teacher, model=tiny("llama", tie_word_embeddings=False))
-    broken.model.get_input_embeddings().weight[int(corpus.train[4 * T + 1])] = torch.inf
-    first = int((rows_of(corpus) == corpus.train[4 * T + 1]).any(1).nonzero()[0])
-    with pytest.raises(UserError, match=f"are not finite in row {first} of the training text: run it in another dtype"):
-        write_cache(tmp_path, broken, corpus, **SETTINGS)
+    broken_teacher = dataclasses.replace(teacher, model=tiny("llama", tie_word_embeddings=False))
+    broken_teacher.model.get_input_embeddings().weight[int(corpus.train[4 * T + 1])] = torch.inf
+    row = int((rows_of(corpus) == corpus.train[4 * T + 1]).any(1).nonzero()[0])
+    with pytest.raises(UserError, match=f"are not finite in row {row} of the training text: run it in another dtype"):
+        write_cache(tmp_path, broken_teacher, corpus, **SETTINGS)
 
 
-def test_a_full_disk_leaves_what_was_whole(teacher, corpus, whole, tmp_path, monkeypatch):
+def test_a_full_disk_leaves_what_was_whole(teacher, corpus, cache_folder, tmp_path, monkeypatch):
     sync = files.sync
 
-    def full(path):
+    def fail_on_second_shard(path):
         if path.name == "shard-00001.safetensors.tmp":
             raise OSError(errno.ENOSPC, "No space left on device")
         sync(path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(files, "sync", full)
+        patch.setattr(files, "sync", fail_on_second_shard)
         message = "shard-00001.safetensors .*No space left.* free some space and resume with --resume"
         with pytest.raises(UserError, match=message):
             write_cache(tmp_path, teacher, corpus, **SETTINGS)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["meta.json", "shard-00000.safetensors"]
     write_cache(tmp_path, teacher, corpus, **SETTINGS, resume=True)
-    assert bytes_of(tmp_path) == bytes_of(whole)
+    assert bytes_of(tmp_path) == bytes_of(cache_folder)
 
 
 @pytest.mark.parametrize("terminal", [False, True])
 def test_progress(terminal, teacher, corpus, tmp_path):
-    shown = io.StringIO()
-    console = Console(file=shown, force_terminal=terminal, width=120)
+    output = io.StringIO()
+    console = Console(file=output, force_terminal=terminal, width=120)
     write_cache(tmp_path, teacher, corpus, **SETTINGS, console=console)
-    assert ("cache-teacher" in shown.getvalue()) and "tokens/s" in shown.getvalue() and "7/7" in shown.getvalue()
-    assert shown.getvalue().count("\n") == 1 or terminal
+    assert ("cache-teacher" in output.getvalue()) and "tokens/s" in output.getvalue() and "7/7" in output.getvalue()
+    assert output.getvalue().count("\n") == 1 or terminal
 
 
 @pytest.fixture
@@ -422,13 +427,13 @@ def test_the_command_from_end_to_end(command, teacher, teacher_folder, tmp_path)
     text = make_text(tmp_path / "text")
     (tmp_path / "tiny.yaml").write_text(Recipe(**RECIPE).to_yaml(), encoding="utf-8")
     out = tmp_path / "cache"
-    given = [teacher_folder, "--recipe", tmp_path / "tiny.yaml", "--data", text[0], "--out", out, "--top-k", 8]
+    arguments = [teacher_folder, "--recipe", tmp_path / "tiny.yaml", "--data", text[0], "--out", out, "--top-k", 8]
 
-    result = command(*given)
+    result = command(*arguments)
     assert result.exit_code == 0, result.output
-    last = result.output.splitlines()[-1]
-    assert last.startswith(f"{out}: 256 tokens at ") and "nats/token" in last and "tokens/s" in last
-    cache = opened(out, teacher)
+    last_line = result.output.splitlines()[-1]
+    assert last_line.startswith(f"{out}: 256 tokens at ") and "nats/token" in last_line and "tokens/s" in last_line
+    cache = open_cache(out, teacher)
     assert (cache.tokens, cache.sequence_length) == (256, 32)  # those of the stage on logits, which is the second
     assert cache.meta["command"].startswith("subquad cache-teacher ") and cache.meta["versions"]["torch"]
     assert cache.meta["machine"] and not list(out.glob("*.tmp"))
@@ -437,18 +442,18 @@ def test_the_command_from_end_to_end(command, teacher, teacher_folder, tmp_path)
     corpus.train = corpus.train[: cache.tokens]
     ids_BT = corpus.batch(0, batch=4, sequence_length=32, seed=5)
     torch.testing.assert_close(
-        cache.lookup(ids_BT).log_probs_BTK.double(), plain(teacher, ids_BT).topk(8).values, rtol=1e-3, atol=3e-3
+        cache.lookup(ids_BT).log_probs_BTK.double(), log_softmax(teacher, ids_BT).topk(8).values, rtol=1e-3, atol=3e-3
     )
 
-    again = command(*given)
-    assert again.exit_code == 2 and "holds an earlier cache; go on with it by --resume" in again.stderr
-    longer = command(*given, "--resume", "--tokens", "0.5k", "--batch", 3)
-    assert longer.exit_code == 0 and opened(out, teacher).tokens == 512, longer.output
-    shorter = command(*given, "--overwrite", "--sequence-length", 16, "--tokens", 20)
-    assert shorter.exit_code == 0 and opened(out, teacher).tokens == 32, shorter.output
-    everything = command(*given, "--overwrite", "--tokens", "1M")
-    assert "the text is shorter than the 1,000,000 tokens that were asked for" in everything.output
-    assert opened(out, teacher).rows == len(load_corpus(text, teacher.tokenizer).train) // 32
+    repeated = command(*arguments)
+    assert repeated.exit_code == 2 and "holds an earlier cache; go on with it by --resume" in repeated.stderr
+    extended = command(*arguments, "--resume", "--tokens", "0.5k", "--batch", 3)
+    assert extended.exit_code == 0 and open_cache(out, teacher).tokens == 512, extended.output
+    shortened = command(*arguments, "--overwrite", "--sequence-length", 16, "--tokens", 20)
+    assert shortened.exit_code == 0 and open_cache(out, teacher).tokens == 32, shortened.output
+    all_text = command(*arguments, "--overwrite", "--tokens", "1M")
+    assert "the text is shorter than the 1,000,000 tokens that were asked for" in all_text.output
+    assert open_cache(out, teacher).rows == len(load_corpus(text, teacher.tokenizer).train) // 32
 
 
 def test_what_the_command_refuses_before_it_loads_anything(command, tmp_path):
