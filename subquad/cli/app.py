@@ -52,7 +52,7 @@ class _Commands(TyperGroup):
         if "--resume" not in options or "--dry-run" in sys.argv:
             return ""
         arguments = [argument for argument in sys.argv[1:] if argument not in ("--resume", "--overwrite")]
-        return f"; go on from the last checkpoint with:\n  {shlex.join(['subquad', *arguments, '--resume'])}"
+        return f"; resume from the last checkpoint with:\n  {shlex.join(['subquad', *arguments, '--resume'])}"
 
 
 app = typer.Typer(

@@ -175,7 +175,7 @@ def _earlier_shards(folder: Path, meta: Meta, corpus: Corpus) -> list[Meta]:
     if differences:
         raise UserError(
             f"cannot resume: the cache in '{folder}' was made with another {' and another '.join(differences)}; resume "
-            "with the same settings, or replace it by --overwrite"
+            "with the same settings, or replace it with --overwrite"
         )
     return shards
 

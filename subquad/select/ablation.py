@@ -29,9 +29,10 @@ from subquad.data.probes import Probe
 from subquad.errors import UserError
 from subquad.evaluate.retrieval import TOKENS_AT_ONCE, Answers, answers, usable
 from subquad.mixers.base import picked
+from subquad.model.interface import record_outputs
 from subquad.model.layer_call import ForwardContext, LayerCall
 from subquad.model.student import Student
-from subquad.select.prefix import record_outputs, repeat_output, skip_below
+from subquad.select.prefix import repeat_output, skip_below
 from subquad.select.units import Unit, layers_in
 from subquad.select.work import SelectionWork, bootstrap
 from subquad.utils.token_cost import TokenCost

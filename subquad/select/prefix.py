@@ -10,8 +10,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from subquad.model.interface import record_outputs as record_outputs
-
 
 @contextmanager
 def replace_forward(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:

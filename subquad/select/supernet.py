@@ -14,8 +14,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from subquad.model.base import BaseStudent
+from subquad.model.interface import record_outputs
 from subquad.plan import Plan, every_head
-from subquad.select.prefix import record_outputs, replace_forward, skip_below
+from subquad.select.prefix import replace_forward, skip_below
 from subquad.select.units import Unit
 
 T = TypeVar("T")

@@ -162,7 +162,7 @@ def claim_folder(folder: Path, *, earlier: bool, kind: str, resume: bool, overwr
         owner = {"run": "a run of Subquad", "cache": "a teacher's cache"}[kind]
         raise UserError(f"{folder} holds something other than {owner}; give another folder with --out")
     if earlier and not (resume or overwrite):
-        raise UserError(f"{folder} holds an earlier {kind}; go on with it by --resume, or replace it by --overwrite")
+        raise UserError(f"{folder} holds an earlier {kind}; continue it with --resume, or replace it with --overwrite")
     try:
         if overwrite and folder.exists():
             shutil.rmtree(folder)

@@ -234,7 +234,7 @@ def test_interrupted_and_resumed_is_uninterrupted(batches, teacher, corpus, cach
     rows_done = batches // 2 * SHARD_ROWS
     with pytest.raises(UserError, match=rf"is unfinished \({rows_done} of 7 rows\): resume it with --resume"):
         open_cache(tmp_path, teacher)
-    with pytest.raises(UserError, match="go on with it by --resume, or replace it by --overwrite"):
+    with pytest.raises(UserError, match="continue it with --resume, or replace it with --overwrite"):
         write_cache(tmp_path, teacher, corpus, **SETTINGS)
     first_rows.clear()
 
@@ -446,7 +446,7 @@ def test_the_command_from_end_to_end(command, teacher, teacher_folder, tmp_path)
     )
 
     repeated = command(*arguments)
-    assert repeated.exit_code == 2 and "holds an earlier cache; go on with it by --resume" in repeated.stderr
+    assert repeated.exit_code == 2 and "holds an earlier cache; continue it with --resume" in repeated.stderr
     extended = command(*arguments, "--resume", "--tokens", "0.5k", "--batch", 3)
     assert extended.exit_code == 0 and open_cache(out, teacher).tokens == 512, extended.output
     shortened = command(*arguments, "--overwrite", "--sequence-length", 16, "--tokens", 20)

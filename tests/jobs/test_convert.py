@@ -145,7 +145,9 @@ def test_ctrl_c_says_how_to_go_on_and_that_does(teacher_folder, text, tmp_path):
     job.send_signal(signal.SIGINT)
     stderr = job.communicate(timeout=60)[1]
     assert job.returncode == 130 and "Traceback" not in stderr
-    assert stderr.endswith(f"go on from the last checkpoint with:\n  {shlex.join(['subquad', *command, '--resume'])}\n")
+    assert stderr.endswith(
+        f"resume from the last checkpoint with:\n  {shlex.join(['subquad', *command, '--resume'])}\n"
+    )
     steps_done = len((out / "log.jsonl").read_text().splitlines())
     assert (out / "checkpoints" / f"stage-0-step-{steps_done:06d}").is_dir() and not list(out.rglob("*.tmp"))
     convert.convert(teacher_folder, load_recipe(tmp_path / "tiny.yaml"), out, data=text, resume=True)
