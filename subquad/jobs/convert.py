@@ -82,8 +82,8 @@ def convert(
             _save_named_plans(conversion, student_plan, linear_students)
             run.seconds["total"] = time.perf_counter() - start_time
             metrics |= _costs(conversion, results, scores) | provenance(run, command) | _hashes(conversion)
-            check_written(Metrics, metrics)
             run.write("metrics.json", json.dumps(metrics, indent=1))
+            check_written(Metrics, metrics)  # behind the writing: a fault in the schema must not lose the numbers
             write_report(run.out)
             write_model_card(run.out)
             print_table(metrics, run.console)
