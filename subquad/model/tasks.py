@@ -27,8 +27,8 @@ class Task:
     auto: Any
     families: Mapping[str, Any]
     student: type[BaseStudent]
-    what: str
-    wanted: str
+    noun: str
+    hint: str
 
     @property
     def student_type(self) -> str:

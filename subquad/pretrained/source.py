@@ -102,13 +102,13 @@ def checked_config(folder: Path, name: str, task: Task, trust_remote_code: bool)
     if config.model_type == task.student_type:
         return config
     if config.is_encoder_decoder:
-        raise UserError(f"the teacher '{name}' is an encoder-decoder ({config.model_type}): give {task.wanted}")
+        raise UserError(f"the teacher '{name}' is an encoder-decoder ({config.model_type}): give {task.hint}")
     if trust_remote_code and task.auto.__name__ in (described.get("auto_map") or {}):
         return config
     known = task.classes(config.model_type)
     architectures = described.get("architectures") or known[:1] or [config.model_type]
     if not set(known).intersection(architectures):
-        raise UserError(f"the teacher '{name}' is no {task.what} but a {architectures[0]}: give {task.wanted}")
+        raise UserError(f"the teacher '{name}' is no {task.noun} but a {architectures[0]}: give {task.hint}")
     return config
 
 
