@@ -377,6 +377,7 @@ def test_the_window_baseline_takes_the_same_bytes():
             assert baseline_bytes <= plan_bytes < baseline_bytes + token_bytes
 
 
+@pytest.mark.slow
 def test_the_real_teacher_cut_to_its_first_layers(tmp_path):
     """SmolLM2 itself: its tokenizer, its corpora, the shipped recipe, at a hundredth of the tokens."""
     recipe = load_recipe(
