@@ -436,6 +436,7 @@ def test_batch_that_does_not_divide_is_an_error(tmp_path):
         train(tmp_path, {**ALIGN, "batch": 3}, accelerator=TwoProcesses(cpu=True))
 
 
+@pytest.mark.slow
 def test_two_processes_do_what_one_does(tmp_path):
     launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]

@@ -132,6 +132,7 @@ main()
 """
 
 
+@pytest.mark.slow
 def test_ctrl_c_says_how_to_go_on_and_that_does(teacher_folder, text, tmp_path):
     recipe, out = Recipe(**RECIPE).model_copy(deep=True), tmp_path / "run"
     recipe.stages[0].tokens, recipe.stages[0].log_every = 64 * 300, 1

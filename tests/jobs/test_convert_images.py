@@ -74,6 +74,7 @@ def test_a_classifier_becomes_a_student(converted):
     assert "On images it has not seen" in page and "same class as the teacher" in page and "Perplexity" not in page
 
 
+@pytest.mark.slow
 def test_the_folder_loads_with_transformers(converted, pictures):
     """In a new process, by the auto classes; and an image of another size works."""
     program = (

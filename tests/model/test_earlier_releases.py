@@ -31,6 +31,7 @@ def image_student():
     return ImageStudent.from_teacher(teacher, mixed_plan(teacher))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "code", "auto_class", "inputs"),
     [
