@@ -18,8 +18,6 @@ from subquad.evaluate.harness import load_tasks
 from subquad.model.base import plan_of
 from subquad.pretrained.load import Teacher
 from subquad.recipes.schema import EvaluateConfig
-from subquad.results.metrics import Variant
-from subquad.results.record import check_written
 from subquad.utils.progress import StageProgress
 from subquad.utils.token_cost import TokenCost
 
@@ -57,7 +55,6 @@ def evaluate_models(
         if isinstance(data, Corpus):
             row["cache_bytes"] = cache_table(plan, config.cache_contexts, dtype)
         row |= {"attention_layers": plan.attention_layers, "plan_pattern": plan.pattern()}
-        check_written(Variant, row)
     metrics: dict[str, Any] = {**rows}
     if isinstance(data, Corpus):
         prompts, length = config.prompts, config.max_new_tokens

@@ -12,8 +12,6 @@ from subquad.jobs.conversion import checked_recipe, read_data
 from subquad.model.output_head import check_head
 from subquad.pretrained.load import load_pretrained
 from subquad.recipes.load import recipe_of
-from subquad.results.metrics import Metrics
-from subquad.results.record import check_written
 from subquad.utils.environment import environment
 from subquad.utils.files import write_json
 
@@ -56,7 +54,6 @@ def evaluate_model(
     metrics = evaluate_models({"student": student}, loaded_teacher, dataset, recipe.evaluate, recipe.dtype, console)
     metrics |= {"teacher_name": loaded_teacher.name, "teacher_fingerprint": loaded_teacher.fingerprint}
     metrics |= environment(student.device, command)
-    check_written(Metrics, metrics)
     if json_path is not None:
         write_json(Path(json_path), metrics)
     return dict(json.loads(json.dumps(metrics)))

@@ -1,7 +1,8 @@
 """Base of the schemas, and how files are checked against them.
 
-A reader takes a file of any version: unknown keys are ignored, and a missing entry is empty. A writer is held to the
-schema: a key that the schema lacks is an error, for no reader would ever see it.
+A reader takes a file of any version: unknown keys are ignored, and a missing entry is empty. The tests hold every writer
+to the schema with `check_written`: a key that the schema lacks is an error, because no reader would see it. The jobs
+themselves do not check, so that no result is lost to a fault in the schema.
 """
 
 from collections.abc import Iterator
@@ -34,7 +35,7 @@ def check(model: type[Model], value: Any, source: str) -> Model:
 
 
 def check_written(model: type[Record], value: Any) -> None:
-    """Raises ValueError where `value`, about to be written, does not fit the schema or has a key that it lacks."""
+    """Raises ValueError if `value`, as a writer made it, does not fit the schema or has a key that it lacks."""
     unknown = [*_unknown_keys(model.model_validate(value))]
     if unknown:
         raise ValueError(f"{model.__name__} in subquad/results has no {', '.join(unknown)}: add the field there")

@@ -34,6 +34,8 @@ from subquad.model.interface import shapes_of
 from subquad.model.random_cache import random_cache
 from subquad.report import draw_bench, print_bench
 from subquad.report.bench_tables import findings
+from subquad.results.bench import Bench
+from subquad.results.record import check_written
 from subquad.utils import memory, timing
 from subquad.utils.files import make_room, write_json
 from tests.helpers import make_teacher, tiny
@@ -232,6 +234,7 @@ def test_the_command_prints_and_writes(folders, small, tmp_path, monkeypatch):
     assert result.exit_code == 0, result.output
     assert "the student overtakes the teacher" in result.stdout and "prefill at 16 tokens" in result.stderr
     report = json.loads((tmp_path / "there" / "b.json").read_text())
+    check_written(Bench, report)
     assert report["command"].startswith("subquad bench ") and report["settings"]["contexts"] == [8, 16]
     assert (tmp_path / "b.png").is_file()
 

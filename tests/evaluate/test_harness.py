@@ -22,6 +22,8 @@ from subquad.model.interface import shapes_of
 from subquad.model.student import Student
 from subquad.plan import Plan
 from subquad.recipes.schema import Recipe
+from subquad.results.metrics import Metrics
+from subquad.results.record import check_written
 from subquad.select.task import task_score
 from tests.helpers import RECIPE, byte_tokenizer, make_teacher, make_text, tiny
 
@@ -278,6 +280,7 @@ def test_convert_and_eval_measure_tasks(lm_eval, tmp_path):
     out = tmp_path / "out"
     convert(make_teacher(tmp_path / "teacher"), recipe, out, data=make_text(tmp_path / "text"))
     metrics = json.loads((out / "metrics.json").read_text())
+    check_written(Metrics, metrics)
     for name in ("teacher", "student", "uniform", "window"):
         assert metrics[name]["tasks"][str(file)].keys() == {"acc", "exact_match", "logprob"}
     assert all("mine.jsonl" in (out / name).read_text(encoding="utf-8") for name in ("report.html", "README.md"))

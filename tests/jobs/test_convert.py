@@ -29,6 +29,8 @@ from subquad.plan import AttentionShape, Plan
 from subquad.pretrained.load import load_pretrained
 from subquad.recipes.load import load_recipe
 from subquad.recipes.schema import Recipe
+from subquad.results.metrics import Metrics
+from subquad.results.record import check_written
 from subquad.select import SELECTORS, units_of
 from subquad.select.speed import DecodeCost
 from tests.helpers import RECIPE, STAGE, tiny
@@ -54,6 +56,7 @@ def test_convert_leaves_what_it_promises(finished):
     assert FILES | {"report.html", "README.md", "recipe.yaml"} <= names
     assert not [name for name in names if name.endswith(".tmp")]
     metrics = json.loads((out / "metrics.json").read_text())
+    check_written(Metrics, metrics)
     for name in ("teacher", "student", "aligned", "uniform", "untrained", "window"):
         row = metrics[name]
         assert row["kl"].keys() == row["perplexity"].keys() == row["top1"].keys() == {"16", "48"}
@@ -310,6 +313,7 @@ def test_a_choice_of_mixers_for_every_layer(teacher_folder, text, tmp_path):
 def test_eval_and_generate(finished, teacher_folder, text, tmp_path):
     out, _ = finished
     metrics = evaluate.evaluate_model(out, json_path=tmp_path / "numbers.json")
+    check_written(Metrics, metrics)
     run_metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["student"]["kl"] == pytest.approx(run_metrics["student"]["kl"], rel=1e-4)
     assert metrics["samples"] == run_metrics["samples"]

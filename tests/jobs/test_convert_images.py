@@ -25,6 +25,8 @@ from subquad.pretrained.load import load_pretrained
 from subquad.recipes.load import load_recipe, recipe_names
 from subquad.report import write_report
 from subquad.report.run_files import read_run
+from subquad.results.metrics import Metrics
+from subquad.results.record import check_written
 from tests.helpers import encoder, saved, write_pictures
 
 T = 17  # a class token and 4 x 4 patches
@@ -60,6 +62,7 @@ def converted(classifier_folder, pictures, tmp_path_factory):
 
 def test_a_classifier_becomes_a_student(converted):
     metrics = json.loads((converted / "metrics.json").read_text())
+    check_written(Metrics, metrics)
     student, teacher, untrained = (metrics[name]["images"] for name in ("student", "teacher", "untrained"))
     assert teacher["kl"] == teacher["distance"] == 0 and teacher["agreement"] == 1 and teacher["count"] == 20
     assert 0 < student["kl"] < untrained["kl"] and 0 <= student["accuracy"] <= 1
@@ -98,6 +101,7 @@ def test_the_folder_loads_with_transformers(converted, pictures):
 def test_it_is_measured_again(converted, capsys):
     run_metrics = json.loads((converted / "metrics.json").read_text())
     metrics = evaluate.evaluate_model(converted, json_path=converted / "eval.json")
+    check_written(Metrics, metrics)
     for measure, value in run_metrics["student"]["images"].items():
         assert metrics["student"]["images"][measure] == pytest.approx(value, rel=1e-4, abs=1e-6)  # float32
     write_report(converted)

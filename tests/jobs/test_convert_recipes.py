@@ -16,6 +16,8 @@ from subquad.model.student import Student, tied
 from subquad.plan import Plan
 from subquad.recipes.load import load_recipe, recipe_names
 from subquad.recipes.schema import Recipe
+from subquad.results.metrics import Metrics
+from subquad.results.record import check_written
 from subquad.select import task
 from tests.helpers import (
     ALIGN,
@@ -48,6 +50,7 @@ def test_every_recipe_of_text_runs(name, teacher_folder, text, tmp_path, monkeyp
     assert [stage["name"] for stage in metrics["stages"]] == [stage.name for stage in recipe.stages]
     assert all(stage["tokens"] == 128 and stage["peak_memory_bytes"] > 0 for stage in metrics["stages"])
     assert metrics["student"]["kl"]["48"] > 0 and "teacher" in metrics
+    check_written(Metrics, metrics)
     loaded_student = Student.from_pretrained(tmp_path / "run")
     ids_BT = torch.randint(3, 97, (2, 20))
     with torch.no_grad():
