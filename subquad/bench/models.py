@@ -18,7 +18,7 @@ from subquad.model.base import plan_of
 from subquad.model.student import Student
 from subquad.plan import ATTENTION, Plan
 from subquad.pretrained.load import load_pretrained
-from subquad.recipes.load import recipe_of
+from subquad.recipes.load import recipe_of_model
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def open_subjects(
 
     Raises UserError where one cannot be loaded, or their vocabularies differ.
     """
-    recipe, own_teacher = recipe_of(model)
+    recipe, own_teacher = recipe_of_model(model)
     if against is None:
         against = own_teacher
     dtype, device = dtype or recipe.dtype, device or ("cuda" if torch.cuda.is_available() else "cpu")

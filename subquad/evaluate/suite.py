@@ -24,7 +24,7 @@ from subquad.utils.token_cost import TokenCost
 
 def evaluate_models(
     models: Mapping[str, Any],
-    source: Teacher,
+    teacher: Teacher,
     data: Corpus | ImageSet,
     config: EvaluateConfig,
     dtype: str,
@@ -46,58 +46,58 @@ def evaluate_models(
         if isinstance(data, ImageSet):
             per_image = data.tokens
             images = data.heldout_batches(config.rows)
-            fidelity = image_fidelity(models, source.model, images, tick=lambda count: tick(per_image * count))
+            fidelity = image_fidelity(models, teacher.model, images, tick=lambda count: tick(per_image * count))
             rows: dict[str, dict[str, Any]] = {name: {"images": measures} for name, measures in fidelity.items()}
         else:
-            rows = _on_text(models, source, data, config, tick)
+            rows = _on_text(models, teacher, data, config, tick)
     for name, row in rows.items():
-        plan = plan_of(source.model if name == "teacher" else models[name])
+        plan = plan_of(teacher.model if name == "teacher" else models[name])
         if isinstance(data, Corpus):
             row["cache_bytes"] = cache_table(plan, config.cache_contexts, dtype)
         row |= {"attention_layers": plan.attention_layers, "plan_pattern": plan.pattern()}
     metrics: dict[str, Any] = {**rows}
     if isinstance(data, Corpus):
         prompts, length = config.prompts, config.max_new_tokens
-        metrics["samples"] = paired_samples(source.model, models["student"], source.tokenizer, prompts, length)
+        metrics["samples"] = paired_samples(teacher.model, models["student"], teacher.tokenizer, prompts, length)
     return metrics
 
 
 def _on_text(
-    models: Mapping[str, Any], source: Teacher, corpus: Corpus, config: EvaluateConfig, tick: Callable[[int], None]
+    models: Mapping[str, Any], teacher: Teacher, corpus: Corpus, config: EvaluateConfig, tick: Callable[[int], None]
 ) -> dict[str, dict[str, Any]]:
     """Likelihood, retrieval and tasks."""
-    rows, probes = questions(config, source, corpus)
-    all_models = {"teacher": source.model, **models}
-    likelihoods = likelihood(models, source.model, rows, config.contexts, tick=tick)
+    rows, probes = questions(config, teacher, corpus)
+    all_models = {"teacher": teacher.model, **models}
+    likelihoods = likelihood(models, teacher.model, rows, config.contexts, tick=tick)
     scores = {name: retrieval(model, probes, tick) for name, model in all_models.items()}
     tasks = load_tasks(config.tasks)
     return {
         name: {
             **likelihoods[name],
             "retrieval": scores[name],
-            "tasks": harness(model, source.tokenizer, tasks, limit=config.task_limit),
+            "tasks": harness(model, teacher.tokenizer, tasks, limit=config.task_limit),
         }
         for name, model in all_models.items()
     }
 
 
-def check_heldout(config: EvaluateConfig, source: Teacher, data: Corpus | ImageSet) -> None:
+def check_heldout(config: EvaluateConfig, teacher: Teacher, data: Corpus | ImageSet) -> None:
     """Raises UserError where there is less held-out data than `config` asks for."""
     if isinstance(data, ImageSet):
         data.heldout_batches(config.rows)
     else:
-        questions(config, source, data)
+        questions(config, teacher, data)
 
 
 def questions(
-    config: EvaluateConfig, source: Teacher, corpus: Corpus
+    config: EvaluateConfig, teacher: Teacher, corpus: Corpus
 ) -> tuple[torch.Tensor, dict[str, dict[int, Probe]]]:
     """The held-out rows, and the retrieval probes in text of the same kind."""
     longest = max(config.contexts)
     rows = corpus.heldout_batch(config.rows, longest)
     probes: dict[str, dict[int, Probe]] = {
         task: {
-            context: make_probe(task, source.tokenizer, context, config.retrieval.count, haystack_ids=rows.flatten())
+            context: make_probe(task, teacher.tokenizer, context, config.retrieval.count, haystack_ids=rows.flatten())
             for context in config.retrieval.contexts
         }
         for task in config.retrieval.tasks

@@ -2,11 +2,13 @@
 
 from operator import methodcaller
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 from subquad.evaluate import paired_gain
 from subquad.mixers.sliding_window import WindowOptions
+from subquad.model.tasks import TASKS
 from subquad.plan import ATTENTION, ITEMSIZE, Plan
+from subquad.recipes.schema import Recipe
 from subquad.select import uniform_layers
 from subquad.select.budget import largest_within
 
@@ -40,6 +42,33 @@ def even_plan(plan: Plan, mixer: str, options: dict[str, Any], dtype: str) -> Pl
 
     cost = methodcaller("cache_bytes", context, dtype=dtype)
     return plan_of(largest_within(plan.num_layers, plan_of, cost, cost(plan)) or 0)
+
+
+class Baseline(NamedTuple):
+    """Plan of a baseline; `aligned`: whether it takes the mixers of the aligned all-linear students."""
+
+    plan: Plan
+    aligned: bool
+
+
+def baseline_plans(recipe: Recipe, plan: Plan) -> dict[str, Baseline]:
+    """Baselines of a student with this plan, by name.
+
+    They use the teacher's weights, so a student with a model of its own has none. An image encoder has no cache whose
+    bytes a window could have.
+    """
+    if recipe.student is not None:
+        return {}
+    uniform_plan = even_plan(plan, recipe.mixer.name, recipe.mixer.options, recipe.dtype)
+    baselines = {}
+    if any(stage.scope == "all-linear" for stage in recipe.stages):
+        baselines["aligned"] = Baseline(plan, aligned=True)
+    if uniform_plan.layers != plan.layers:
+        baselines["uniform"] = Baseline(uniform_plan, aligned=True)
+    baselines["untrained"] = Baseline(plan, aligned=False)
+    if not TASKS[recipe.task].of_images:
+        baselines["window"] = Baseline(window_plan(plan, recipe.dtype), aligned=False)
+    return baselines
 
 
 def verdicts(metrics: dict[str, Any], contexts: list[int]) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from subquad.distill.state import StageResult
 from subquad.evaluate.suite import evaluate_models
-from subquad.jobs.baselines import even_plan, verdicts, window_plan
+from subquad.jobs.baselines import baseline_plans, verdicts
 from subquad.jobs.conversion import Conversion, checked_recipe
 from subquad.jobs.run import provenance
 from subquad.jobs.select import named_plans, select_plan
@@ -112,31 +112,16 @@ def _measure(
     """Rows, samples and verdicts of metrics.json: the student and the baselines of the same budget or cache bytes."""
     recipe, run, teacher, data = conversion.recipe, conversion.run, conversion.teacher, conversion.data
     with run.timed("evaluate"):
-        # Baselines use the teacher's weights, so a student with a model of its own has none.
-        baselines = {} if recipe.student else _baselines(conversion, student.plan, linear_students)
+        baselines = {
+            name: conversion.new_student(baseline.plan, linear_students.values() if baseline.aligned else ())
+            for name, baseline in baseline_plans(recipe, student.plan).items()
+        }
         models = {"student": student} | baselines
         heldout_data = "images" if teacher.kind.of_images else "text and retrieval"
         run.say(f"measuring the teacher and {fmt.count(len(models), 'model')} on held-out {heldout_data} ...")
         metrics = evaluate_models(models, teacher, data, recipe.evaluate, recipe.dtype, run.console)
     metrics["verdicts"] = verdicts(metrics, recipe.evaluate.contexts)
     return metrics
-
-
-def _baselines(
-    conversion: Conversion, plan: Plan, linear_students: Mapping[str, BaseStudent]
-) -> dict[str, BaseStudent]:
-    """Students of the same budget or cache bytes with less training, or none."""
-    recipe = conversion.recipe
-    uniform_plan = even_plan(plan, recipe.mixer.name, recipe.mixer.options, recipe.dtype)
-    baselines = {}
-    if any(stage.scope == "all-linear" for stage in recipe.stages):
-        baselines["aligned"] = conversion.new_student(plan, mixers_from=linear_students.values())
-    if uniform_plan.layers != plan.layers:
-        baselines["uniform"] = conversion.new_student(uniform_plan, mixers_from=linear_students.values())
-    baselines["untrained"] = conversion.new_student(plan)
-    if not conversion.teacher.kind.of_images:  # an encoder has no cache that a window could match
-        baselines["window"] = conversion.new_student(window_plan(plan, recipe.dtype))
-    return baselines
 
 
 def _costs(conversion: Conversion, results: list[StageResult], scores: dict[str, Any]) -> dict[str, Any]:

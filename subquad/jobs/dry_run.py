@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from subquad.distill.checkpoint import KEEP
 from subquad.distill.estimate import StageEstimate, estimate_stage, weights_of
 from subquad.evaluate.suite import check_heldout, evaluation_cost
-from subquad.jobs.baselines import even_plan
+from subquad.jobs.baselines import baseline_plans
 from subquad.jobs.conversion import Conversion, checked_recipe
 from subquad.jobs.select import selection_cost, teacher_speed
 from subquad.jobs.train import stage_inputs
@@ -163,12 +163,9 @@ def _preview(conversion: Conversion, given_plan: Plan | None) -> Preview:
         preview.stages.append(_try_stage(conversion, index, linear_students, student, speed))
         seconds[stage.name] = preview.stages[-1].seconds
 
-    # Evaluation: the teacher, the student and its baselines (untrained, window, aligned, uniform)
-    uniform_plan = even_plan(plan, recipe.mixer.name, recipe.mixer.options, recipe.dtype)
-    has_alignment = any(stage.scope == "all-linear" for stage in recipe.stages)
-    baselines = 0 if recipe.student else 2 + has_alignment + (uniform_plan.layers != plan.layers)
+    # Evaluation: the teacher, the student and its baselines
     calibration_seconds = 2 * seconds["calibrate"] / len(linear_students)
-    cost = evaluation_cost(recipe.evaluate, 2 + baselines, conversion.data)
+    cost = evaluation_cost(recipe.evaluate, 2 + len(baseline_plans(recipe, plan)), conversion.data)
     seconds["evaluate"] = cost.seconds(speed) + calibration_seconds
     return preview
 

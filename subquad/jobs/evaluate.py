@@ -11,7 +11,7 @@ from subquad.evaluate.suite import evaluate_models
 from subquad.jobs.conversion import checked_recipe, read_data
 from subquad.model.output_head import check_head
 from subquad.pretrained.load import load_pretrained
-from subquad.recipes.load import recipe_of
+from subquad.recipes.load import recipe_of_model
 from subquad.utils.environment import environment
 from subquad.utils.files import write_json
 
@@ -35,7 +35,7 @@ def evaluate_model(
     Progress is shown on `console`. Raises UserError for a model, a teacher or data that cannot be found.
     """
     # Settings: those of the recipe that made the model, with the caller's changes
-    recipe, own_teacher = recipe_of(model, changes or [])
+    recipe, own_teacher = recipe_of_model(model, changes or [])
     teacher = teacher or own_teacher
     if teacher is None:
         raise UserError(f"{model} has no recipe.yaml that names its teacher: give --teacher")

@@ -49,7 +49,7 @@ def load_recipe(name_or_path: str | Path, overrides: Iterable[str] = (), tokens_
     return recipe if tokens_scale == 1.0 else _scale_recipe(recipe, tokens_scale)
 
 
-def recipe_of(model: str | Path, overrides: Iterable[str] = ()) -> tuple[Recipe, str | None]:
+def recipe_of_model(model: str | Path, overrides: Iterable[str] = ()) -> tuple[Recipe, str | None]:
     """Recipe that made the model in a folder, and the teacher it names; without a recipe.yaml, "quick" and None."""
     file = Path(model) / "recipe.yaml"
     if not file.is_file():

@@ -144,7 +144,7 @@ class Selection(Record):
     seconds: Number = NAN
 
 
-class TextSource(Record):
+class SourceRecord(Record):
     """A text that was read, and the hash of its bytes."""
 
     name: str
@@ -172,7 +172,7 @@ class Metrics(Record):
     command: str | None = None
     commit: str | None = None
     teacher_fingerprint: str | None = None
-    text: list[TextSource] = []
+    text: list[SourceRecord] = []
     sha256: dict[str, str] = {}
     samples: list[Sample] = []
     teacher_name: str | None = None

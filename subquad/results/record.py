@@ -1,8 +1,8 @@
 """Base of the schemas, and how files are checked against them.
 
-A reader takes a file of any version: unknown keys are ignored, and a missing entry is empty. The tests hold every writer
-to the schema with `check_written`: a key that the schema lacks is an error, because no reader would see it. The jobs
-themselves do not check, so that no result is lost to a fault in the schema.
+A reader takes a file of any version: unknown keys are ignored, and a missing entry is empty. The tests hold every
+writer to the schema with `check_written`: a key that the schema lacks is an error, because no reader would see it. The
+jobs themselves do not check, so that no result is lost to a fault in the schema.
 """
 
 from collections.abc import Iterator

@@ -19,6 +19,7 @@ from subquad.errors import UserError
 from subquad.evaluate import cache_table
 from subquad.evaluate.retrieval import FLOORS
 from subquad.jobs import convert, evaluate, select, train
+from subquad.jobs.baselines import window_plan
 from subquad.jobs.conversion import Conversion
 from subquad.jobs.generate import generate
 from subquad.jobs.run import start_run
@@ -375,7 +376,7 @@ def test_the_window_baseline_takes_the_same_bytes():
     for mixer in ("hedgehog", "gla", "mamba2"):
         plan = Plan.by_layer([shape] * 6, [1, 4], mixer)
         for dtype in ("float32", "bfloat16"):
-            baseline = convert.window_plan(plan, dtype)
+            baseline = window_plan(plan, dtype)
             plan_bytes, baseline_bytes = (cache_table(p, [2048], dtype)[2048] for p in (plan, baseline))
             token_bytes = 4 * 2 * 3 * 64 * (4 if dtype == "float32" else 2)
             assert baseline.attention_layers == [1, 4]
