@@ -152,7 +152,7 @@ def test_runs_stand_side_by_side(three, tmp_path):
     for name in ("quick", "beaten", "smaller"):
         assert len(re.findall(rf"^{name}$", text, re.MULTILINE)) >= 6, "a column in every section"
     assert text.count("teacherthe force that pulls") == 1 and text.count("which pulls objects towards") == 3
-    assert text.count("subquad eval quick") == text.count("Measured since") == 1
+    assert text.count("subquad eval quick") == text.count("Later evaluation") == 1
     ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     assert len(ids) == len(set(ids))
     assert "not measured on the same text" not in text
@@ -195,7 +195,7 @@ def test_runs_that_have_nothing_in_common(three, tmp_path):
     found = overview([(folder.name, read_run(folder)) for folder in three])
     assert (found.context, found.cache_context, found.same_text) == (0, 0, False) and not found.front
     text = Page(write_report(*three, out=tmp_path / "page.html").read_text(encoding="utf-8")).text
-    assert "Which to take" not in text and "What was converted" in text and not re.search(r"\bnan\b", text)
+    assert "Distance from the teacher over cache size" not in text and "Plan and selection" in text and not re.search(r"\bnan\b", text)
 
 
 def test_the_map_of_depths_has_a_cell_for_what_was_asked(three):

@@ -118,8 +118,8 @@ def test_parts_that_are_missing_are_left_out(run, keep):
     page = Page(write_report(run).read_text(encoding="utf-8"))
     drawings = sum(tag == "svg" for tag, _ in page.tags)
     assert drawings == {"plan.yaml": 1, "scores.json": 1, "metrics.json": 4, "log.jsonl": 3}[keep]
-    assert ("On text it has not seen" in page.text) == (keep == "metrics.json")
-    assert ("What was converted" in page.text) == (keep in ("plan.yaml", "scores.json"))
+    assert ("Held-out text" in page.text) == (keep == "metrics.json")
+    assert ("Plan and selection" in page.text) == (keep in ("plan.yaml", "scores.json"))
     write_model_card(run)
 
 
@@ -246,7 +246,7 @@ def test_the_front_marks_the_plan_chosen(run):
     assert len(line.get_xdata()) == 16
     assert mark.get_xdata() == [make_plan().cache_bytes(32768)] and mark.get_ydata() == [0.5]  # 15 of 30 equal layers
     text = Page(write_report(run).read_text(encoding="utf-8")).text
-    assert "Any point can be had" in text and "the plan chosen" in text
+    assert "To get a point of the curve" in text and "the plan chosen" in text
     budget = Budget.parse(re.search(r"--budget (\S+)", text)[1])
     assert budget.context == 32768 and 0 <= budget.size - scores.front[8].cost < 2**20 / 100
 
