@@ -74,7 +74,7 @@ def test_a_classifier_becomes_a_student(converted):
         "pipeline_tag: image-classification" in card and "AutoModelForImageClassification, AutoImageProcessor" in card
     )
     page = (converted / "report.html").read_text()
-    assert "On images it has not seen" in page and "same class as the teacher" in page and "Perplexity" not in page
+    assert "Held-out images" in page and "same class as the teacher" in page and "Perplexity" not in page
 
 
 @pytest.mark.slow
