@@ -253,7 +253,7 @@ def test_the_front_marks_the_plan_chosen(run):
     rescore(run, front_dtype="bfloat16")
     assert read_run(run).front_cost == make_plan().cache_bytes(32768, dtype="bfloat16")
     rescore(run, front=scores.model_dump()["front"][:1])
-    assert "Any point can be had" not in write_report(run).read_text(encoding="utf-8")
+    assert "To get a point of the curve" not in write_report(run).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
