@@ -19,7 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_MAPPING_NAMES
 
 from subquad.model.tasks import TASKS, TEXT, Task
 
-VOCABULARY, POSITIONS, WIDTH, HEADS, HEAD_DIM, LAYERS, WINDOW = 97, 256, 64, 4, 16, 3, 24
+VOCABULARY, POSITIONS, WIDTH, HEADS, HEAD_DIM, LAYERS, WINDOW = 97, 256, 64, 4, 16, 3, 8
 CLASSES, FEATURES = "image-classification", "image-feature-extraction"
 
 # Largest value of an attribute whose whole name matches; the first match counts. Smaller defaults stay.
@@ -76,10 +76,11 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
     },
     "gemma4_text": SHARING,
     # Sizes that must agree, or that the default leaves open although the model needs them
+    "depth_pro": {"intermediate_hook_ids": [2, 1]},
+    "shieldgemma2": {"yes_token_index": 3, "no_token_index": 4},
     "blenderbot": {"encoder_layers": LAYERS},
     "cohere_compass_text": {"rope_parameters": {kind: ROPE for kind in ("full_attention", "sliding_attention")}},
     "dbrx": {"attn_config": {"kv_n_heads": HEADS // 2, "clip_qkv": 8, "rope_theta": 10000.0}},
-    "gemma4_assistant": {"text_config": {"model_type": "gemma4_text", "hidden_size_per_layer_input": 0}},
     "gpt_neo": {"num_layers": 4, "attention_types": [[["global", "local"], 2]]},
     "hrm_text": {"num_hidden_layers": 8, "num_layers_per_stack": 1},
     "mamba2": {"num_heads": 2 * WIDTH // HEAD_DIM},
