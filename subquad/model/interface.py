@@ -134,7 +134,7 @@ def find_attention(model: PreTrainedModel) -> list[AttentionSite]:
     The model is run once; the result is cached for its lifetime.
     A hybrid's own recurrent layers are left as they are, and counted in the shapes (`own_state`).
     Raises UserError, naming the model's class, for a model that does not call the interface, calls it twice in a layer,
-    attends across sequences, or has keys and values of different width (MLA).
+    attends across sequences or to compressed ones, or has keys and values of different width (MLA).
     """
     if model not in _sites:
         _sites[model] = _probe_attention(model)
@@ -166,6 +166,8 @@ def _probe_attention(model: PreTrainedModel) -> list[AttentionSite]:
     ) -> tuple[Tensor, None]:
         if module not in inputs:
             raise UserError(f"{family} calls attention more than once in a layer: unsupported")
+        if key.shape[2] != query.shape[2]:
+            raise UserError(f"{family} attends to other keys than those of its tokens: unsupported")
         if key.shape[-1] != value.shape[-1] or query.shape[-1] != key.shape[-1]:
             raise UserError(f"{family} has multi-head latent attention (MLA): unsupported")
         shape = AttentionShape(
@@ -241,20 +243,26 @@ def least_inputs(model: PreTrainedModel) -> dict[str, Any]:
     """Keyword arguments of the model for the smallest pass that runs every module: two tokens, or an empty image."""
     if not reads_images(model):
         return {"input_ids": torch.zeros(1, 2, dtype=torch.long, device=input_device(model)), "use_cache": False}
-    weight = next(model.parameters())
-    return {"pixel_values": torch.zeros(1, model.config.num_channels, *image_size(model.config)).to(weight)}
+    config, weight = vision_config(model.config), next(model.parameters())
+    channels = getattr(config, "num_channels", 3)
+    return {"pixel_values": torch.zeros(1, channels, *image_size(model.config)).to(weight)}
+
+
+def vision_config(config: Any) -> Any:
+    """Configuration of a model's image encoder: its own, or a part of it (CLIP, SigLIP)."""
+    return getattr(config, "vision_config", None) or config
 
 
 def patch_grid(config: Any, size: Sequence[int]) -> tuple[int, int]:
     """Rows and columns of patches in an image of this height and width."""
-    patch = config.patch_size
+    patch = vision_config(config).patch_size
     height, width = (patch, patch) if isinstance(patch, int) else patch
     return size[0] // height, size[1] // width
 
 
 def image_size(config: Any) -> tuple[int, int]:
-    """Height and width of the images in a model's configuration."""
-    size = config.image_size
+    """Height and width of the images in a model's configuration; 224 where it has none."""
+    size = getattr(vision_config(config), "image_size", None) or 224
     return (size, size) if isinstance(size, int) else tuple(size)
 
 

@@ -198,8 +198,8 @@ class LayerCall:
         return picked(torch.cat([*outputs.values()], 1), self.layer_mixer.head_indices)
 
     def in_model_order(self, y_BHTD: Tensor) -> Tensor:
-        """Output of an attention function, (B, T, H, D), with the tokens in the model's order."""
-        return to_front(y_BHTD.transpose(1, 2), 1, self.layer_mixer.prefix_tokens)
+        """Output of an attention function, (B, T, H, D), with the tokens in the model's order; contiguous in memory."""
+        return to_front(y_BHTD.transpose(1, 2), 1, self.layer_mixer.prefix_tokens).contiguous()
 
 
 _current: ContextVar[LayerCall | None] = ContextVar("subquad_layer_call", default=None)

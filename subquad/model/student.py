@@ -56,7 +56,7 @@ class Student(BaseStudent, GenerationMixin):
             if options.get("bidirectional"):
                 raise UserError(f"mixer '{name}' is bidirectional, and {family} predicts the next token")
         return {
-            "tie_word_embeddings": teacher.config.get_text_config().tie_word_embeddings,
+            "tie_word_embeddings": getattr(teacher.config.get_text_config(), "tie_word_embeddings", False),
             "auto_map": auto_map(StudentConfig, cls, ["AutoModelForCausalLM"]),
         }
 
