@@ -56,6 +56,8 @@ def _storage_bytes(tensor: Tensor) -> int:
 class StudentCacheLayer(CacheLayerMixin):
     """States of one layer by mixer, and the number of tokens read so far.
 
+    `start_B` is the column of each row's document, if older documents are in front of it in the row.
+
     Masks have the size that attention with the layer's own window needs, whether or not a head still attends.
     """
 
@@ -65,6 +67,7 @@ class StudentCacheLayer(CacheLayerMixin):
         self.is_sliding = window is not None
         self.tokens = 0
         self.states: dict[str, State] = {}
+        self.start_B: Tensor | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.is_initialized = True
@@ -97,12 +100,13 @@ class StudentCacheLayer(CacheLayerMixin):
         return sum(tensor.nbytes for state in self.states.values() for tensor in state.values())
 
     def reset(self) -> None:
-        self.tokens, self.states, self.is_initialized = 0, {}, False
+        self.tokens, self.states, self.start_B, self.is_initialized = 0, {}, None, False
 
     def _apply(self, function: Any) -> None:
         self.states = {
             name: {key: function(tensor) for key, tensor in state.items()} for name, state in self.states.items()
         }
+        self.start_B = None if self.start_B is None else function(self.start_B)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._apply(lambda x: x.index_select(0, beam_idx.to(x.device)))
@@ -125,6 +129,16 @@ class StudentCache(Cache):
 
     def __init__(self, plan: Plan) -> None:
         super().__init__(layers=[StudentCacheLayer(shape.window) for shape in plan.shapes])
+
+    @property
+    def start_B(self) -> Tensor | None:
+        """Column of each row's document, if older documents are in front of it in the row."""
+        return self.layers[0].start_B
+
+    def start_documents(self, start_B: Tensor) -> None:
+        """Makes pads of all columns in front of these."""
+        for layer in self.layers:
+            layer.start_B = start_B
 
     def nbytes(self) -> int:
         """Bytes of all cached tensors, without the room behind them."""

@@ -5,7 +5,7 @@ The student's model calls this function instead of its own (interface.py); its c
 - `attach` adds a `LayerMixer` to each attention module, and hooks that open and close a `LayerCall` around it. The call
   holds inputs that the attention function does not receive: the hidden states (for gates), and the rotary tables if a
   mixer does without rotary embedding.
-- `mixed_attention` splits the heads by mixer and joins their outputs. The 2D padding mask and the cache come in one
+- `mixed_attention` splits the heads by mixer and joins their outputs. Padding, documents and the cache come in one
   `ForwardContext`, a keyword argument of the model that is passed on to its attention modules. No module holds a mode.
 - The prefix tokens of an image encoder (class, registers) are moved to the middle for the mixers, so that both scans
   reach them (Vision Mamba, arXiv 2401.09417).
@@ -30,6 +30,7 @@ from subquad.model.interface import attention_function, set_attention
 from subquad.model.join import output_projection, project_branch
 from subquad.model.layer_call import Attend, close_call, current_call, open_call
 from subquad.model.layer_mixer import LayerMixer, keep_initialised
+from subquad.model.packing import Documents
 from subquad.plan import JoinStart, Plan
 
 PREFIX = "subquad_"  # "subquad_sdpa": mixers, with sdpa for the heads that keep attention
@@ -55,14 +56,20 @@ def mixed_attention(
         call.probe.append((query, key))
         return torch.zeros_like(query).transpose(1, 2), None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    attend = _base_attention(module, base, attention_mask, scaling, kwargs)
+    documents = call.context.layout.documents
+    attend = _base_attention(module, base, attention_mask, scaling, kwargs, documents)
     call.bind(query, key, value, scale, kwargs.get("softcap"), attend)
     y_BHTD = call.mixed() if call.context.around is None else call.context.around(call)
     return call.in_model_order(y_BHTD), None
 
 
 def _base_attention(
-    module: nn.Module, base: str, mask: Tensor | None, scaling: float | None, kwargs: dict[str, Any]
+    module: nn.Module,
+    base: str,
+    mask: Tensor | None,
+    scaling: float | None,
+    kwargs: dict[str, Any],
+    documents: Documents | None,
 ) -> Attend:
     """Model's own attention function, bound to this call."""
     function = attention_function(module, base)
@@ -75,7 +82,8 @@ def _base_attention(
             training=module.training,
             layer_idx=getattr(module, "layer_idx", None),
         )
-        y_BTHD, _ = function(module_view, q_BHTD, k_BGLD, v_BGLD, mask, scaling=scaling, **kwargs)
+        own_mask, own_kwargs = (mask, {}) if documents is None else documents.attention(base, mask, k_BGLD.shape[2])
+        y_BTHD, _ = function(module_view, q_BHTD, k_BGLD, v_BGLD, own_mask, scaling=scaling, **kwargs | own_kwargs)
         return y_BTHD.transpose(1, 2)
 
     return attend

@@ -131,7 +131,7 @@ def _step(
     q_BH1D: Tensor, k_BGWD: Tensor, v_BGWD: Tensor, sink_k_BGSD: Tensor, sink_v_BGSD: Tensor, visibility: Visibility
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute numerator, denominator and peak for one query."""
-    (B, G, W, _), S = k_BGWD.shape, sink_k_BGSD.shape[2]
+    (_, G, W, _), S = k_BGWD.shape, sink_k_BGSD.shape[2]
     q_BGRD = q_BH1D.squeeze(2).unflatten(1, (G, -1))
     s_BGRK = torch.cat([visibility.scores(q_BGRD, sink_k_BGSD), visibility.scores(q_BGRD, k_BGWD)], -1)
     if not visibility.sees_everything:
