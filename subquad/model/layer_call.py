@@ -31,6 +31,7 @@ from subquad.mixers.base import picked
 from subquad.model.cache import StudentCache, append
 from subquad.model.join import Branch
 from subquad.model.layer_mixer import LayerMixer, layer_mixer
+from subquad.model.packing import Layout
 from subquad.model.rotary import AnyTables, identity_of, rotation_of
 from subquad.plan import ATTENTION
 
@@ -43,11 +44,11 @@ Around = Callable[["LayerCall"], Tensor]  # a layer's call -> output of its head
 class ForwardContext:
     """Arguments of one forward pass of a student besides its inputs.
 
-    `padding_BL` is True at real tokens, past and new; None means no padding. `around` computes the heads of a layer,
-    (B, H, T, D), in place of `LayerCall.mixed`.
+    `layout` has the padding and the documents of the tokens. `around` computes the heads of a layer, (B, H, T, D), in
+    place of `LayerCall.mixed`.
     """
 
-    padding_BL: Tensor | None = None
+    layout: Layout = Layout()
     cache: StudentCache | None = None
     around: Around | None = None
 
@@ -95,7 +96,7 @@ class LayerCall:
             scale=scale,
             softcap=softcap,
             sink_H=sink_H,
-            padding_BL=self.context.padding_BL,
+            padding=self.context.layout.padding,
             attend=attend_of(self.layer_mixer.all_heads),
         )
         # The cache has counted the new tokens already: the module called `update`.
@@ -176,7 +177,7 @@ class LayerCall:
 
         Under the parallel join, the output of the attention heads is stored in `branch`.
         """
-        outputs = {}
+        outputs, documents = {}, self.context.layout.documents
         for name, mixer in self.mixers.items():
             inputs, state = self.inputs(name), None if self.layer_cache is None else self.layer_cache.states.get(name)
             kv_home = self.layer_mixer.kv_home if name == ATTENTION else self.layer
@@ -187,7 +188,10 @@ class LayerCall:
                 inputs = replace(inputs, past=self.layer_cache.tokens, append=lambda stored, new: stored)
                 outputs[name], _ = mixer(inputs, state)
                 continue
-            outputs[name], new_state = mixer(inputs, state)
+            if documents is None or name == ATTENTION:  # whose mask keeps documents apart
+                outputs[name], new_state = mixer(inputs, state)
+            else:
+                outputs[name], new_state = documents.mix(mixer, inputs, state)
             if self.layer_cache is not None:
                 self.layer_cache.store(name, new_state)
         if self.layer_mixer.adapter is not None:

@@ -7,7 +7,7 @@ classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from subquad.model.base import BaseStudent, BaseStudentConfig, auto_map
 from subquad.model.cache import CACHE, StudentCache
 from subquad.model.interface import shapes_of
 from subquad.model.layer_call import ForwardContext, forward_arguments
+from subquad.model.packing import Layout
 from subquad.plan import AttentionShape, Plan
 
 
@@ -94,18 +95,22 @@ class Student(BaseStudent, GenerationMixin):
         """Output of a causal language model of transformers; `attention_mask` is (B, past + new), 0 at pads.
 
         `cache` is the name of `past_key_values` since transformers 5.24; both names are accepted in every release.
+        Documents that are packed into one row do not see each other (packing.py).
 
-        Raises ValueError for a cache that is not a `StudentCache` (see `new_cache`).
+        Raises ValueError for a cache that is not a `StudentCache` (see `new_cache`), and for a mask that hides more
+        than pads and later tokens.
         """
         cache = past_key_values if cache is None else cache
         if use_cache is None:
             use_cache = cache is not None or (not self.training and labels is None)
         if use_cache and cache is None:
             cache = self.new_cache()
-        with forward_arguments(self.backbone, self._forward_context(attention_mask, cache)) as context_arguments:
+        tokens = inputs_embeds if input_ids is None else input_ids
+        context = self._forward_context(attention_mask, cache, tokens, position_ids, kwargs)
+        with forward_arguments(self.backbone, context) as context_arguments:
             return self.backbone(
                 input_ids=input_ids,
-                attention_mask=attention_mask,
+                attention_mask=context.layout.attention_mask,
                 position_ids=position_ids,
                 inputs_embeds=inputs_embeds,
                 labels=labels,
@@ -120,20 +125,26 @@ class Student(BaseStudent, GenerationMixin):
         self, inputs: Tensor, attention_mask: Tensor | None = None, forward_context: ForwardContext | None = None
     ) -> Tensor:
         """Hidden states that the output head reads, (B, T, M), without computing the head."""
-        context = forward_context or self._forward_context(attention_mask, None)
+        context = forward_context or self._forward_context(attention_mask, None, inputs)
+        mask = context.layout.attention_mask if forward_context is None else attention_mask
         with forward_arguments(self.backbone.base_model, context) as context_arguments:
             return self.backbone.base_model(
-                input_ids=inputs, attention_mask=attention_mask, use_cache=False, **context_arguments
+                input_ids=inputs, attention_mask=mask, use_cache=False, **context_arguments
             ).last_hidden_state
 
-    def _forward_context(self, attention_mask: Tensor | None, cache: StudentCache | None) -> ForwardContext:
+    def _forward_context(
+        self,
+        attention_mask: Tensor | None,
+        cache: StudentCache | None,
+        tokens: Tensor | None,
+        position_ids: Tensor | None = None,
+        packing: Mapping[str, Any] | None = None,
+    ) -> ForwardContext:
         if cache is not None and not isinstance(cache, StudentCache):
             raise ValueError(f"a student needs its own cache (student.new_cache()), not a {type(cache).__name__}")
-        if attention_mask is None or bool(attention_mask.all()):
-            return ForwardContext(None, cache)
-        if attention_mask.dim() != 2:
-            raise ValueError(f"attention_mask must be (batch, tokens), not {tuple(attention_mask.shape)}")
-        return ForwardContext(attention_mask.bool(), cache)
+        if tokens is None:  # which the backbone's own error says
+            return ForwardContext(cache=cache)
+        return ForwardContext(Layout.of(attention_mask, cache, tokens, position_ids, packing), cache)
 
     def new_cache(self) -> StudentCache:
         """Empty cache for this student."""
