@@ -109,11 +109,15 @@ def attach(
     set_attention(model, register(model.config._attn_implementation))
 
 
-def _join(projection: nn.Module, module: nn.Module, args: Any, output: tuple[Any, ...]) -> Any:
-    """Hook after an attention module: joins the branch of the retained heads to its output, if the call has one."""
+def _join(projection: str, module: nn.Module, args: Any, output: tuple[Any, ...]) -> Any:
+    """Hook after an attention module: joins the branch of the retained heads to its output, if the call has one.
+
+    `projection`: name of the output projection, which may have been wrapped since.
+    """
     call = current_call()
     if call.branch is None:
         return output
     u_BTM, *other_outputs = output
     assert call.layer_mixer.adapter is not None
-    return call.layer_mixer.adapter(u_BTM, project_branch(projection, call.branch)), *other_outputs
+    v_BTM = project_branch(module.get_submodule(projection), call.branch, call.all_inputs.q_BHTD.shape[1])
+    return call.layer_mixer.adapter(u_BTM, v_BTM), *other_outputs
