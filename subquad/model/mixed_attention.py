@@ -30,7 +30,7 @@ from subquad.model.interface import attention_function, set_attention
 from subquad.model.join import output_projection, project_branch
 from subquad.model.layer_call import Attend, close_call, current_call, open_call
 from subquad.model.layer_mixer import LayerMixer, keep_initialised
-from subquad.plan import JoinStart, Plan
+from subquad.plan import ATTENTION, JoinStart, Plan
 
 PREFIX = "subquad_"  # "subquad_sdpa": mixers, with sdpa for the heads that keep attention
 
@@ -45,26 +45,32 @@ def mixed_attention(
     base: str,
     scaling: float | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
     """Attention function of a student: query (B, H, T, D), key and value (B, G, T, D) -> (B, T, H, D).
 
-    `base` is the implementation of the heads that keep attention. Attention weights are not returned.
+    `base` is the implementation of the heads that keep attention. Its weights are returned where all heads do.
     """
     call = current_call()
     if call.probe is not None:
         call.probe.append((query, key))
         return torch.zeros_like(query).transpose(1, 2), None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    attend = _base_attention(module, base, attention_mask, scaling, kwargs)
+    weights: list[Tensor | None] = []
+    attend = _base_attention(module, base, attention_mask, scaling, kwargs, weights)
     call.bind(query, key, value, scale, kwargs.get("softcap"), attend)
     y_BHTD = call.mixed() if call.context.around is None else call.context.around(call)
-    return call.in_model_order(y_BHTD), None
+    return call.in_model_order(y_BHTD), weights[-1] if [*call.mixers] == [ATTENTION] else None
 
 
 def _base_attention(
-    module: nn.Module, base: str, mask: Tensor | None, scaling: float | None, kwargs: dict[str, Any]
+    module: nn.Module,
+    base: str,
+    mask: Tensor | None,
+    scaling: float | None,
+    kwargs: dict[str, Any],
+    weights: list[Tensor | None],
 ) -> Attend:
-    """Model's own attention function, bound to this call."""
+    """Model's own attention function, bound to this call; appends its attention weights, if any, to `weights`."""
     function = attention_function(module, base)
 
     def attend(q_BHTD: Tensor, k_BGLD: Tensor, v_BGLD: Tensor) -> Tensor:
@@ -75,7 +81,8 @@ def _base_attention(
             training=module.training,
             layer_idx=getattr(module, "layer_idx", None),
         )
-        y_BTHD, _ = function(module_view, q_BHTD, k_BGLD, v_BGLD, mask, scaling=scaling, **kwargs)
+        y_BTHD, weights_BHTL = function(module_view, q_BHTD, k_BGLD, v_BGLD, mask, scaling=scaling, **kwargs)
+        weights.append(weights_BHTL)
         return y_BTHD.transpose(1, 2)
 
     return attend
@@ -85,12 +92,29 @@ def register(base: str) -> str:
     """Registers `mixed_attention` with `base` for the heads that keep attention; returns the implementation's name."""
     name = PREFIX + base
 
-    def function(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+    def function(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         return mixed_attention(*args, base=base, **kwargs)
 
     AttentionInterface.register(name, function)
-    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
+    if base in ALL_MASK_ATTENTION_FUNCTIONS.valid_keys():  # a caller's own function may have no mask of its own
+        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
     return name
+
+
+def attention_base(name: str) -> str:
+    """Implementation of the heads that keep attention, from the name of a student's or any other."""
+    return name.removeprefix(PREFIX)
+
+
+def _keep_mixers(module: nn.Module, args: Any) -> None:
+    """Hook before an attention module: an implementation that was set since becomes that of the attention heads.
+
+    Callers set it by `set_attn_implementation` or in the configuration, of the student or its parts. The mask has been
+    made by then, with the mask function that both names share.
+    """
+    config: Any = module.config
+    if not config._attn_implementation.startswith(PREFIX):
+        config._attn_implementation_internal = register(config._attn_implementation)
 
 
 def attach(
@@ -100,6 +124,7 @@ def attach(
     for layer, path in enumerate(paths):
         module = model.get_submodule(path)
         module.mixer = keep_initialised(LayerMixer(plan, layer, join_start, prefix_tokens))
+        module.register_forward_pre_hook(_keep_mixers)
         module.register_forward_pre_hook(open_call, with_kwargs=True)
         if plan.joined(layer):
             shape = plan.shapes[layer]

@@ -43,7 +43,7 @@ class Student(BaseStudent, GenerationMixin):
     _is_stateful = True  # a recurrent state cannot be rolled back, as assisted decoding would need
 
     @classmethod
-    def make_backbone(cls, config: StudentConfig, attention: str) -> PreTrainedModel:
+    def make_backbone(cls, config: StudentConfig, attention: str | None) -> PreTrainedModel:
         backbone: PreTrainedModel = AutoModelForCausalLM.from_config(config.text_config, attn_implementation=attention)
         return backbone
 
@@ -95,11 +95,17 @@ class Student(BaseStudent, GenerationMixin):
 
         `cache` is the name of `past_key_values` since transformers 5.24; both names are accepted in every release.
 
-        Raises ValueError for a cache that is not a `StudentCache` (see `new_cache`).
+        Raises ValueError for a cache that is not a `StudentCache` (see `new_cache`), and UserError for attention
+        weights of a student that has none.
         """
+        self.check_outputs(kwargs.get("output_attentions"))
         cache = past_key_values if cache is None else cache
         if use_cache is None:
-            use_cache = cache is not None or (not self.training and labels is None)
+            by_default = getattr(self.config.get_text_config(), "use_cache", True)
+            use_cache = cache is not None or (by_default and not self.training and labels is None)
+        if use_cache and self.recomputes():
+            switch_off(cache)
+            use_cache, cache = False, None
         if use_cache and cache is None:
             cache = self.new_cache()
         return self.backbone(
