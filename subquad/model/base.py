@@ -30,6 +30,15 @@ from subquad.plan import ATTENTION, JoinStart, Plan
 
 REMOTE_FILE = "modeling_subquad.py"
 
+# Fields of both a student's configuration and its backbone's that a caller may change
+SHARED = {
+    "output_hidden_states",
+    "_output_attentions",
+    "return_dict",
+    "chunk_size_feed_forward",
+    "tie_word_embeddings",
+} | {"id2label", "label2id", "problem_type"}
+
 
 class BaseStudentConfig(PreTrainedConfig):
     """Configuration of a student; a subclass adds the field that holds its backbone's configuration.
@@ -41,6 +50,28 @@ class BaseStudentConfig(PreTrainedConfig):
     plan: str = ""
     attention_paths: Sequence[str] = ()
     attention: str = "sdpa"
+
+    def __getattr__(self, name: str) -> Any:
+        """Attribute of the backbone's configuration, where this one has none: sizes, special tokens, switches."""
+        inner = self._inner()
+        if inner is None or name.startswith("_"):
+            raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
+        return getattr(inner, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Sets what the backbone reads there: its own fields, and those of `SHARED` in both configurations."""
+        inner = self._inner()
+        own = name in vars(self) or hasattr(type(self), name)
+        if own or inner is None or name.startswith("_") or not hasattr(inner, name):
+            super().__setattr__(name, value)
+        if inner is not None and (name in SHARED or (not own and hasattr(inner, name))):
+            setattr(inner, name, value)
+
+    def _inner(self) -> PreTrainedConfig | None:
+        """Backbone's configuration; None before this one is complete."""
+        values = vars(self)
+        inner = next((values.get(field) for field in self.sub_configs_defaults), None)
+        return inner if "_post_init_done" in values and isinstance(inner, PreTrainedConfig) else None
 
 
 class BaseStudent(PreTrainedModel):

@@ -33,8 +33,13 @@ class StudentConfig(BaseStudentConfig):
     text_config: dict | PreTrainedConfig | None = None
     tie_word_embeddings: bool = False
 
+    def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
+        """Configuration of the backbone's text part."""
+        inner = self.text_config
+        return inner.get_text_config(*args, **kwargs) if isinstance(inner, PreTrainedConfig) else self
 
-class Student(BaseStudent, GenerationMixin):
+
+class Student(StudentGenerationMixin, BaseStudent):
     """Causal language model with the plan's mixers in place of attention. Create one with `from_teacher`."""
 
     config_class = StudentConfig
@@ -175,6 +180,29 @@ class Student(BaseStudent, GenerationMixin):
 
     def get_output_embeddings(self) -> nn.Module:
         return self.backbone.get_output_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.backbone.set_input_embeddings(value)
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.backbone.set_output_embeddings(new_embeddings)
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """Input embedding of another number of tokens, with the output head, as the backbone's class does it."""
+        return self.backbone.resize_token_embeddings(*args, **kwargs)
+
+
+def switch_off(cache: StudentCache | None) -> None:
+    """Warns that a pass goes without a cache because its blocks are recomputed: they would read its new states.
+
+    Raises UserError for a cache that holds tokens, which the pass cannot leave out.
+    """
+    if cache is not None and cache.get_seq_length() > 0:
+        raise UserError(
+            f"gradient checkpointing cannot continue a cache of {cache.get_seq_length()} tokens: run this pass under "
+            "torch.no_grad(), or disable gradient checkpointing"
+        )
+    logger.warning_once("`use_cache=True` is incompatible with gradient checkpointing. Setting `use_cache=False`.")
 
 
 def tied(model: PreTrainedModel) -> bool:
