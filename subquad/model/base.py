@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from typing_extensions import Self
 
 from subquad.errors import UserError
@@ -168,8 +169,6 @@ class BaseStudent(PreTrainedModel):
             **cls.describe(teacher, plan),
         )
         student = cls(config, backbone=_shared_copy(teacher), join_start=join_start)
-        if teacher.can_generate():
-            student.generation_config = copy.deepcopy(teacher.generation_config)
         for module, path in zip(student.attention_modules(), config.attention_paths, strict=True):
             weight = next(teacher.get_submodule(path).parameters())
             layer_mixer(module).to(weight.device, weight.dtype)

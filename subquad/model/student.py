@@ -12,16 +12,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.configuration_utils import SubConfigSpec
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging
 
 from subquad.errors import UserError
 from subquad.model.base import BaseStudent, BaseStudentConfig, auto_map
 from subquad.model.cache import CACHE, StudentCache
+from subquad.model.generation import StudentGenerationMixin
 from subquad.model.interface import shapes_of
 from subquad.model.layer_call import ForwardContext
 from subquad.plan import AttentionShape, Plan
+
+logger = logging.get_logger(__name__)  # transformers' own, as the warnings are
 
 
 class StudentConfig(BaseStudentConfig):
@@ -150,10 +155,6 @@ class Student(StudentGenerationMixin, BaseStudent):
         """Empty cache for this student's plan."""
         return StudentCache(self.plan)
 
-    @classmethod
-    def _supports_default_dynamic_cache(cls) -> bool:
-        return False  # `generate` leaves the cache to `forward`
-
     @torch.no_grad()
     def untie(self) -> None:
         """Gives the output head its own weights, if it is tied to the input embedding."""
@@ -213,5 +214,6 @@ def tied(model: PreTrainedModel) -> bool:
 
 def register() -> None:
     """Registers students with transformers' auto classes; called by registration.py."""
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[StudentConfig.model_type] = Student.__name__  # whose labels Trainer shifts
     AutoConfig.register(StudentConfig.model_type, StudentConfig, exist_ok=True)
     AutoModelForCausalLM.register(StudentConfig, Student, exist_ok=True)
