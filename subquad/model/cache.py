@@ -14,9 +14,11 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from subquad.errors import UserError
 from subquad.mixers import State
+from subquad.model.rollback import MixerPass, Pass, rolled_back
 from subquad.ops.common import joined
-from subquad.plan import Plan
+from subquad.plan import ATTENTION, Plan
 
 # Name of the cache in the arguments and outputs of transformers' models: since 5.24, and before.
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -59,12 +61,20 @@ class StudentCacheLayer(CacheLayerMixin):
     Masks have the size that attention with the layer's own window needs, whether or not a head still attends.
     """
 
+    is_croppable = True
+
     def __init__(self, window: int | None) -> None:
         super().__init__()
         self.window = window
         self.is_sliding = window is not None
         self.tokens = 0
         self.states: dict[str, State] = {}
+        self.record_past = False
+        self.passes: list[Pass] = []  # since the last `crop`, if recorded
+
+    def activate_past_recording(self) -> None:
+        """Records each pass from now on, so that `crop` can remove its last tokens (rollback.py)."""
+        self.record_past = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.is_initialized = True
@@ -72,6 +82,8 @@ class StudentCacheLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         self.tokens += key_states.shape[-2]
         self.is_initialized = True
+        if self.record_past:
+            self.passes.append(Pass(key_states.shape[-2]))
         return key_states, value_states
 
     def get_seq_length(self) -> int:
@@ -85,21 +97,60 @@ class StudentCacheLayer(CacheLayerMixin):
         past = self.tokens if self.window is None else min(self.tokens, self.window - 1)
         return past + query_length, self.tokens - past
 
-    def store(self, mixer: str, state: State) -> None:
-        """Stores a mixer's new state. A view is copied where it would keep much unused memory alive (`SPARE`)."""
+    def store(self, mixer: str, state: State, mixer_pass: MixerPass) -> None:
+        """Stores a mixer's new state. A view is copied where it would keep much unused memory alive (`SPARE`).
+
+        `mixer_pass` is how the state came about, which is recorded if asked for.
+        """
+        if self.record_past:
+            self.passes[-1].mixers[mixer] = mixer_pass
         self.states[mixer] = {
             key: tensor.clone() if SPARE * (_storage_bytes(tensor) - tensor.nbytes) > tensor.nbytes else tensor
             for key, tensor in state.items()
         }
+
+    def states_before(self, remove: int) -> dict[str, State]:
+        """States before the last `remove` tokens. Raises UserError if so many cannot be removed."""
+        if remove == 0:
+            return self.states
+        if remove >= self.tokens:
+            return {}
+        states = rolled_back(self.passes, remove)
+        if states is None and self.window is None and [*self.states] == [ATTENTION]:
+            return {ATTENTION: {key: x_BGLD[:, :, :-remove] for key, x_BGLD in self.states[ATTENTION].items()}}
+        if states is None:
+            raise UserError(
+                f"crop: the last {remove} tokens cannot be removed from a student's cache that did not record them: "
+                "call cache.activate_past_recording() before the passes that read them"
+            )
+        return states
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Removes the last tokens: -n removes n of them, and n > 0 keeps n, as in transformers before 5.24.
+
+        The tokens before them can no longer be removed. Raises UserError for tokens that were not recorded.
+        """
+        remove = self.removed(tokens_to_remove)
+        self.shorten(remove, self.states_before(remove))
+
+    def shorten(self, remove: int, states: dict[str, State]) -> None:
+        """Goes back to these states, before the last `remove` tokens."""
+        self.states, self.tokens, self.passes = states, self.tokens - remove, []
+
+    def removed(self, tokens_to_remove: int) -> int:
+        """Number of tokens that `crop` removes."""
+        remove = -tokens_to_remove if tokens_to_remove <= 0 else self.tokens - tokens_to_remove
+        return min(max(remove, 0), self.tokens)
 
     def nbytes(self) -> int:
         """Bytes of all cached tensors, without the room behind them."""
         return sum(tensor.nbytes for state in self.states.values() for tensor in state.values())
 
     def reset(self) -> None:
-        self.tokens, self.states, self.is_initialized = 0, {}, False
+        self.tokens, self.states, self.passes, self.is_initialized = 0, {}, [], False
 
     def _apply(self, function: Any) -> None:
+        self.passes = []  # of rows that are no longer there
         self.states = {
             name: {key: function(tensor) for key, tensor in state.items()} for name, state in self.states.items()
         }
@@ -125,6 +176,13 @@ class StudentCache(Cache):
 
     def __init__(self, plan: Plan) -> None:
         super().__init__(layers=[StudentCacheLayer(shape.window) for shape in plan.shapes])
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Removes the last tokens from every layer, or from none: see `StudentCacheLayer.crop`."""
+        removed = [layer.removed(tokens_to_remove) for layer in self.layers]
+        states = [layer.states_before(remove) for layer, remove in zip(self.layers, removed, strict=True)]
+        for layer, remove, before in zip(self.layers, removed, states, strict=True):
+            layer.shorten(remove, before)
 
     def nbytes(self) -> int:
         """Bytes of all cached tensors, without the room behind them."""

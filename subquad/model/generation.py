@@ -76,7 +76,9 @@ class StudentGenerationMixin(GenerationMixin):
         if cache is not None:
             cache._is_user_defined = True
         elif generation_config.use_cache is not False:
-            model_kwargs[CACHE] = self.new_cache()
+            cache = model_kwargs[CACHE] = self.new_cache()
+            if generation_config.is_assistant:  # its drafts are taken back
+                cache.activate_past_recording()
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Raises UserError: pages of keys and values cannot hold the states of mixers."""

@@ -27,6 +27,7 @@ from subquad.mixers.base import picked
 from subquad.model.cache import StudentCache, append
 from subquad.model.join import Branch
 from subquad.model.layer_mixer import LayerMixer, layer_mixer
+from subquad.model.rollback import MixerPass
 from subquad.model.rotary import Tables, rotation_of
 from subquad.plan import ATTENTION
 
@@ -135,9 +136,10 @@ class LayerCall:
         outputs = {}
         for name, mixer in self.mixers.items():
             state = None if self.layer_cache is None else self.layer_cache.states.get(name)
-            outputs[name], new_state = mixer(self.inputs(name), state)
+            inputs = self.inputs(name)
+            outputs[name], new_state = mixer(inputs, state)
             if self.layer_cache is not None:
-                self.layer_cache.store(name, new_state)
+                self.layer_cache.store(name, new_state, MixerPass(mixer, inputs, state))
         if self.layer_mixer.adapter is not None:
             self.branch = Branch(self.mixers[ATTENTION].group, self.in_model_order(outputs.pop(ATTENTION)))
         if len(outputs) == 1:

@@ -50,7 +50,6 @@ class Student(StudentGenerationMixin, BaseStudent):
     config_class = StudentConfig
     main_input_name = "input_ids"
     backbone_field = "text_config"
-    _is_stateful = True  # a recurrent state cannot be rolled back, as assisted decoding would need
 
     @classmethod
     def make_backbone(cls, config: StudentConfig, attention: str | None) -> PreTrainedModel:
