@@ -62,7 +62,13 @@ def _line(entry: dict[Any, Any]) -> str:
 
 
 class AttentionShape(BaseModel):
-    """Attention of one layer: numbers of heads, widths in elements, and the teacher's own sliding window in tokens."""
+    """Attention of one layer: numbers of heads, widths in elements, and the teacher's own sliding window in tokens.
+
+    `kv_from`: the earlier layer whose keys and values this one reads, in teachers that share them. `calls`: calls of
+    the module in a forward pass, if more than one (Zamba). `own_state`, `own_wide_state`: elements of the state of the
+    teacher's own recurrent layers between the previous attention layer and this one (after it, for the last one), in
+    the model's dtype and in float32.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -71,6 +77,10 @@ class AttentionShape(BaseModel):
     head_dim: int = Field(ge=1)
     hidden_size: int = Field(ge=1)
     window: int | None = Field(None, ge=1)
+    kv_from: int | None = Field(None, ge=0)
+    calls: int | None = Field(None, ge=2)
+    own_state: int | None = Field(None, ge=1)
+    own_wide_state: int | None = Field(None, ge=1)
 
     def group(self, heads: Iterable[int]) -> HeadGroup:
         """Make the head group of these heads of the layer."""
@@ -204,6 +214,26 @@ class Plan(BaseModel):
         """True if attention is a parallel branch in this layer."""
         return self.join == "parallel" and ATTENTION in self.layers[layer] and len(self.layers[layer]) > 1
 
+    def kv_source(self, layer: int) -> int:
+        """Layer that computes the keys and values of this layer: itself, unless the teacher shares them."""
+        kv_from = self.shapes[layer].kv_from
+        return layer if kv_from is None else kv_from
+
+    def kv_home(self, layer: int) -> int:
+        """Layer whose cache holds the keys and values of this layer's attention heads.
+
+        It is the first that attends to the same keys. Layers with a window of the teacher's keep their own.
+        """
+        if ATTENTION not in self.layers[layer] or self.shapes[layer].window is not None:
+            return layer
+        return next(
+            home
+            for home in range(layer + 1)
+            if self.kv_source(home) == self.kv_source(layer)
+            and ATTENTION in self.layers[home]
+            and self.groups(home)[ATTENTION].kv_heads == self.groups(layer)[ATTENTION].kv_heads
+        )
+
     def groups(self, layer: int) -> dict[str, HeadGroup]:
         """Head groups of one layer by mixer."""
         return {name: self.shapes[layer].group(heads) for name, heads in self.layers[layer].items()}
@@ -224,7 +254,8 @@ class Plan(BaseModel):
     def cache_bytes(self, context: int, batch: int = 1, dtype: str = "float32", state_dtype: str | None = None) -> int:
         """Bytes of all keys, values and states after `context` tokens of `batch` sequences, for a model in `dtype`.
 
-        Keys and values are counted for attention heads, and once for heads that share them. Subquad stores recurrent
+        Keys and values are counted for attention heads, and once for heads or layers that share them. The state of a
+        hybrid teacher's own layers is counted. Subquad stores recurrent
         states in float32 for any narrower dtype; `state_dtype` counts them in another type, as some papers do. Raises
         UserError for a dtype that is not a floating point type.
         """
@@ -233,11 +264,14 @@ class Plan(BaseModel):
                 raise UserError(f"cache bytes are known for {', '.join(ITEMSIZE)}, not for dtype '{name}'")
         size = ITEMSIZE[dtype]
         state_size = max(size, 4) if state_dtype is None else ITEMSIZE[state_dtype]
-        return batch * sum(
-            mixer_class(name).state_bytes(group, mixer_options(name, self.mixers[name]), context, size, state_size)
-            for layer in range(self.num_layers)
-            for name, group in self.groups(layer).items()
-        )
+        total = 0
+        for layer, shape in enumerate(self.shapes):
+            for name, group in self.groups(layer).items():
+                if name != ATTENTION or self.kv_home(layer) == layer:
+                    mixer, options = mixer_class(name), mixer_options(name, self.mixers[name])
+                    total += (shape.calls or 1) * mixer.state_bytes(group, options, context, size, state_size)
+            total += size * (shape.own_state or 0) + state_size * (shape.own_wide_state or 0)
+        return batch * total
 
     def to_yaml(self) -> str:
         """Text of the plan file."""

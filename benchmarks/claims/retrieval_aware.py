@@ -294,7 +294,7 @@ class RetrievalAware(Bench):
             count = largest_within(len(self.order), lambda k: self.plan(self.order[:k]), cost, cost(of_layers))
             plans = {"layers": of_layers, "heads": self.plan(self.order[:count])}
             students = {name: self.student(plan, 0) for name, plan in plans.items()}
-            caches = {name: random_cache(student, student.plan, context) for name, student in students.items()}
+            caches = {name: random_cache(student, context) for name, student in students.items()}
             token = torch.ones(1, 1, dtype=torch.long, device=self.device)
             steps = {
                 name: partial(student, token, past_key_values=caches[name], use_cache=True)

@@ -23,7 +23,7 @@ Turn: TypeAlias = Callable[[], tuple[dict[str, float], Cache | None]]
 def decode(subject: BenchModel, tokens_BT: Tensor) -> Turn:
     """A few steps, one token for each sequence. The cache is that many tokens longer after each turn."""
     batch, context = tokens_BT.shape
-    cache, last_B1 = random_cache(subject.model, subject.plan, context, batch), tokens_BT[:, -1:]
+    cache, last_B1 = random_cache(subject.model, context, batch), tokens_BT[:, -1:]
 
     def turn() -> tuple[dict[str, float], None]:
         start = clock(tokens_BT.device)

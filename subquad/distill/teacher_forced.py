@@ -27,7 +27,7 @@ from subquad.errors import UserError
 from subquad.mixers import Mixer, MixerInputs
 from subquad.model.base import BaseStudent
 from subquad.model.interface import AttentionCall, find_attention, input_device, watched_attention
-from subquad.model.layer_call import ForwardContext, LayerCall, attending
+from subquad.model.layer_call import ForwardContext, LayerCall, attending, forward_arguments
 from subquad.model.output_head import final_hidden
 from subquad.plan import ATTENTION
 from subquad.recipes.stage import Stage
@@ -118,8 +118,9 @@ class TeacherForced:
             with torch.enable_grad():
                 if layer > group[0]:
                     args, kwargs = _with_hidden(args, kwargs, group_outputs.pop())
-                kwargs = {**kwargs, "forward_context": self.forward_context}
-                student_BTM = hidden_states(self.student.blocks()[layer](*args, **kwargs))
+                block = self.student.blocks()[layer]
+                with forward_arguments(block, self.forward_context) as context_arguments:
+                    student_BTM = hidden_states(block(*args, **kwargs, **context_arguments))
                 distance = output_distance(student_BTM, hidden_states(output), self.distance_kind)
                 group_losses.append(weighted_loss("block_output", layer, distance))
                 if layer < group[-1]:

@@ -101,6 +101,7 @@ class MixerInputs:
     hidden_BTM: Tensor  # the attention module's input: gates are computed from it
     scale: float  # the teacher's factor on q k^T
     softcap: float | None = None  # the teacher's cap on attention scores (Gemma-2)
+    sink_H: Tensor | None = None  # the teacher's learned sinks: a score that takes weight and has no value (gpt-oss)
     padding_BL: Tensor | None = None  # True at real tokens, past and new; None: no padding
     past: int = 0  # tokens before the new ones
     attend: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None  # the teacher's own attention (q, k, v) -> y

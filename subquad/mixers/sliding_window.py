@@ -17,7 +17,7 @@ class WindowOptions(Options):
 
 def window_of(inputs: MixerInputs, state: State, options: WindowOptions) -> WindowSum:
     """Compute the windowed softmax sum of these inputs."""
-    return window_sum(
+    result = window_sum(
         inputs.q_BHTD,
         inputs.k_BGTD,
         inputs.v_BGTD,
@@ -30,6 +30,7 @@ def window_of(inputs: MixerInputs, state: State, options: WindowOptions) -> Wind
         padding_BL=inputs.padding_BL,
         append=inputs.append,
     )
+    return result.with_sink(inputs.sink_H)
 
 
 def window_held(states: int, head_dim: int, options: WindowOptions) -> dict[str, Held]:

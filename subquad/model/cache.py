@@ -4,21 +4,30 @@ transformers' models pass new keys and values to `update` and then call the atte
 counts the tokens, because a layer without attention has no keys to count. The attention function reads and writes
 `states`. All states have the batch as their first dimension, so beam search reorders any of them the same way.
 
+A hybrid teacher's own recurrent and convolution layers keep the cache layers that transformers gives them.
+
 Legend: B batch, G key/value heads, L cached tokens, T new tokens, A all tokens, D head width.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedConfig
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    DynamicLayer,
+    LinearAttentionCacheLayerMixin,
+    LinearAttentionLayer,
+)
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from subquad.errors import UserError
 from subquad.mixers import State
 from subquad.model.rollback import MixerPass, Pass, rolled_back
 from subquad.ops.common import joined
-from subquad.plan import ATTENTION, Plan
+from subquad.plan import ATTENTION
 
 # Name of the cache in the arguments and outputs of transformers' models: since 5.24, and before.
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -63,10 +72,10 @@ class StudentCacheLayer(CacheLayerMixin):
 
     is_croppable = True
 
-    def __init__(self, window: int | None) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.window = window
-        self.is_sliding = window is not None
+        self.plan_layer = 0
+        self.window: int | None = None
         self.tokens = 0
         self.states: dict[str, State] = {}
         self.record_past = False
@@ -76,14 +85,22 @@ class StudentCacheLayer(CacheLayerMixin):
         """Records each pass from now on, so that `crop` can remove its last tokens (rollback.py)."""
         self.record_past = True
 
+    def open_pass(self, tokens: int) -> None:
+        """Begins to record a pass of so many new tokens, if asked to."""
+        if self.record_past:
+            self.passes.append(Pass(tokens))
+
+    @property
+    def is_sliding(self) -> bool:
+        """Whether attention in this layer has a window of its own."""
+        return self.window is not None
+
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         self.tokens += key_states.shape[-2]
         self.is_initialized = True
-        if self.record_past:
-            self.passes.append(Pass(key_states.shape[-2]))
         return key_states, value_states
 
     def get_seq_length(self) -> int:
@@ -116,8 +133,11 @@ class StudentCacheLayer(CacheLayerMixin):
         if remove >= self.tokens:
             return {}
         states = rolled_back(self.passes, remove)
-        if states is None and self.window is None and [*self.states] == [ATTENTION]:
-            return {ATTENTION: {key: x_BGLD[:, :, :-remove] for key, x_BGLD in self.states[ATTENTION].items()}}
+        if states is None and self.window is None and {*self.states} <= {ATTENTION}:
+            return {
+                name: {key: x_BGLD[:, :, :-remove] for key, x_BGLD in state.items()}
+                for name, state in self.states.items()
+            }
         if states is None:
             raise UserError(
                 f"crop: the last {remove} tokens cannot be removed from a student's cache that did not record them: "
@@ -133,14 +153,14 @@ class StudentCacheLayer(CacheLayerMixin):
         remove = self.removed(tokens_to_remove)
         self.shorten(remove, self.states_before(remove))
 
-    def shorten(self, remove: int, states: dict[str, State]) -> None:
-        """Goes back to these states, before the last `remove` tokens."""
-        self.states, self.tokens, self.passes = states, self.tokens - remove, []
-
     def removed(self, tokens_to_remove: int) -> int:
         """Number of tokens that `crop` removes."""
         remove = -tokens_to_remove if tokens_to_remove <= 0 else self.tokens - tokens_to_remove
         return min(max(remove, 0), self.tokens)
+
+    def shorten(self, remove: int, states: dict[str, State]) -> None:
+        """Goes back to these states, before the last `remove` tokens."""
+        self.states, self.tokens, self.passes = states, self.tokens - remove, []
 
     def nbytes(self) -> int:
         """Bytes of all cached tensors, without the room behind them."""
@@ -165,25 +185,164 @@ class StudentCacheLayer(CacheLayerMixin):
         self._apply(lambda x: x[indices])
 
 
-class StudentCache(Cache):
+class HybridCacheLayer(LinearAttentionLayer, StudentCacheLayer):  # type: ignore[override]
+    """States of a layer that has attention beside a recurrence of the teacher's own (Falcon-H1, Zamba2).
+
+    `own`: the teacher's cache layer, whose recurrent and convolution states are kept.
+    """
+
+    is_compileable = False  # the number of tokens is no tensor
+
+    def __init__(self, own: LinearAttentionCacheLayerMixin) -> None:
+        StudentCacheLayer.__init__(self)
+        LinearAttentionLayer.__init__(self, own.number_of_states)
+        self.__dict__.update({name: value for name, value in vars(own).items() if name in vars(self)})
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        LinearAttentionLayer.lazy_initialization(self, *args, **kwargs)  # keys and values need none
+
+    def shorten(self, remove: int, states: dict[str, State]) -> None:
+        LinearAttentionLayer.crop(self, -remove)
+        StudentCacheLayer.shorten(self, remove, states)
+
+    def nbytes(self) -> int:
+        return StudentCacheLayer.nbytes(self) + own_bytes(self)
+
+    def reset(self) -> None:
+        LinearAttentionLayer.reset(self)
+        StudentCacheLayer.reset(self)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        LinearAttentionLayer.reorder_cache(self, beam_idx)  # type: ignore[arg-type]  # asks for a LongTensor
+        StudentCacheLayer.reorder_cache(self, beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        change_own(self, lambda x: x.repeat_interleave(repeats, dim=0))
+        StudentCacheLayer.batch_repeat_interleave(self, repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        change_own(self, lambda x: x[indices])
+        StudentCacheLayer.batch_select_indices(self, indices)
+
+
+def own_states(layer: Any) -> list[tuple[dict[int, Any], bool]]:
+    """Convolution and recurrent states of a teacher's own cache layer; True for the recurrent ones."""
+    if not isinstance(layer, LinearAttentionCacheLayerMixin):
+        return []
+    return [(layer.conv_states, False), (layer.recurrent_states, True)]
+
+
+def own_bytes(layer: Any) -> int:
+    """Bytes of the convolution and recurrent states of a teacher's own cache layer."""
+    return sum(x.nbytes for states, _ in own_states(layer) for x in states.values() if x is not None)
+
+
+def own_elements(cache: DynamicCache | None) -> tuple[int, int]:
+    """Elements of the teacher's own states for one sequence: in the model's dtype, and in float32."""
+    counts = [0, 0]
+    for layer in [] if cache is None else cache.layers:
+        for states, is_recurrent in own_states(layer):
+            counts[is_recurrent] += sum(x[0].numel() for x in states.values() if x is not None)
+    return counts[0], counts[1]
+
+
+def change_own(layer: Any, function: Callable[[Tensor], Tensor]) -> None:
+    """Replaces the convolution and recurrent states of a teacher's own cache layer."""
+    for states, _ in own_states(layer):
+        states.update({index: function(x) for index, x in states.items() if x is not None})
+
+
+class StudentCache(DynamicCache):
     """Cache for a plan; `nbytes()` equals `plan.cache_bytes` at the same context, batch and dtype.
 
     It may occupy a sixteenth more memory, in short windows an eighth: the room behind keys and values, which saves
-    copying all cached tokens at every step.
+    copying all cached tokens at every step. It begins with the cache layers that transformers makes for `config`, the
+    configuration of the student's backbone. Where an attention module updates it, a `StudentCacheLayer` takes over.
     """
 
-    layers: list[StudentCacheLayer]  # type: ignore[assignment]
+    layers: list[Any]  # of the student's, and of the teacher's own
 
-    def __init__(self, plan: Plan) -> None:
-        super().__init__(layers=[StudentCacheLayer(shape.window) for shape in plan.shapes])
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config=config)
+        self.of_module: dict[int, StudentCacheLayer] = {}  # by the plan's layer: the one that was used last
+        self._updated: int | None = None
+        self._records = False
+
+    def activate_past_recording(self) -> None:
+        """Records each pass from now on, so that `crop` can remove its last tokens."""
+        self._records = True
+        super().activate_past_recording()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Removes the last tokens from every layer, or from none: see `StudentCacheLayer.crop`."""
-        removed = [layer.removed(tokens_to_remove) for layer in self.layers]
-        states = [layer.states_before(remove) for layer, remove in zip(self.layers, removed, strict=True)]
-        for layer, remove, before in zip(self.layers, removed, states, strict=True):
+        """Removes the last tokens from every layer, or from none: see `StudentCacheLayer.crop`.
+
+        Raises UserError if the teacher has recurrent layers of its own, whose states transformers cannot take back.
+        """
+        students = [layer for layer in self.layers if isinstance(layer, StudentCacheLayer)]
+        if not students:
+            return
+        if not self.is_croppable:
+            raise UserError("crop: a student cannot take back the states of its teacher's own recurrent layers")
+        removed = [layer.removed(tokens_to_remove) for layer in students]
+        states = [layer.states_before(remove) for layer, remove in zip(students, removed, strict=True)]
+        for layer, remove, before in zip(students, removed, states, strict=True):
             layer.shorten(remove, before)
+        for layer in self.layers:
+            if not isinstance(layer, StudentCacheLayer):
+                layer.crop(-removed[0])
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """Counts the new tokens of a layer, and returns its new keys and values."""
+        self._updated = layer_idx
+        return self._student_layer(layer_idx).update(key_states, value_states)
+
+    def _student_layer(self, index: int) -> StudentCacheLayer:
+        """Layer of this index, which takes the place of the teacher's own at its first use."""
+        self.layers += [DynamicLayer() for _ in range(index + 1 - len(self.layers))]
+        own = self.layers[index]
+        if not isinstance(own, StudentCacheLayer):
+            is_hybrid = isinstance(own, LinearAttentionCacheLayerMixin)
+            self.layers[index] = HybridCacheLayer(own) if is_hybrid else StudentCacheLayer()
+            self.layers[index].record_past = self._records
+        return self.layers[index]
+
+    def open(self) -> None:
+        """Prepares for the call of an attention module, before it updates the cache."""
+        self._updated = None
+
+    def layer_of(self, module: nn.Module, layer: int, window: int | None, kv_from: int | None) -> StudentCacheLayer:
+        """Cache layer of an attention module that has updated the cache since `open`.
+
+        `layer`: index in the plan. A module that reads the keys and values of the plan's layer `kv_from` updates
+        nothing, so its layer takes the number of tokens from that layer.
+        """
+        index = self._updated
+        if index is None:
+            own_index = getattr(module, "layer_idx", None)
+            index = layer if own_index is None else own_index
+        student_layer = self._student_layer(index)
+        student_layer.plan_layer, student_layer.window = layer, window
+        if self._updated is None and kv_from is not None:
+            student_layer.tokens, student_layer.is_initialized = self.of_module[kv_from].tokens, True
+        self.of_module[layer] = student_layer
+        return student_layer
 
     def nbytes(self) -> int:
         """Bytes of all cached tensors, without the room behind them."""
-        return sum(layer.nbytes() for layer in self.layers)
+        return sum(
+            layer.nbytes() if isinstance(layer, StudentCacheLayer) else own_bytes(layer) for layer in self.layers
+        )
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._change_batch(lambda x: x.repeat_interleave(repeats, dim=0), "batch_repeat_interleave", repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._change_batch(lambda x: x[indices], "batch_select_indices", indices)
+
+    def _change_batch(self, change_state: Callable[[Tensor], Tensor], method: str, argument: Any) -> None:
+        """Calls a method of all layers; transformers' recurrent layers lack it, so their states are changed here."""
+        for layer in self.layers:
+            if hasattr(layer, method):
+                getattr(layer, method)(argument)
+            else:
+                change_own(layer, change_state)

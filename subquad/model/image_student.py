@@ -19,7 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATIO
 from subquad.errors import UserError
 from subquad.model.base import BaseStudent, BaseStudentConfig, auto_map
 from subquad.model.interface import image_size, least_inputs, patch_grid, reads_images
-from subquad.model.layer_call import ForwardContext
+from subquad.model.layer_call import ForwardContext, forward_arguments
 from subquad.model.saliency import SaliencyModel
 from subquad.plan import ATTENTION, Plan
 
@@ -82,7 +82,8 @@ class ImageStudent(BaseStudent):
 
     def final_hidden(self, inputs: Tensor, *, forward_context: ForwardContext | None = None) -> Tensor:
         """Input of the classifier, (B, 1, M); without a classifier, the states of all tokens, (B, T, M)."""
-        return classifier_input(self.backbone, inputs, forward_context=forward_context)
+        with forward_arguments(self.backbone, forward_context or ForwardContext()) as context_arguments:
+            return classifier_input(self.backbone, inputs, **context_arguments)
 
 
 def _positions(model: Any, pixels_BCHW: Tensor) -> dict[str, bool]:

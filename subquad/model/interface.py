@@ -17,11 +17,12 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from subquad.errors import UserError
+from subquad.model.cache import CACHE, own_elements
 from subquad.plan import AttentionShape
 
 PROBE = "subquad_probe"
@@ -95,14 +96,15 @@ def watched_attention(model: PreTrainedModel) -> Iterator[dict[nn.Module, Attent
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        mask: Tensor | None,
+        attention_mask: Tensor | None,
         scaling: float | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         causal = bool(getattr(module, "is_causal", True))
         calls[module] = AttentionCall(query, key, scale, kwargs.get("softcap"), causal)
-        return attention_function(module, base)(module, query, key, value, mask, scaling=scaling, **kwargs)
+        function = attention_function(module, base)
+        return function(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
 
     AttentionInterface.register(WATCH, watch)
     AttentionMaskInterface.register(WATCH, ALL_MASK_ATTENTION_FUNCTIONS[base])
@@ -130,8 +132,9 @@ def find_attention(model: PreTrainedModel) -> list[AttentionSite]:
     """Modules of a causal language model or an image encoder that call the attention interface, in calling order.
 
     The model is run once; the result is cached for its lifetime.
-    Raises UserError, naming the model's class, for a model that does not call the interface, does not pass keyword
-    arguments on to its attention modules, attends across sequences, or has keys and values of different width (MLA).
+    A hybrid's own recurrent layers are left as they are, and counted in the shapes (`own_state`).
+    Raises UserError, naming the model's class, for a model that does not call the interface, calls it twice in a layer,
+    attends across sequences, or has keys and values of different width (MLA).
     """
     if model not in _sites:
         _sites[model] = _probe_attention(model)
@@ -147,31 +150,32 @@ def _probe_attention(model: PreTrainedModel) -> list[AttentionSite]:
     if model.config.is_encoder_decoder:
         raise UserError(f"{family} is an encoder-decoder model; Subquad converts decoders and image encoders")
 
-    # The hooks of the probe: modules that receive keyword arguments, and calls of the interface
+    # The hook of the probe, which records inputs, and the function that records calls of the interface
     paths = {module: path for path, module in model.named_modules()}
-    reached_modules: set[nn.Module] = set()
-    sites: list[AttentionSite] = []
+    inputs: dict[nn.Module, Tensor] = {}
+    calls: list[_ProbedCall] = []
+    cache = None if reads_images(model) else DynamicCache(config=model.config)
 
     def reach(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        if "forward_context" in kwargs:
-            reached_modules.add(module)
+        hidden = args[0] if args else kwargs.get("hidden_states")
+        if isinstance(hidden, Tensor):
+            inputs[module] = hidden
 
     def record(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, None]:
-        if module not in reached_modules:
-            raise UserError(f"{family} does not pass keyword arguments on to its attention modules: unsupported")
+        if module not in inputs:
+            raise UserError(f"{family} calls attention more than once in a layer: unsupported")
         if key.shape[-1] != value.shape[-1] or query.shape[-1] != key.shape[-1]:
             raise UserError(f"{family} has multi-head latent attention (MLA): unsupported")
-        hidden_size = model.config.get_text_config().hidden_size
         shape = AttentionShape(
             heads=query.shape[1],
             kv_heads=key.shape[1],
             head_dim=query.shape[-1],
-            hidden_size=hidden_size,
+            hidden_size=inputs.pop(module).shape[-1],
             window=kwargs.get("sliding_window"),
         )
-        sites.append(AttentionSite(paths[module], shape))
+        calls.append(_ProbedCall(paths[module], shape, key, own_elements(cache)))
         return torch.zeros_like(query).transpose(1, 2), None
 
     # Run the model once, and check the result
@@ -181,18 +185,46 @@ def _probe_attention(model: PreTrainedModel) -> list[AttentionSite]:
         stack.enter_context(attention_set(model, PROBE))
         for module in model.modules():
             stack.callback(module.register_forward_pre_hook(reach, with_kwargs=True).remove)
-        try:
-            model(**least_inputs(model), forward_context=None)
-        except TypeError as error:
-            raise UserError(f"{family} does not take the attention function's keyword arguments ({error})") from None
-    if not sites:
+        cached = {} if cache is None else {CACHE: cache, "use_cache": True}
+        model(**least_inputs(model) | cached)
+    if not calls:
         raise UserError(
             f"{family} does not call transformers' attention interface, through which Subquad replaces attention: "
             "unsupported"
         )
-    if len({site.path for site in sites}) != len(sites):
-        raise UserError(f"{family} shares one attention module between layers: unsupported")
-    return sites
+    return _sites_of(calls, own_elements(cache))
+
+
+@dataclass(frozen=True)
+class _ProbedCall:
+    """Call of the attention interface, its keys, and the elements of the teacher's own states until then."""
+
+    path: str
+    shape: AttentionShape
+    key: Tensor
+    own: tuple[int, int]
+
+
+def _sites_of(calls: list[_ProbedCall], own: tuple[int, int]) -> list[AttentionSite]:
+    """Attention modules of the calls, in the order of their first; `own`: elements of all of the teacher's states."""
+    sites: dict[str, AttentionSite] = {}
+    keys: list[Tensor] = []  # of each site's first call
+    counted = (0, 0)
+    for index, call in enumerate(calls):
+        # The own states since the previous call; after the last call, all that are left
+        until = call.own if index + 1 < len(calls) else own
+        own_state, own_wide_state = (new - old for new, old in zip(until, counted, strict=True))
+        counted = until
+        if call.path in sites:
+            shape = sites[call.path].shape
+            own_state, own_wide_state = own_state + (shape.own_state or 0), own_wide_state + (shape.own_wide_state or 0)
+            changes: dict[str, int | None] = {"calls": (shape.calls or 1) + 1}
+        else:
+            shape, changes = call.shape, {"kv_from": next((i for i, key in enumerate(keys) if key is call.key), None)}
+            keys.append(call.key)
+        changes = {**changes, "own_state": own_state or None, "own_wide_state": own_wide_state or None}
+        sites[call.path] = AttentionSite(call.path, shape.model_copy(update=changes))
+    return [*sites.values()]
 
 
 def shapes_of(model: PreTrainedModel) -> list[AttentionShape]:

@@ -13,25 +13,30 @@ Legend: B batch, H query heads, G key/value heads, T new tokens, L past and new 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator, MutableMapping
+from contextlib import contextmanager
 from contextvars import ContextVar
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from subquad.errors import UserError
 from subquad.mixers import HeadGroup, MixerInputs
 from subquad.mixers.base import picked
 from subquad.model.cache import StudentCache, append
 from subquad.model.join import Branch
 from subquad.model.layer_mixer import LayerMixer, layer_mixer
 from subquad.model.rollback import MixerPass
-from subquad.model.rotary import Tables, rotation_of
+from subquad.model.rotary import AnyTables, identity_of, rotation_of
 from subquad.plan import ATTENTION
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q (B, H, T, D), k and v (B, G, L, D) -> y (B, H, T, D)
+AttendOf = Callable[[HeadGroup], Attend]  # the teacher's attention function for a group of a layer's heads
 Around = Callable[["LayerCall"], Tensor]  # a layer's call -> output of its heads, (B, H, T, D)
 
 
@@ -59,21 +64,30 @@ class LayerCall:
         self.module, self.context, self.kwargs = module, context, kwargs
         self.layer_mixer: LayerMixer = layer_mixer(module)
         self.layer, self.mixers = self.layer_mixer.layer, self.layer_mixer.by_name
+        if context.cache is not None:
+            context.cache.open()
         self.hidden_BTM = hidden_BTM
         self.outer_call = _current.get()  # the call during which this one was opened
-        self.tables: Tables | None = None  # rotary tables that are withheld from the module
+        self.tables: AnyTables | None = None  # rotary tables that are withheld from the module
         self.branch: Branch | None = None  # of the parallel join, for the hook after the module
         self.probe: list[tuple[Tensor, Tensor]] | None = None  # if set, only collects queries and keys
 
     def bind(
-        self, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, scale: float, softcap: float | None, attend: Attend
+        self,
+        q_BHTD: Tensor,
+        k_BGTD: Tensor,
+        v_BGTD: Tensor,
+        scale: float,
+        softcap: float | None,
+        sink_H: Tensor | None,
+        attend_of: AttendOf,
     ) -> None:
         """Stores the inputs of the attention function; prefix tokens move to the middle."""
         hidden_BTM = self.hidden_BTM
         if prefix_tokens := self.layer_mixer.prefix_tokens:
             q_BHTD, k_BGTD, v_BGTD = (to_middle(x, 2, prefix_tokens) for x in (q_BHTD, k_BGTD, v_BGTD))
             hidden_BTM = to_middle(hidden_BTM, 1, prefix_tokens)
-        self.attend = attend
+        self.attend_of = attend_of
         self.all_inputs = MixerInputs(
             q_BHTD,
             k_BGTD,
@@ -81,52 +95,83 @@ class LayerCall:
             hidden_BTM,
             scale=scale,
             softcap=softcap,
+            sink_H=sink_H,
             padding_BL=self.context.padding_BL,
-            attend=attend,
+            attend=attend_of(self.layer_mixer.all_heads),
         )
         # The cache has counted the new tokens already: the module called `update`.
-        cache = self.context.cache
-        self.layer_cache = None if cache is None else cache.layers[self.layer]
+        cache, shape = self.context.cache, self.layer_mixer.shape
+        self.layer_cache = (
+            None if cache is None else cache.layer_of(self.module, self.layer, shape.window, shape.kv_from)
+        )
         if self.layer_cache is not None:
+            self.layer_cache.open_pass(q_BHTD.shape[2])
             self.all_inputs = replace(self.all_inputs, past=self.layer_cache.tokens - q_BHTD.shape[2], append=append)
 
     def inputs(self, name: str) -> MixerInputs:
         """Inputs of one mixer: those of its heads, with rotary embedding if the mixer uses it."""
         mixer = self.mixers[name]
-        inputs = _of_group(self.all_inputs, mixer.group)
-        return self._rotated(inputs) if mixer.rotary else inputs
+        return self._of_group(mixer.group, rotary=mixer.rotary)
 
-    def _rotated(self, inputs: MixerInputs) -> MixerInputs:
-        if self.tables is None:
+    def _of_group(self, group: HeadGroup, rotary: bool) -> MixerInputs:
+        """Inputs of one head group, with or without rotary embedding; those of a whole layer are not copied."""
+        inputs = self._rotated_inputs if rotary else self.all_inputs
+        if len(group.heads) == inputs.q_BHTD.shape[1]:
             return inputs
-        return replace(inputs, q_BHTD=self._rotate(inputs.q_BHTD), k_BGTD=self._rotate(inputs.k_BGTD))
+        return replace(
+            inputs,
+            q_BHTD=picked(inputs.q_BHTD, group.heads),
+            k_BGTD=picked(inputs.k_BGTD, group.kv_heads),
+            v_BGTD=picked(inputs.v_BGTD, group.kv_heads),
+            sink_H=None if inputs.sink_H is None else picked(inputs.sink_H[None], group.heads)[0],
+            attend=self.attend_of(group),
+        )
 
     @cached_property
-    def _rotate(self) -> Callable[[Tensor], Tensor]:
-        """Rotary embedding of the module; its convention is determined at the first use (rotary.py)."""
-        assert self.tables is not None
-        cos, sin = self.tables
-        rotation = rotation_of(self.module, self.hidden_BTM, cos, self._trace)
-        cos_BTR, sin_BTR = rotation.tables(cos, sin)
-        return lambda x_BHTD: rotation.rotate(x_BHTD, cos_BTR, sin_BTR)
+    def _rotated_inputs(self) -> MixerInputs:
+        """Inputs of all heads with rotary embedding, if it was withheld from the module."""
+        tables, kv_from = self.tables, self.layer_mixer.shape.kv_from
+        if tables is None:
+            return self.all_inputs
+        q_BHTD, k_BGTD = self.all_inputs.q_BHTD, self.all_inputs.k_BGTD
+        if isinstance(tables, tuple):
+            count = 2 if kv_from is None else 1  # the keys of another layer tell nothing
+            rotation = rotation_of(self.module, tables, lambda tables: self._trace(tables)[:count])
+            if rotation is not None:
+                if prefix_tokens := self.layer_mixer.prefix_tokens:
+                    cos, sin = (to_middle(table, 1, prefix_tokens) for table in tables)
+                    tables = cos, sin
+                cos_sin = rotation.tables(*tables)
+                q_BHTD, k_BGTD = (rotation.rotate(x, *cos_sin) for x in (q_BHTD, k_BGTD))
+                return replace(self.all_inputs, q_BHTD=q_BHTD, k_BGTD=k_BGTD)
+        if kv_from is not None:
+            raise UserError(
+                f"{type(self.module).__name__} shares keys that it rotates in a way that Subquad does not know: set "
+                "rotary: true among the mixer's options"
+            )
+        q_BHTD, k_BGTD = self._trace(tables)
+        if prefix_tokens := self.layer_mixer.prefix_tokens:
+            q_BHTD, k_BGTD = (to_middle(x, 2, prefix_tokens) for x in (q_BHTD, k_BGTD))
+        return replace(self.all_inputs, q_BHTD=q_BHTD, k_BGTD=k_BGTD)
 
-    def _trace(self, module: nn.Module, hidden_BTM: Tensor, tables: Tables) -> tuple[Tensor, Tensor]:
-        """Queries and keys that the module computes from these hidden states and tables."""
-        probe_call = LayerCall(module, hidden_BTM, ForwardContext(), {})
+    def _trace(self, tables: AnyTables) -> tuple[Tensor, Tensor]:
+        """Queries and keys that the module computes with these tables."""
+        probe_call = LayerCall(self.module, self.hidden_BTM, ForwardContext(), {})
         probe_call.probe = []
-        probe_kwargs = {"hidden_states": hidden_BTM, "position_embeddings": tables, "attention_mask": None}
-        kwargs = {name: None if isinstance(value, StudentCache) else value for name, value in self.kwargs.items()}
+        probe_kwargs = {"hidden_states": self.hidden_BTM, "position_embeddings": tables, "attention_mask": None}
+        kwargs = {name: _without_effect(value) for name, value in self.kwargs.items()}
         token = _current.set(probe_call)
         try:
-            module.forward(**kwargs | probe_kwargs)
+            self.module.forward(**kwargs | probe_kwargs)
         finally:
             _current.reset(token)
         return probe_call.probe[0]
 
     def attention(self) -> Tensor:
         """Output of the teacher's attention, (B, H, T, D)."""
-        inputs = self._rotated(self.all_inputs)
-        return self.attend(inputs.q_BHTD, inputs.k_BGTD, inputs.v_BGTD)
+        inputs = self._rotated_inputs
+        assert inputs.attend is not None
+        return inputs.attend(inputs.q_BHTD, inputs.k_BGTD, inputs.v_BGTD)
 
     def mixed(self) -> Tensor:
         """Output of the plan's mixers, (B, H, T, D); stores their new states in the cache.
@@ -135,8 +180,15 @@ class LayerCall:
         """
         outputs = {}
         for name, mixer in self.mixers.items():
-            state = None if self.layer_cache is None else self.layer_cache.states.get(name)
-            inputs = self.inputs(name)
+            inputs, state = self.inputs(name), None if self.layer_cache is None else self.layer_cache.states.get(name)
+            kv_home = self.layer_mixer.kv_home if name == ATTENTION else self.layer
+            if self.layer_cache is not None and kv_home != self.layer:
+                # An earlier layer has stored the same keys and values, the new ones included.
+                assert self.context.cache is not None
+                state = self.context.cache.of_module[kv_home].states[ATTENTION]
+                inputs = replace(inputs, past=self.layer_cache.tokens, append=lambda stored, new: stored)
+                outputs[name], _ = mixer(inputs, state)
+                continue
             outputs[name], new_state = mixer(inputs, state)
             if self.layer_cache is not None:
                 self.layer_cache.store(name, new_state, MixerPass(mixer, inputs, state))
@@ -153,6 +205,35 @@ class LayerCall:
 
 
 _current: ContextVar[LayerCall | None] = ContextVar("subquad_layer_call", default=None)
+_forward: ContextVar[ForwardContext | None] = ContextVar("subquad_forward", default=None)
+
+
+@contextmanager
+def forward_arguments(model: nn.Module, context: ForwardContext) -> Iterator[dict[str, ForwardContext]]:
+    """Within, forward passes of `model` have this context; yields the keyword arguments that carry it.
+
+    Most models pass their keyword arguments on to the attention modules, also when gradient checkpointing computes a
+    block again. For those that do not, the context is in a context variable.
+    """
+    token = _forward.set(context)
+    parameters = signature(model.forward).parameters.values()
+    try:
+        yield {"forward_context": context} if any(p.kind is p.VAR_KEYWORD for p in parameters) else {}
+    finally:
+        _forward.reset(token)
+
+
+def _context_of(module: nn.Module, kwargs: dict[str, Any]) -> ForwardContext:
+    """Context of a module's call: its keyword argument, else that of the forward pass."""
+    if "forward_context" in kwargs:
+        layer_mixer(module).receives_context = True
+    context = kwargs.pop("forward_context", None) or _forward.get()
+    if context is None and torch._C._current_graph_task_id() != -1 and not layer_mixer(module).receives_context:
+        raise UserError(
+            f"{type(module).__name__} receives no keyword arguments, so its student trains without gradient "
+            "checkpointing only: switch it off"
+        )
+    return context or ForwardContext()
 
 
 def current_call() -> LayerCall:
@@ -165,15 +246,15 @@ def current_call() -> LayerCall:
 def open_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Hook before an attention module: opens its call.
 
-    If one of its mixers does without rotary embedding, the module gets cosines of 1 and sines of 0, and the call keeps
-    the tables.
+    If one of its mixers does without rotary embedding, or one of a layer that shares its keys, the module gets cosines
+    of 1 and sines of 0, and the call keeps the tables.
     """
     kwargs = {**kwargs}
-    context = kwargs.pop("forward_context", None) or ForwardContext()
+    context = _context_of(module, kwargs)
     call = LayerCall(module, args[0] if args else kwargs["hidden_states"], context, kwargs)
-    if not all(mixer.rotary for mixer in call.mixers.values()) and kwargs.get("position_embeddings") is not None:
-        cos, sin = call.tables = kwargs["position_embeddings"]
-        kwargs["position_embeddings"] = torch.ones_like(cos), torch.zeros_like(sin)
+    if call.layer_mixer.withholds_rotary and kwargs.get("position_embeddings") is not None:
+        call.tables = kwargs["position_embeddings"]
+        kwargs["position_embeddings"] = identity_of(kwargs["position_embeddings"])
     _current.set(call)
     return args, kwargs
 
@@ -183,6 +264,11 @@ def close_call(module: nn.Module, args: Any, output: Any) -> None:
     call = _current.get()
     if call is not None and call.module is module:  # not so if the module failed before its call was opened
         _current.set(call.outer_call)
+
+
+def _without_effect(value: Any) -> Any:
+    """Argument of a module for a trial call: no cache, and a copy of what it may write into."""
+    return None if isinstance(value, StudentCache) else copy(value) if isinstance(value, MutableMapping) else value
 
 
 def attending(layers: Collection[int]) -> ForwardContext:
@@ -204,15 +290,3 @@ def to_front(x: Tensor, time: int, count: int) -> Tensor:
     half = (x.shape[time] - count) // 2
     left, prefix, right = x.split([half, count, x.shape[time] - count - half], time)
     return torch.cat([prefix, left, right], time)
-
-
-def _of_group(inputs: MixerInputs, group: HeadGroup) -> MixerInputs:
-    """Inputs of one head group; those of a whole layer are returned as they are."""
-    if len(group.heads) == inputs.q_BHTD.shape[1]:
-        return inputs
-    return replace(
-        inputs,
-        q_BHTD=picked(inputs.q_BHTD, group.heads),
-        k_BGTD=picked(inputs.k_BGTD, group.kv_heads),
-        v_BGTD=picked(inputs.v_BGTD, group.kv_heads),
-    )

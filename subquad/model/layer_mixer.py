@@ -25,6 +25,10 @@ class LayerMixer(nn.ModuleDict):
             parts["join"] = RecolouringAdapter(plan.shapes[layer].hidden_size, join_start)
         super().__init__(parts)
         self.layer, self.prefix_tokens = layer, prefix_tokens
+        self.shape, self.kv_home = plan.shapes[layer], plan.kv_home(layer)
+        self.all_heads = self.shape.group(range(self.shape.heads))
+        self.withholds_rotary = False  # set by `attach`
+        self.receives_context = False  # whether the model passes the ForwardContext on to the module
         mixed_names = [name for name in self.by_name if self.adapter is None or name != ATTENTION]
         heads = [head for name in mixed_names for head in self.by_name[name].group.heads]
         self.head_indices = tuple(sorted(range(len(heads)), key=heads.__getitem__))  # in the concatenated outputs

@@ -18,7 +18,6 @@ Legend: B batch, H query heads, G key/value heads, T new tokens, L past and new 
 
 from collections.abc import Sequence
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -26,10 +25,12 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
+from subquad.mixers import HeadGroup
+from subquad.mixers.base import picked
 from subquad.model.interface import attention_function, set_attention
 from subquad.model.join import output_projection, project_branch
 from subquad.model.layer_call import Attend, close_call, current_call, open_call
-from subquad.model.layer_mixer import LayerMixer, keep_initialised
+from subquad.model.layer_mixer import LayerMixer, keep_initialised, layer_mixer
 from subquad.plan import ATTENTION, JoinStart, Plan
 
 PREFIX = "subquad_"  # "subquad_sdpa": mixers, with sdpa for the heads that keep attention
@@ -56,10 +57,13 @@ def mixed_attention(
         return torch.zeros_like(query).transpose(1, 2), None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     weights: list[Tensor | None] = []
-    attend = _base_attention(module, base, attention_mask, scaling, kwargs, weights)
-    call.bind(query, key, value, scale, kwargs.get("softcap"), attend)
+
+    def attend_of(group: HeadGroup) -> Attend:
+        return _base_attention(module, base, attention_mask, scaling, kwargs, group, weights)
+
+    call.bind(query, key, value, scale, kwargs.get("softcap"), kwargs.get("s_aux"), attend_of)
     y_BHTD = call.mixed() if call.context.around is None else call.context.around(call)
-    return call.in_model_order(y_BHTD), weights[-1] if [*call.mixers] == [ATTENTION] else None
+    return call.in_model_order(y_BHTD), weights[-1] if weights and [*call.mixers] == [ATTENTION] else None
 
 
 def _base_attention(
@@ -68,24 +72,47 @@ def _base_attention(
     mask: Tensor | None,
     scaling: float | None,
     kwargs: dict[str, Any],
+    group: HeadGroup,
     weights: list[Tensor | None],
 ) -> Attend:
-    """Model's own attention function, bound to this call; appends its attention weights, if any, to `weights`."""
+    """Model's own attention function, bound to this call and these heads; appends its weights, if any, to `weights`."""
     function = attention_function(module, base)
+    group_kwargs = {name: _of_heads(value, group) for name, value in kwargs.items()}
 
     def attend(q_BHTD: Tensor, k_BGLD: Tensor, v_BGLD: Tensor) -> Tensor:
-        # Attention functions read these four attributes; the group size must be that of the selected heads.
-        module_view = SimpleNamespace(
-            num_key_value_groups=q_BHTD.shape[1] // k_BGLD.shape[1],
-            is_causal=getattr(module, "is_causal", True),
-            training=module.training,
-            layer_idx=getattr(module, "layer_idx", None),
-        )
-        y_BTHD, weights_BHTL = function(module_view, q_BHTD, k_BGLD, v_BGLD, mask, scaling=scaling, **kwargs)
+        view = _ModuleView(module, group, q_BHTD.shape[1] // k_BGLD.shape[1])
+        mask_of_group = _of_heads(mask, group)
+        y_BTHD, weights_BHTL = function(view, q_BHTD, k_BGLD, v_BGLD, mask_of_group, scaling=scaling, **group_kwargs)
         weights.append(weights_BHTL)
         return y_BTHD.transpose(1, 2)
 
     return attend
+
+
+class _ModuleView:
+    """Attention module as its attention function sees it, for a group of its heads.
+
+    Attributes are the module's. Those with one entry per query head, such as learned sinks, are the group's.
+    """
+
+    def __init__(self, module: nn.Module, group: HeadGroup, queries_per_kv: int) -> None:
+        self._module, self._group = module, group
+        self.num_key_value_groups = queries_per_kv
+
+    def __getattr__(self, name: str) -> Any:
+        return _of_heads(getattr(self._module, name), self._group)
+
+
+def _of_heads(value: Any, group: HeadGroup) -> Any:
+    """Part of a tensor that belongs to a group of heads: of (H,), or of (B, H, T, L). Other values are unchanged."""
+    heads = group.layer_heads
+    if not isinstance(value, Tensor) or len(group.heads) == heads:
+        return value
+    if value.dim() == 1 and len(value) == heads:
+        return picked(value[None], group.heads)[0]
+    if value.dim() == 4 and value.shape[1] == heads:
+        return picked(value, group.heads)
+    return value
 
 
 def register(base: str) -> str:
@@ -131,6 +158,11 @@ def attach(
             projection = output_projection(module, shape.heads * shape.head_dim, shape.hidden_size)
             module.register_forward_hook(partial(_join, projection))
         module.register_forward_hook(close_call, always_call=True)
+    # Layers that share keys rotate them alike: in the model's own code, or all by their mixers
+    layer_mixers = [layer_mixer(model.get_submodule(path)) for path in paths]
+    for layer, mixer in enumerate(layer_mixers):
+        sharing = [other for index, other in enumerate(layer_mixers) if plan.kv_source(index) == plan.kv_source(layer)]
+        mixer.withholds_rotary = not all(part.rotary for other in sharing for part in other.by_name.values())
     set_attention(model, register(model.config._attn_implementation))
 
 

@@ -23,7 +23,7 @@ from subquad.model.base import BaseStudent, BaseStudentConfig, auto_map
 from subquad.model.cache import CACHE, StudentCache
 from subquad.model.generation import StudentGenerationMixin
 from subquad.model.interface import shapes_of
-from subquad.model.layer_call import ForwardContext
+from subquad.model.layer_call import ForwardContext, forward_arguments
 from subquad.plan import AttentionShape, Plan
 
 logger = logging.get_logger(__name__)  # transformers' own, as the warnings are
@@ -117,29 +117,29 @@ class Student(StudentGenerationMixin, BaseStudent):
             use_cache, cache = False, None
         if use_cache and cache is None:
             cache = self.new_cache()
-        return self.backbone(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            labels=labels,
-            use_cache=use_cache,
-            logits_to_keep=logits_to_keep,
-            forward_context=self._forward_context(attention_mask, cache),
-            **{CACHE: cache},
-            **kwargs,
-        )
+        with forward_arguments(self.backbone, self._forward_context(attention_mask, cache)) as context_arguments:
+            return self.backbone(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                inputs_embeds=inputs_embeds,
+                labels=labels,
+                use_cache=use_cache,
+                logits_to_keep=logits_to_keep,
+                **context_arguments,
+                **{CACHE: cache},
+                **kwargs,
+            )
 
     def final_hidden(
         self, inputs: Tensor, attention_mask: Tensor | None = None, forward_context: ForwardContext | None = None
     ) -> Tensor:
         """Hidden states that the output head reads, (B, T, M), without computing the head."""
-        return self.backbone.base_model(
-            input_ids=inputs,
-            attention_mask=attention_mask,
-            use_cache=False,
-            forward_context=forward_context or self._forward_context(attention_mask, None),
-        ).last_hidden_state
+        context = forward_context or self._forward_context(attention_mask, None)
+        with forward_arguments(self.backbone.base_model, context) as context_arguments:
+            return self.backbone.base_model(
+                input_ids=inputs, attention_mask=attention_mask, use_cache=False, **context_arguments
+            ).last_hidden_state
 
     def _forward_context(self, attention_mask: Tensor | None, cache: StudentCache | None) -> ForwardContext:
         if cache is not None and not isinstance(cache, StudentCache):
@@ -151,8 +151,8 @@ class Student(StudentGenerationMixin, BaseStudent):
         return ForwardContext(attention_mask.bool(), cache)
 
     def new_cache(self) -> StudentCache:
-        """Empty cache for this student's plan."""
-        return StudentCache(self.plan)
+        """Empty cache for this student."""
+        return StudentCache(self.backbone.config)
 
     @torch.no_grad()
     def untie(self) -> None:

@@ -31,6 +31,20 @@ class WindowSum:
     peak_BHT1: Tensor
     state: dict[str, Tensor]
 
+    def with_sink(self, sink_H: Tensor | None) -> "WindowSum":
+        """Add a learned sink to the denominator: a score per head, whose value is zero (gpt-oss)."""
+        if sink_H is None:
+            return self
+        sink_H11 = wide(sink_H)[:, None, None]
+        peak_BHT1 = torch.maximum(self.peak_BHT1, sink_H11.detach())
+        factor_BHT1 = (self.peak_BHT1 - peak_BHT1).exp()
+        return WindowSum(
+            self.numerator_BHTD * factor_BHT1.to(self.numerator_BHTD.dtype),
+            self.denominator_BHT1 * factor_BHT1 + (sink_H11 - peak_BHT1).exp(),
+            peak_BHT1,
+            self.state,
+        )
+
     def normalised(self) -> Tensor:
         """Compute the output of sliding-window attention (B, H, T, D)."""
         return (self.numerator_BHTD / self.denominator_BHT1).to(self.numerator_BHTD.dtype)

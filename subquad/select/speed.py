@@ -59,8 +59,7 @@ def layer_seconds(student: Student, context: int, steps: int = 8) -> tuple[list[
 def _in_turns(students: Sequence[Student], context: int, steps: int) -> list[tuple[list[float], float]]:
     """Medians over `steps` steps of each student; they take turns, so that the machine's state affects all equally."""
     calls = {
-        str(index): partial(_step, student, random_cache(student, student.plan, context))
-        for index, student in enumerate(students)
+        str(index): partial(_step, student, random_cache(student, context)) for index, student in enumerate(students)
     }
     _, *rounds = take_turns(calls, (1 + steps, 1 + steps))  # the first round is a warm-up
     medians = [

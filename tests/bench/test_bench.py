@@ -290,7 +290,7 @@ def test_without_a_recipe_there_is_no_other_model(folders):
 def test_a_made_cache_is_like_one_that_was_read(family, context):
     subject = subject_of(tiny(family))
     tokens = torch.zeros(2, context, dtype=torch.long)
-    read, made = subject.model(tokens, use_cache=True)[CACHE], random_cache(subject.model, subject.plan, context, 2)
+    read, made = subject.model(tokens, use_cache=True)[CACHE], random_cache(subject.model, context, 2)
     for cache in (read, made):
         subject.model(tokens[:, :1], use_cache=True, **{CACHE: cache})
     assert made.get_seq_length() == read.get_seq_length() == context + 1
@@ -303,7 +303,7 @@ def test_a_made_cache_of_a_student_is_like_one_that_was_read():
     teacher = tiny("llama")
     plan = Plan.by_layer(shapes_of(teacher), [0], "hedgehog", {"window": 8})
     subject = subject_of(Student.from_teacher(teacher, plan), plan)
-    made = random_cache(subject.model, subject.plan, 20, 2)
+    made = random_cache(subject.model, 20, 2)
     assert held_cache_bytes(made) == subject.costs.cache_bytes(20, 2)
     subject.model(torch.zeros(2, 1, dtype=torch.long), past_key_values=made, use_cache=True)
     assert made.get_seq_length() == 21 and made.nbytes() == subject.costs.cache_bytes(21, 2)

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from subquad.errors import UserError
 from subquad.model import rotary
 from subquad.model.interface import shapes_of
 from subquad.model.layer_call import attending
@@ -66,9 +65,14 @@ def test_weights_of_zero_tell_nothing_and_are_not_remembered(monkeypatch):
     assert rotary._rotations == {}
 
 
-def test_an_unknown_convention_is_refused_by_its_class(monkeypatch):
+@torch.no_grad()
+def test_for_an_unknown_convention_the_module_computes_queries_and_keys_again(monkeypatch):
     teacher = teacher_of("llama", monkeypatch)
-    student = Student.from_teacher(teacher, Plan.by_head(shapes_of(teacher), [(0, 0)], "gla", {"rotary": False}))
+    plan = Plan.by_head(shapes_of(teacher), [(0, 0), (1, 5)], "gla", {"rotary": False})
+    tokens_BT = torch.randint(3, 97, (2, 9))
+    expected_logits = Student.from_teacher(teacher, plan)(tokens_BT).logits
+    monkeypatch.setattr(rotary, "_rotations", {})
+    student = Student.from_teacher(teacher, plan)
     monkeypatch.setattr(Rotation, "rotate", lambda self, x, cos, sin: x + 1)
-    with pytest.raises(UserError, match="LlamaAttention turns its queries and keys in a way .* rotary: true"):
-        student(torch.randint(3, 97, (1, 5)))
+    torch.testing.assert_close(student(tokens_BT).logits, expected_logits, rtol=1e-5, atol=1e-5)
+    assert {*rotary._rotations.values()} == {None}

@@ -234,7 +234,7 @@ def student_of(teacher, layers, mixer="gla"):
 def test_a_cache_of_nothing_in_particular_is_like_a_real_one(family):
     """The same tensors as after reading a text; layers of attention, of a mixer, and of a window."""
     student = student_of(tiny(family), [1, 2], "gated_deltanet")
-    read, made, read_on = student.new_cache(), *(random_cache(student, student.plan, 40) for _ in range(2))
+    read, made, read_on = student.new_cache(), *(random_cache(student, 40) for _ in range(2))
     with torch.no_grad():
         student(torch.randint(3, 97, (1, 40)), past_key_values=read, use_cache=True)
         student(torch.ones(1, 1, dtype=torch.long), past_key_values=read_on, use_cache=True)
