@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from typing_extensions import Self
 
 from subquad.errors import UserError
@@ -25,10 +26,19 @@ from subquad.mixers.base import picked
 from subquad.model.interface import block_path, find_attention, shapes_of
 from subquad.model.layer_call import ForwardContext, LayerCall
 from subquad.model.layer_mixer import keep_initialised, layer_mixer
-from subquad.model.mixed_attention import attach
+from subquad.model.mixed_attention import attach, attention_base
 from subquad.plan import ATTENTION, JoinStart, Plan
 
 REMOTE_FILE = "modeling_subquad.py"
+
+# Fields of both a student's configuration and its backbone's that a caller may change
+SHARED = {
+    "output_hidden_states",
+    "_output_attentions",
+    "return_dict",
+    "chunk_size_feed_forward",
+    "tie_word_embeddings",
+} | {"id2label", "label2id", "problem_type"}
 
 
 class BaseStudentConfig(PreTrainedConfig):
@@ -42,6 +52,28 @@ class BaseStudentConfig(PreTrainedConfig):
     attention_paths: Sequence[str] = ()
     attention: str = "sdpa"
 
+    def __getattr__(self, name: str) -> Any:
+        """Attribute of the backbone's configuration, where this one has none: sizes, special tokens, switches."""
+        inner = self._inner()
+        if inner is None or name.startswith("_"):
+            raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
+        return getattr(inner, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Sets what the backbone reads there: its own fields, and those of `SHARED` in both configurations."""
+        inner = self._inner()
+        own = name in vars(self) or hasattr(type(self), name)
+        if own or inner is None or name.startswith("_") or not hasattr(inner, name):
+            super().__setattr__(name, value)
+        if inner is not None and (name in SHARED or (not own and hasattr(inner, name))):
+            setattr(inner, name, value)
+
+    def _inner(self) -> PreTrainedConfig | None:
+        """Backbone's configuration; None before this one is complete."""
+        values = vars(self)
+        inner = next((values.get(field) for field in self.sub_configs_defaults), None)
+        return inner if "_post_init_done" in values and isinstance(inner, PreTrainedConfig) else None
+
 
 class BaseStudent(PreTrainedModel):
     """Base of the students; a subclass defines its configuration and its backbone. Create one with `from_teacher`."""
@@ -50,26 +82,44 @@ class BaseStudent(PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
+    _supports_flex_attn = True
     backbone_field: ClassVar[str]  # field of the student's configuration that holds the backbone's configuration
     new_mixers: set[tuple[int, str]]  # (layer, name) of the mixers that `from_teacher` could not take from a student
 
     def __init__(
         self, config: Any, backbone: PreTrainedModel | None = None, join_start: JoinStart = "identity"
     ) -> None:
+        if backbone is None:
+            backbone = self._new_backbone(config)
+        config._attn_implementation_internal = attention_base(backbone.config._attn_implementation)
         super().__init__(config)
         self.plan = Plan.from_yaml(config.plan)
-        if backbone is None:
-            requested = config._attn_implementation
-            base = config.attention if requested in (None, "sdpa") else requested
-            backbone = self.make_backbone(config, base)
         self.backbone = backbone
+        self.loss_type = backbone.loss_type  # by which Trainer tells whether labels are shifted
+        if hasattr(backbone, "accepts_loss_kwargs"):
+            self.accepts_loss_kwargs = backbone.accepts_loss_kwargs
         attach(backbone, config.attention_paths, self.plan, join_start, getattr(config, "prefix_tokens", 0))
         setattr(config, self.backbone_field, backbone.config)
         self.post_init()
 
     @classmethod
-    def make_backbone(cls, config: Any, attention: str) -> PreTrainedModel:
-        """Model of a student's configuration, with this attention implementation and freshly initialised weights."""
+    def _new_backbone(cls, config: Any) -> PreTrainedModel:
+        """Backbone with the requested attention implementation, or that of the teacher where it is installed."""
+        inner = getattr(config, cls.backbone_field)
+        requested = inner._attn_implementation or config._attn_implementation
+        if requested is not None:
+            return cls.make_backbone(config, attention_base(requested))
+        try:
+            return cls.make_backbone(config, config.attention)
+        except (ImportError, ValueError):  # an implementation of the teacher's machine
+            return cls.make_backbone(config, None)
+
+    @classmethod
+    def make_backbone(cls, config: Any, attention: str | None) -> PreTrainedModel:
+        """Model of a student's configuration, with this attention implementation and freshly initialised weights.
+
+        `attention`: None is the default of the model's class.
+        """
         raise NotImplementedError
 
     @classmethod
@@ -119,8 +169,6 @@ class BaseStudent(PreTrainedModel):
             **cls.describe(teacher, plan),
         )
         student = cls(config, backbone=_shared_copy(teacher), join_start=join_start)
-        if teacher.can_generate():
-            student.generation_config = copy.deepcopy(teacher.generation_config)
         for module, path in zip(student.attention_modules(), config.attention_paths, strict=True):
             weight = next(teacher.get_submodule(path).parameters())
             layer_mixer(module).to(weight.device, weight.dtype)
@@ -150,9 +198,39 @@ class BaseStudent(PreTrainedModel):
         """Writes config, weights (safetensors), plan, and the code file that `trust_remote_code=True` loads."""
         folder = Path(save_directory)
         type(self)._auto_class = type(self.config)._auto_class = None  # else transformers copies our source into it
+        self.config.attention = attention_base(self.backbone.config._attn_implementation)
         super().save_pretrained(folder, *args, **kwargs)
         self.plan.save(folder / "plan.yaml")
         (folder / REMOTE_FILE).write_text(_remote_code(type(self)), encoding="utf-8")
+
+    @property
+    def loss_function(self) -> Any:
+        """Backbone's loss."""
+        return self.backbone.loss_function
+
+    @loss_function.setter
+    def loss_function(self, function: Any) -> None:
+        self.backbone.loss_function = function
+
+    def check_outputs(self, output_attentions: bool | None) -> None:
+        """Raises UserError if a call asks for attention weights, and not every head computes them."""
+        if not (self.config.output_attentions if output_attentions is None else output_attentions):
+            return
+        base = attention_base(self.backbone.config._attn_implementation)
+        if self.replaced_layers():
+            raise UserError("output_attentions: a student has no attention weights where mixers replaced attention")
+        if base != "eager":
+            raise UserError(
+                f"output_attentions: {base} computes no attention weights; load the student with "
+                "attn_implementation='eager'"
+            )
+
+    def recomputes(self) -> bool:
+        """Whether the next pass keeps no activations in some block (gradient checkpointing)."""
+        return torch.is_grad_enabled() and any(
+            isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing and module.training
+            for module in self.modules()
+        )
 
     def attention_modules(self) -> list[nn.Module]:
         """Modules that call the attention function, one per layer; each has a `mixer`."""

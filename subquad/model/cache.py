@@ -17,13 +17,17 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import (
     CacheLayerMixin,
+    DynamicLayer,
     LinearAttentionCacheLayerMixin,
     LinearAttentionLayer,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from subquad.errors import UserError
 from subquad.mixers import State
+from subquad.model.rollback import MixerPass, Pass, rolled_back
 from subquad.ops.common import joined
+from subquad.plan import ATTENTION
 
 # Name of the cache in the arguments and outputs of transformers' models: since 5.24, and before.
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -66,12 +70,25 @@ class StudentCacheLayer(CacheLayerMixin):
     Masks have the size that attention with the layer's own window needs, whether or not a head still attends.
     """
 
+    is_croppable = True
+
     def __init__(self) -> None:
         super().__init__()
         self.plan_layer = 0
         self.window: int | None = None
         self.tokens = 0
         self.states: dict[str, State] = {}
+        self.record_past = False
+        self.passes: list[Pass] = []  # since the last `crop`, if recorded
+
+    def activate_past_recording(self) -> None:
+        """Records each pass from now on, so that `crop` can remove its last tokens (rollback.py)."""
+        self.record_past = True
+
+    def open_pass(self, tokens: int) -> None:
+        """Begins to record a pass of so many new tokens, if asked to."""
+        if self.record_past:
+            self.passes.append(Pass(tokens))
 
     @property
     def is_sliding(self) -> bool:
@@ -97,21 +114,63 @@ class StudentCacheLayer(CacheLayerMixin):
         past = self.tokens if self.window is None else min(self.tokens, self.window - 1)
         return past + query_length, self.tokens - past
 
-    def store(self, mixer: str, state: State) -> None:
-        """Stores a mixer's new state. A view is copied where it would keep much unused memory alive (`SPARE`)."""
+    def store(self, mixer: str, state: State, mixer_pass: MixerPass) -> None:
+        """Stores a mixer's new state. A view is copied where it would keep much unused memory alive (`SPARE`).
+
+        `mixer_pass` is how the state came about, which is recorded if asked for.
+        """
+        if self.record_past:
+            self.passes[-1].mixers[mixer] = mixer_pass
         self.states[mixer] = {
             key: tensor.clone() if SPARE * (_storage_bytes(tensor) - tensor.nbytes) > tensor.nbytes else tensor
             for key, tensor in state.items()
         }
+
+    def states_before(self, remove: int) -> dict[str, State]:
+        """States before the last `remove` tokens. Raises UserError if so many cannot be removed."""
+        if remove == 0:
+            return self.states
+        if remove >= self.tokens:
+            return {}
+        states = rolled_back(self.passes, remove)
+        if states is None and self.window is None and {*self.states} <= {ATTENTION}:
+            return {
+                name: {key: x_BGLD[:, :, :-remove] for key, x_BGLD in state.items()}
+                for name, state in self.states.items()
+            }
+        if states is None:
+            raise UserError(
+                f"crop: the last {remove} tokens cannot be removed from a student's cache that did not record them: "
+                "call cache.activate_past_recording() before the passes that read them"
+            )
+        return states
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Removes the last tokens: -n removes n of them, and n > 0 keeps n, as in transformers before 5.24.
+
+        The tokens before them can no longer be removed. Raises UserError for tokens that were not recorded.
+        """
+        remove = self.removed(tokens_to_remove)
+        self.shorten(remove, self.states_before(remove))
+
+    def removed(self, tokens_to_remove: int) -> int:
+        """Number of tokens that `crop` removes."""
+        remove = -tokens_to_remove if tokens_to_remove <= 0 else self.tokens - tokens_to_remove
+        return min(max(remove, 0), self.tokens)
+
+    def shorten(self, remove: int, states: dict[str, State]) -> None:
+        """Goes back to these states, before the last `remove` tokens."""
+        self.states, self.tokens, self.passes = states, self.tokens - remove, []
 
     def nbytes(self) -> int:
         """Bytes of all cached tensors, without the room behind them."""
         return sum(tensor.nbytes for state in self.states.values() for tensor in state.values())
 
     def reset(self) -> None:
-        self.tokens, self.states, self.is_initialized = 0, {}, False
+        self.tokens, self.states, self.passes, self.is_initialized = 0, {}, [], False
 
     def _apply(self, function: Any) -> None:
+        self.passes = []  # of rows that are no longer there
         self.states = {
             name: {key: function(tensor) for key, tensor in state.items()} for name, state in self.states.items()
         }
@@ -141,6 +200,10 @@ class HybridCacheLayer(LinearAttentionLayer, StudentCacheLayer):  # type: ignore
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
         LinearAttentionLayer.lazy_initialization(self, *args, **kwargs)  # keys and values need none
+
+    def shorten(self, remove: int, states: dict[str, State]) -> None:
+        LinearAttentionLayer.crop(self, -remove)
+        StudentCacheLayer.shorten(self, remove, states)
 
     def nbytes(self) -> int:
         return StudentCacheLayer.nbytes(self) + own_bytes(self)
@@ -206,6 +269,30 @@ class StudentCache(DynamicCache):
         self.of_module: dict[int, StudentCacheLayer] = {}  # by the plan's layer: the one that was used last
         self.start_B: Tensor | None = None
         self._updated: int | None = None
+        self._records = False
+
+    def activate_past_recording(self) -> None:
+        """Records each pass from now on, so that `crop` can remove its last tokens."""
+        self._records = True
+        super().activate_past_recording()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Removes the last tokens from every layer, or from none: see `StudentCacheLayer.crop`.
+
+        Raises UserError if the teacher has recurrent layers of its own, whose states transformers cannot take back.
+        """
+        students = [layer for layer in self.layers if isinstance(layer, StudentCacheLayer)]
+        if not students:
+            return
+        if not self.is_croppable:
+            raise UserError("crop: a student cannot take back the states of its teacher's own recurrent layers")
+        removed = [layer.removed(tokens_to_remove) for layer in students]
+        states = [layer.states_before(remove) for layer, remove in zip(students, removed, strict=True)]
+        for layer, remove, before in zip(students, removed, states, strict=True):
+            layer.shorten(remove, before)
+        for layer in self.layers:
+            if not isinstance(layer, StudentCacheLayer):
+                layer.crop(-removed[0])
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         """Counts the new tokens of a layer, and returns its new keys and values."""
@@ -214,11 +301,12 @@ class StudentCache(DynamicCache):
 
     def _student_layer(self, index: int) -> StudentCacheLayer:
         """Layer of this index, which takes the place of the teacher's own at its first use."""
-        self.layers += [StudentCacheLayer() for _ in range(index + 1 - len(self.layers))]
+        self.layers += [DynamicLayer() for _ in range(index + 1 - len(self.layers))]
         own = self.layers[index]
         if not isinstance(own, StudentCacheLayer):
             is_hybrid = isinstance(own, LinearAttentionCacheLayerMixin)
             self.layers[index] = HybridCacheLayer(own) if is_hybrid else StudentCacheLayer()
+            self.layers[index].record_past = self._records
         return self.layers[index]
 
     def open(self) -> None:

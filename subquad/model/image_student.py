@@ -46,7 +46,7 @@ class ImageStudent(BaseStudent):
     backbone_field = "vision_config"
 
     @classmethod
-    def make_backbone(cls, config: ImageStudentConfig, attention: str) -> PreTrainedModel:
+    def make_backbone(cls, config: ImageStudentConfig, attention: str | None) -> PreTrainedModel:
         auto = AutoModelForImageClassification if config.classifies else AutoModel
         backbone: PreTrainedModel = auto.from_config(config.vision_config, attn_implementation=attention)
         return backbone
@@ -73,7 +73,11 @@ class ImageStudent(BaseStudent):
         }
 
     def forward(self, pixel_values: Tensor, **kwargs: Any) -> Any:
-        """Class logits or hidden states of the backbone, for images (B, channels, height, width) of any size."""
+        """Class logits or hidden states of the backbone, for images (B, channels, height, width) of any size.
+
+        Raises UserError for attention weights of a student that has none.
+        """
+        self.check_outputs(kwargs.get("output_attentions"))
         return self.backbone(pixel_values, **{**_positions(self.backbone, pixel_values), **kwargs})
 
     def final_hidden(self, inputs: Tensor, *, forward_context: ForwardContext | None = None) -> Tensor:

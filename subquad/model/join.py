@@ -12,8 +12,10 @@ Legend: B batch, T tokens, H query heads, D head width, M hidden width of the mo
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -33,46 +35,59 @@ class Branch:
     y_BTHD: Tensor
 
 
-class RecolouringAdapter(nn.Linear):
+class RecolouringAdapter(nn.Module):
     """(u + W v' + b) / 2 with v' = (v - mean v) / (std v + eps) (std u + eps) + mean u over the channels of each token.
 
-    `start`: initial map, the identity or random as in `nn.Linear` (the official code).
+    `start`: initial map, the identity or random as in `nn.Linear` (the official code). It is no `nn.Linear` itself: a
+    low-rank adapter around it would read u, where the map reads v'.
     """
 
     def __init__(self, hidden_size: int, start: JoinStart = "identity") -> None:
-        super().__init__(hidden_size, hidden_size)
+        super().__init__()
+        linear = nn.Linear(hidden_size, hidden_size)
+        self.weight, self.bias = linear.weight, linear.bias
         if start == "identity":
             nn.init.eye_(self.weight)
             nn.init.zeros_(self.bias)
 
-    def forward(self, u_BTM: Tensor, v_BTM: Tensor) -> Tensor:  # type: ignore[override]  # two inputs
+    def forward(self, u_BTM: Tensor, v_BTM: Tensor) -> Tensor:
         u, v = wide(u_BTM), wide(v_BTM)
         std_u, mean_u = torch.std_mean(u, -1, keepdim=True, correction=0)
         std_v, mean_v = torch.std_mean(v, -1, keepdim=True, correction=0)
         recoloured = (v - mean_v) / (std_v + EPS) * (std_u + EPS) + mean_u
-        return (u_BTM + super().forward(recoloured.to(u_BTM.dtype))) / 2
+        return (u_BTM + F.linear(recoloured.to(u_BTM.dtype), self.weight, self.bias)) / 2
 
 
-def output_projection(module: nn.Module, width: int, hidden_size: int) -> nn.Module:
-    """Output projection of an attention module: its last linear map from `width` channels to `hidden_size`.
+def output_projection(module: nn.Module, width: int, hidden_size: int) -> str:
+    """Name of an attention module's output projection: its last linear map from `width` channels to `hidden_size`.
 
-    Raises UserError, naming the module's class, if there is none.
+    A wrapped or quantised map is recognised by the sizes that it states. Raises UserError, naming the module's class,
+    if there is none.
     """
-    for child in reversed([*module.children()]):
-        if isinstance(child, nn.Linear | Conv1D):
-            shape = tuple(child.weight.shape) if isinstance(child, Conv1D) else (child.in_features, child.out_features)
-            if shape == (width, hidden_size):
-                return child
+    for name, child in reversed([*module.named_children()]):
+        if _sizes(child) == (width, hidden_size):
+            return name
     raise UserError(
         f"the parallel join does not find the output projection of {type(module).__name__}: use the split join"
     )
 
 
-def project_branch(projection: nn.Module, branch: Branch) -> Tensor:
-    """Output projection of the branch's heads alone, (B, T, M), without the bias, which the other branch includes."""
-    weight: Tensor = projection.weight  # type: ignore[assignment]
-    weight_XM = weight if isinstance(projection, Conv1D) else weight.T
-    width = branch.y_BTHD.shape[-1]
-    # Slices are views, so no index tensor is copied to the device.
-    columns = [weight_XM[head * width : (head + 1) * width] for head in branch.group.heads]
-    return branch.y_BTHD.flatten(2) @ torch.cat(columns)
+def _sizes(linear: nn.Module) -> tuple[Any, Any]:
+    """Channels that a linear map reads and writes, as `nn.Linear`, transformers' Conv1D and their wrappers state."""
+    if isinstance(linear, Conv1D):
+        return linear.nx, linear.nf
+    return getattr(linear, "in_features", None), getattr(linear, "out_features", None)
+
+
+def project_branch(projection: nn.Module, branch: Branch, heads: int) -> Tensor:
+    """Output projection of the branch's heads alone, (B, T, M), without the bias, which the other branch includes.
+
+    `heads`: number of all heads. The projection is called, with zeros for the other heads: its weight may be
+    quantised, on another device, or have a low-rank adapter. A last token of zeros gives the bias.
+    """
+    B, T, _, D = branch.y_BTHD.shape
+    zero_BTD = branch.y_BTHD.new_zeros(1, 1, 1).expand(B, T, D)
+    columns = dict(zip(branch.group.heads, branch.y_BTHD.unbind(2), strict=True))
+    x_BTX = torch.cat([columns.get(head, zero_BTD) for head in range(heads)], -1)
+    v_BTM: Tensor = projection(F.pad(x_BTX, (0, 0, 0, 1)))
+    return v_BTM[:, :-1] - v_BTM[:, -1:]

@@ -32,6 +32,7 @@ from subquad.model.cache import StudentCache, append
 from subquad.model.join import Branch
 from subquad.model.layer_mixer import LayerMixer, layer_mixer
 from subquad.model.packing import Layout
+from subquad.model.rollback import MixerPass
 from subquad.model.rotary import AnyTables, identity_of, rotation_of
 from subquad.plan import ATTENTION
 
@@ -105,6 +106,7 @@ class LayerCall:
             None if cache is None else cache.layer_of(self.module, self.layer, shape.window, shape.kv_from)
         )
         if self.layer_cache is not None:
+            self.layer_cache.open_pass(q_BHTD.shape[2])
             self.all_inputs = replace(self.all_inputs, past=self.layer_cache.tokens - q_BHTD.shape[2], append=append)
 
     def inputs(self, name: str) -> MixerInputs:
@@ -193,7 +195,8 @@ class LayerCall:
             else:
                 outputs[name], new_state = documents.mix(mixer, inputs, state)
             if self.layer_cache is not None:
-                self.layer_cache.store(name, new_state)
+                mixer_pass = MixerPass(mixer, inputs, state, documents is not None)
+                self.layer_cache.store(name, new_state, mixer_pass)
         if self.layer_mixer.adapter is not None:
             self.branch = Branch(self.mixers[ATTENTION].group, self.in_model_order(outputs.pop(ATTENTION)))
         if len(outputs) == 1:

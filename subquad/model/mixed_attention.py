@@ -32,7 +32,7 @@ from subquad.model.join import output_projection, project_branch
 from subquad.model.layer_call import Attend, close_call, current_call, open_call
 from subquad.model.layer_mixer import LayerMixer, keep_initialised, layer_mixer
 from subquad.model.packing import Documents
-from subquad.plan import JoinStart, Plan
+from subquad.plan import ATTENTION, JoinStart, Plan
 
 PREFIX = "subquad_"  # "subquad_sdpa": mixers, with sdpa for the heads that keep attention
 
@@ -47,10 +47,10 @@ def mixed_attention(
     base: str,
     scaling: float | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
     """Attention function of a student: query (B, H, T, D), key and value (B, G, T, D) -> (B, T, H, D).
 
-    `base` is the implementation of the heads that keep attention. Attention weights are not returned.
+    `base` is the implementation of the heads that keep attention. Its weights are returned where all heads do.
     """
     call = current_call()
     if call.probe is not None:
@@ -58,13 +58,14 @@ def mixed_attention(
         return torch.zeros_like(query).transpose(1, 2), None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     documents = call.context.layout.documents
+    weights: list[Tensor | None] = []
 
     def attend_of(group: HeadGroup) -> Attend:
-        return _base_attention(module, base, attention_mask, scaling, kwargs, group, documents)
+        return _base_attention(module, base, attention_mask, scaling, kwargs, group, documents, weights)
 
     call.bind(query, key, value, scale, kwargs.get("softcap"), kwargs.get("s_aux"), attend_of)
     y_BHTD = call.mixed() if call.context.around is None else call.context.around(call)
-    return call.in_model_order(y_BHTD), None
+    return call.in_model_order(y_BHTD), weights[-1] if weights and [*call.mixers] == [ATTENTION] else None
 
 
 def _base_attention(
@@ -75,8 +76,9 @@ def _base_attention(
     kwargs: dict[str, Any],
     group: HeadGroup,
     documents: Documents | None,
+    weights: list[Tensor | None],
 ) -> Attend:
-    """Model's own attention function, bound to this call and these heads."""
+    """Model's own attention function, bound to this call and these heads; appends its weights, if any, to `weights`."""
     function = attention_function(module, base)
     group_kwargs = {name: _of_heads(value, group) for name, value in kwargs.items()}
 
@@ -84,7 +86,9 @@ def _base_attention(
         view = _ModuleView(module, group, q_BHTD.shape[1] // k_BGLD.shape[1])
         own_mask, own_kwargs = (mask, {}) if documents is None else documents.attention(base, mask, k_BGLD.shape[2])
         own_mask = _of_heads(own_mask, group)
-        y_BTHD, _ = function(view, q_BHTD, k_BGLD, v_BGLD, own_mask, scaling=scaling, **group_kwargs | own_kwargs)
+        all_kwargs = {"scaling": scaling, **group_kwargs, **own_kwargs}
+        y_BTHD, weights_BHTL = function(view, q_BHTD, k_BGLD, v_BGLD, own_mask, **all_kwargs)
+        weights.append(weights_BHTL)
         return y_BTHD.transpose(1, 2)
 
     return attend
@@ -120,12 +124,29 @@ def register(base: str) -> str:
     """Registers `mixed_attention` with `base` for the heads that keep attention; returns the implementation's name."""
     name = PREFIX + base
 
-    def function(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+    def function(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         return mixed_attention(*args, base=base, **kwargs)
 
     AttentionInterface.register(name, function)
-    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
+    if base in ALL_MASK_ATTENTION_FUNCTIONS.valid_keys():  # a caller's own function may have no mask of its own
+        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
     return name
+
+
+def attention_base(name: str) -> str:
+    """Implementation of the heads that keep attention, from the name of a student's or any other."""
+    return name.removeprefix(PREFIX)
+
+
+def _keep_mixers(module: nn.Module, args: Any) -> None:
+    """Hook before an attention module: an implementation that was set since becomes that of the attention heads.
+
+    Callers set it by `set_attn_implementation` or in the configuration, of the student or its parts. The mask has been
+    made by then, with the mask function that both names share.
+    """
+    config: Any = module.config
+    if not config._attn_implementation.startswith(PREFIX):
+        config._attn_implementation_internal = register(config._attn_implementation)
 
 
 def attach(
@@ -135,6 +156,7 @@ def attach(
     for layer, path in enumerate(paths):
         module = model.get_submodule(path)
         module.mixer = keep_initialised(LayerMixer(plan, layer, join_start, prefix_tokens))
+        module.register_forward_pre_hook(_keep_mixers)
         module.register_forward_pre_hook(open_call, with_kwargs=True)
         if plan.joined(layer):
             shape = plan.shapes[layer]
@@ -149,11 +171,15 @@ def attach(
     set_attention(model, register(model.config._attn_implementation))
 
 
-def _join(projection: nn.Module, module: nn.Module, args: Any, output: tuple[Any, ...]) -> Any:
-    """Hook after an attention module: joins the branch of the retained heads to its output, if the call has one."""
+def _join(projection: str, module: nn.Module, args: Any, output: tuple[Any, ...]) -> Any:
+    """Hook after an attention module: joins the branch of the retained heads to its output, if the call has one.
+
+    `projection`: name of the output projection, which may have been wrapped since.
+    """
     call = current_call()
     if call.branch is None:
         return output
     u_BTM, *other_outputs = output
     assert call.layer_mixer.adapter is not None
-    return call.layer_mixer.adapter(u_BTM, project_branch(projection, call.branch)), *other_outputs
+    v_BTM = project_branch(module.get_submodule(projection), call.branch, call.all_inputs.q_BHTD.shape[1])
+    return call.layer_mixer.adapter(u_BTM, v_BTM), *other_outputs

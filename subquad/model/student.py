@@ -12,17 +12,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.configuration_utils import SubConfigSpec
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging
 
 from subquad.errors import UserError
 from subquad.model.base import BaseStudent, BaseStudentConfig, auto_map
 from subquad.model.cache import CACHE, StudentCache
+from subquad.model.generation import StudentGenerationMixin
 from subquad.model.interface import shapes_of
 from subquad.model.layer_call import ForwardContext, forward_arguments
 from subquad.model.packing import Layout
 from subquad.plan import AttentionShape, Plan
+
+logger = logging.get_logger(__name__)  # transformers' own, as the warnings are
 
 
 class StudentConfig(BaseStudentConfig):
@@ -34,17 +39,21 @@ class StudentConfig(BaseStudentConfig):
     text_config: dict | PreTrainedConfig | None = None
     tie_word_embeddings: bool = False
 
+    def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
+        """Configuration of the backbone's text part."""
+        inner = self.text_config
+        return inner.get_text_config(*args, **kwargs) if isinstance(inner, PreTrainedConfig) else self
 
-class Student(BaseStudent, GenerationMixin):
+
+class Student(StudentGenerationMixin, BaseStudent):
     """Causal language model with the plan's mixers in place of attention. Create one with `from_teacher`."""
 
     config_class = StudentConfig
     main_input_name = "input_ids"
     backbone_field = "text_config"
-    _is_stateful = True  # a recurrent state cannot be rolled back, as assisted decoding would need
 
     @classmethod
-    def make_backbone(cls, config: StudentConfig, attention: str) -> PreTrainedModel:
+    def make_backbone(cls, config: StudentConfig, attention: str | None) -> PreTrainedModel:
         backbone: PreTrainedModel = AutoModelForCausalLM.from_config(config.text_config, attn_implementation=attention)
         return backbone
 
@@ -98,11 +107,16 @@ class Student(BaseStudent, GenerationMixin):
         Documents that are packed into one row do not see each other (packing.py).
 
         Raises ValueError for a cache that is not a `StudentCache` (see `new_cache`), and for a mask that hides more
-        than pads and later tokens.
+        than pads and later tokens; UserError for attention weights of a student that has none.
         """
+        self.check_outputs(kwargs.get("output_attentions"))
         cache = past_key_values if cache is None else cache
         if use_cache is None:
-            use_cache = cache is not None or (not self.training and labels is None)
+            by_default = getattr(self.config.get_text_config(), "use_cache", True)
+            use_cache = cache is not None or (by_default and not self.training and labels is None)
+        if use_cache and self.recomputes():
+            switch_off(cache)
+            use_cache, cache = False, None
         if use_cache and cache is None:
             cache = self.new_cache()
         tokens = inputs_embeds if input_ids is None else input_ids
@@ -150,10 +164,6 @@ class Student(BaseStudent, GenerationMixin):
         """Empty cache for this student."""
         return StudentCache(self.backbone.config)
 
-    @classmethod
-    def _supports_default_dynamic_cache(cls) -> bool:
-        return False  # `generate` leaves the cache to `forward`
-
     @torch.no_grad()
     def untie(self) -> None:
         """Gives the output head its own weights, if it is tied to the input embedding."""
@@ -181,6 +191,29 @@ class Student(BaseStudent, GenerationMixin):
     def get_output_embeddings(self) -> nn.Module:
         return self.backbone.get_output_embeddings()
 
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.backbone.set_input_embeddings(value)
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.backbone.set_output_embeddings(new_embeddings)
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """Input embedding of another number of tokens, with the output head, as the backbone's class does it."""
+        return self.backbone.resize_token_embeddings(*args, **kwargs)
+
+
+def switch_off(cache: StudentCache | None) -> None:
+    """Warns that a pass goes without a cache because its blocks are recomputed: they would read its new states.
+
+    Raises UserError for a cache that holds tokens, which the pass cannot leave out.
+    """
+    if cache is not None and cache.get_seq_length() > 0:
+        raise UserError(
+            f"gradient checkpointing cannot continue a cache of {cache.get_seq_length()} tokens: run this pass under "
+            "torch.no_grad(), or disable gradient checkpointing"
+        )
+    logger.warning_once("`use_cache=True` is incompatible with gradient checkpointing. Setting `use_cache=False`.")
+
 
 def tied(model: PreTrainedModel) -> bool:
     """Whether the output head of a causal language model is tied to its input embedding."""
@@ -190,5 +223,6 @@ def tied(model: PreTrainedModel) -> bool:
 
 def register() -> None:
     """Registers students with transformers' auto classes; called by registration.py."""
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[StudentConfig.model_type] = Student.__name__  # whose labels Trainer shifts
     AutoConfig.register(StudentConfig.model_type, StudentConfig, exist_ok=True)
     AutoModelForCausalLM.register(StudentConfig, Student, exist_ok=True)

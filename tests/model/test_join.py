@@ -35,7 +35,7 @@ def test_the_join_is_the_papers_formula(family):
     module = student.attention_modules()[0]
     outputs = {}
     shape = student.plan.shapes[0]
-    projection = output_projection(module, 6 * shape.head_dim, shape.hidden_size)
+    projection = getattr(module, output_projection(module, 6 * shape.head_dim, shape.hidden_size))
 
     def keep(name):
         def hook(part, args, output):
