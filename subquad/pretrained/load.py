@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -26,6 +27,7 @@ from subquad.model.interface import image_size, shapes_of
 from subquad.model.tasks import TASKS, TEXT, Task
 from subquad.plan import AttentionShape
 from subquad.pretrained.source import DEFAULT_TEACHER, checked_config, checked_weights, fingerprint_of, folder_of
+from subquad.pretrained.vocabulary import cut_to_rows
 from subquad.utils.files import cache_dir, first_line
 from subquad.utils.logging import quiet
 
@@ -114,6 +116,8 @@ def load_pretrained(
         reader = load_reader(folder, trust_remote_code=trust_remote_code)
         safetensors = weights[0].suffix == ".safetensors"
         model = _load_model(folder, name, config, kind, torch_dtype, place, trust_remote_code, safetensors)
+    if not kind.of_images and isinstance(embedding := model.get_input_embeddings(), nn.Embedding):
+        cut_to_rows(reader, embedding.num_embeddings, name)
     model.eval().requires_grad_(False)
     return Teacher(model, reader, name, _lasting(source), fingerprint_of(folder, weights, layers), task)
 
