@@ -230,7 +230,10 @@ def input_device(model: PreTrainedModel) -> torch.device:
     """Device of a model's inputs: token ids or images."""
     if reads_images(model):
         return next(model.parameters()).device
-    return next(model.get_input_embeddings().parameters()).device
+    embedding: Any = model.get_input_embeddings()
+    device = next(embedding.parameters()).device
+    # Weights on the meta device are loaded by accelerate, for a computation on the device of its hook
+    return torch.device(embedding._hf_hook.execution_device) if device.type == "meta" else device
 
 
 def layer_map(student_layers: int, teacher_layers: int) -> list[int]:

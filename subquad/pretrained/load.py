@@ -24,6 +24,7 @@ from transformers import (
 
 from subquad.errors import UserError, nearest
 from subquad.model.interface import image_size, shapes_of
+from subquad.model.placement import is_quantised
 from subquad.model.tasks import TASKS, TEXT, Task
 from subquad.plan import AttentionShape
 from subquad.pretrained.source import DEFAULT_TEACHER, checked_config, checked_weights, fingerprint_of, folder_of
@@ -220,6 +221,14 @@ def _load_model(
         raise UserError(
             f"the weights in {folder} lack {len(missing)} tensors of the model, e.g. {missing[0]}: they are not whole"
         )
+    if is_quantised(model):
+        try:
+            model.dequantize(dtype=dtype)
+        except Exception as error:  # of whatever type the library of the quantised form raises
+            raise UserError(
+                f"the teacher '{name}' has quantised weights, which cannot be turned back ({first_line(error)}): give "
+                "the model in full precision"
+            ) from error
     return model
 
 
