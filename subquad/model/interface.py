@@ -131,8 +131,10 @@ def find_attention(model: PreTrainedModel) -> list[AttentionSite]:
 
     The model is run once; the result is cached for its lifetime.
     Raises UserError, naming the model's class, for a model that does not call the interface, does not pass keyword
-    arguments on to its attention modules, attends across sequences, or has keys and values of different width (MLA).
+    arguments on to its attention modules, attends across sequences, or has keys and values of different width (MLA);
+    and for a wrapper around a model: of another library, with adapters, or one that also reads images.
     """
+    _check_bare(model)
     if model not in _sites:
         _sites[model] = _probe_attention(model)
     return [*_sites[model]]
@@ -193,6 +195,29 @@ def _probe_attention(model: PreTrainedModel) -> list[AttentionSite]:
     if len({site.path for site in sites}) != len(sites):
         raise UserError(f"{family} shares one attention module between layers: unsupported")
     return sites
+
+
+def _check_bare(model: Any) -> None:
+    """Raises UserError for a wrapper around a model, which would not load again once it is saved inside a student."""
+    family = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        raise UserError(
+            f"{family} is no model of transformers: give the model that it wraps (of a PeftModel, what its "
+            "merge_and_unload() returns)"
+        )
+    adapted = next((path for path, module in model.named_modules() if hasattr(module, "base_layer")), None)
+    if adapted is not None:
+        raise UserError(
+            f"{family} has adapters (at {adapted}): merge them into its weights first (PeftModel.merge_and_unload)"
+        )
+    if wraps_text(model):
+        raise UserError(f"{family} reads more than text: convert its text part, which subquad.text_part(model) returns")
+
+
+def wraps_text(model: PreTrainedModel) -> bool:
+    """Whether a model reads images or sound beside text: its configuration holds that of its text part."""
+    nested = model.config.get_text_config() is not model.config
+    return nested and not model.config.is_encoder_decoder and not model.config.model_type.startswith("subquad")
 
 
 def shapes_of(model: PreTrainedModel) -> list[AttentionShape]:

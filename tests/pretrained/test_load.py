@@ -121,6 +121,24 @@ def test_weights_that_do_not_fill_the_model(folder):
         load_pretrained(str(folder))
 
 
+@pytest.mark.parametrize(
+    "name", ["layers.1.self_attn.q_proj.bias", "layers.1.self_attn.q_norm.weight", "layers.1.mlp.up_proj.weight_scale"]
+)
+def test_weights_that_the_model_has_no_place_for(folder, name):
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    expected = logits(load_pretrained(str(folder)).model)
+    harmless = {
+        f"model.{key}": torch.ones(8)
+        for key in ("layers.1.self_attn.rotary_emb.inv_freq", "layers.3.mlp.up_proj.weight", "value_head.weight")
+    }
+    save_file(weights | harmless, file, {"format": "pt"})
+    assert torch.equal(logits(load_pretrained(str(folder)).model), expected)
+    save_file({**weights, f"model.{name}": torch.ones(8)}, file, {"format": "pt"})
+    with pytest.raises(UserError, match=f"have 1 tensors that LlamaForCausalLM has no place for, e.g. model.{name}"):
+        load_pretrained(str(folder))
+
+
 def test_pickled_weights_are_refused_unless_allowed(folder):
     expected = logits(load_pretrained(str(folder)).model)
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
