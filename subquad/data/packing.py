@@ -114,14 +114,14 @@ def pack(
     progress: Progress | None,
     folder: Path,
 ) -> None:
-    """Tokenise `sources` into `folder`: train.npy, heldout.npy (uint16, or uint32 for a large vocabulary) and
+    """Tokenise `sources` into `folder`: train.npy, heldout.npy (uint16, or uint32 for large ids) and
     meta.json.
 
     Raises:
         UserError: a source is empty, or has too few documents to hold some out.
     """
     separator = document_separator(tokenizer)
-    dtype = np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32)
+    dtype = np.dtype(np.uint16 if max(tokenizer.get_vocab().values()) < 1 << 16 else np.uint32)
 
     def encode(texts: list[str]) -> list[np.ndarray]:
         if not texts:

@@ -6,6 +6,7 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from subquad.data.prompts import encode_prompt
 from subquad.evaluate.likelihood import evaluating
 
 
@@ -20,10 +21,9 @@ def samples(
     result = []
     with evaluating(model), torch.no_grad():
         for prompt in prompts:
-            encoded = tokenizer(prompt, return_tensors="pt").to(model.device)
+            encoded = {name: part.to(model.device) for name, part in encode_prompt(tokenizer, prompt).items()}
             ids_BT = generate(
-                input_ids=encoded["input_ids"],
-                attention_mask=encoded["attention_mask"],
+                **encoded,
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
                 num_beams=1,

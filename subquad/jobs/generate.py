@@ -5,6 +5,7 @@ from typing import Any, cast
 
 import torch
 
+from subquad.data.prompts import encode_prompt
 from subquad.errors import UserError
 from subquad.pretrained.load import load_pretrained
 
@@ -26,12 +27,11 @@ def generate(
             raise UserError(f"{model} has no chat template: leave out --chat")
         messages = [{"role": "user", "content": prompt}]
         prompt = str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
-    encoding = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat).to(lm.device)
+    encoding = {name: part.to(lm.device) for name, part in encode_prompt(tokenizer, prompt, framed=not chat).items()}
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     tokens = cast(Any, lm).generate(  # a method of GenerationMixin, which transformers' types hide
-        input_ids=encoding["input_ids"],
-        attention_mask=encoding["attention_mask"],
+        **encoding,
         max_new_tokens=max_new_tokens,
         **sampling,
     )

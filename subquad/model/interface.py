@@ -134,8 +134,10 @@ def find_attention(model: PreTrainedModel) -> list[AttentionSite]:
     The model is run once; the result is cached for its lifetime.
     A hybrid's own recurrent layers are left as they are, and counted in the shapes (`own_state`).
     Raises UserError, naming the model's class, for a model that does not call the interface, calls it twice in a layer,
-    attends across sequences or to compressed ones, or has keys and values of different width (MLA).
+    attends across sequences or to compressed ones, or has keys and values of different width (MLA); and for a wrapper
+    around a model: of another library, with adapters, or one that also reads images.
     """
+    _check_bare(model)
     if model not in _sites:
         _sites[model] = _probe_attention(model)
     return [*_sites[model]]
@@ -229,6 +231,29 @@ def _sites_of(calls: list[_ProbedCall], own: tuple[int, int]) -> list[AttentionS
     return [*sites.values()]
 
 
+def _check_bare(model: Any) -> None:
+    """Raises UserError for a wrapper around a model, which would not load again once it is saved inside a student."""
+    family = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        raise UserError(
+            f"{family} is no model of transformers: give the model that it wraps (of a PeftModel, what its "
+            "merge_and_unload() returns)"
+        )
+    adapted = next((path for path, module in model.named_modules() if hasattr(module, "base_layer")), None)
+    if adapted is not None:
+        raise UserError(
+            f"{family} has adapters (at {adapted}): merge them into its weights first (PeftModel.merge_and_unload)"
+        )
+    if wraps_text(model):
+        raise UserError(f"{family} reads more than text: convert its text part, which subquad.text_part(model) returns")
+
+
+def wraps_text(model: PreTrainedModel) -> bool:
+    """Whether a model reads images or sound beside text: its configuration holds that of its text part."""
+    nested = model.config.get_text_config() is not model.config
+    return nested and not model.config.is_encoder_decoder and not model.config.model_type.startswith("subquad")
+
+
 def shapes_of(model: PreTrainedModel) -> list[AttentionShape]:
     """Shapes of a model's attention, layer by layer. Raises UserError as `find_attention` does."""
     return [site.shape for site in find_attention(model)]
@@ -270,7 +295,10 @@ def input_device(model: PreTrainedModel) -> torch.device:
     """Device of a model's inputs: token ids or images."""
     if reads_images(model):
         return next(model.parameters()).device
-    return next(model.get_input_embeddings().parameters()).device
+    embedding: Any = model.get_input_embeddings()
+    device = next(embedding.parameters()).device
+    # Weights on the meta device are loaded by accelerate, for a computation on the device of its hook
+    return torch.device(embedding._hf_hook.execution_device) if device.type == "meta" else device
 
 
 def layer_map(student_layers: int, teacher_layers: int) -> list[int]:

@@ -390,3 +390,13 @@ def test_full_disk_while_packing(tmp_path, tokenizer, cache, monkeypatch):
     with pytest.raises(UserError, match="disk is full"):
         load_corpus([path], tokenizer)
     assert list((cache / "tokens").iterdir()) == []
+
+
+@pytest.mark.parametrize("largest, dtype", [(65_535, "uint16"), (65_536, "uint32"), (70_000, "uint32")])
+def test_large_ids_of_a_small_vocabulary(tmp_path, largest, dtype):
+    backend = Tokenizer(models.WordLevel({"</s>": 0, "a": 1, "far": largest}, unk_token="a"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    corpus = load_corpus([write_jsonl(tmp_path / "a.jsonl", ["a far a"] * 8)], tokenizer)
+    assert corpus.train.dtype == dtype
+    assert corpus.train[:4].tolist() == [0, 1, largest, 1]
