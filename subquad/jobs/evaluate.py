@@ -49,6 +49,8 @@ def evaluate_model(
     for lm in (loaded_teacher.model, student):
         check_head(lm)
     dataset = read_data(recipe, loaded_teacher)
+    for remark in dataset.remarks:
+        (console or Console(quiet=True)).print(remark, highlight=False, soft_wrap=True)
 
     # Metrics of both, and their continuations of the recipe's prompts
     metrics = evaluate_models({"student": student}, loaded_teacher, dataset, recipe.evaluate, recipe.dtype, console)
