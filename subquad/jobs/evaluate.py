@@ -13,7 +13,7 @@ from subquad.model.output_head import check_head
 from subquad.pretrained.load import load_pretrained
 from subquad.recipes.load import recipe_of_model
 from subquad.utils.environment import environment
-from subquad.utils.files import write_json
+from subquad.utils.files import json_text, write_json
 
 
 def evaluate_model(
@@ -58,4 +58,4 @@ def evaluate_model(
     metrics |= environment(student.device, command)
     if json_path is not None:
         write_json(Path(json_path), metrics)
-    return dict(json.loads(json.dumps(metrics)))
+    return dict(json.loads(json_text(metrics)))

@@ -184,6 +184,7 @@ class Metrics(Record):
     samples: list[Sample] = []
     teacher_name: str | None = None
     verdicts: list[str] = []
+    unmeasured: list[str] = []  # sentences on what failed while measuring, and on numbers that are not finite
 
     @property
     def variants(self) -> dict[str, Variant]:
