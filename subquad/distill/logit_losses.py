@@ -127,10 +127,10 @@ def divergence(
 
 def _where_allowed(student_CV: Tensor, teacher_CV: Tensor) -> Tensor:
     """Log-probabilities of the student among the tokens that the teacher does not forbid; overwrites them."""
+    if not teacher_CV.amin() < FORBIDDEN:
+        return student_CV
     forbidden_CV = teacher_CV < FORBIDDEN
-    student_CV = student_CV.masked_fill_(forbidden_CV, -math.inf)
-    log_sum_C1 = student_CV.logsumexp(1, keepdim=True)
-    return student_CV.sub_(log_sum_C1.masked_fill_(~forbidden_CV.any(1, keepdim=True), 0.0))
+    return student_CV.masked_fill_(forbidden_CV, -math.inf).log_softmax(-1)
 
 
 class TokenLoss(NamedTuple):
