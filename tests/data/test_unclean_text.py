@@ -1,20 +1,30 @@
 """Rows that are no clean text are skipped or repaired, counted and said, and never end a run."""
 
 import gzip
+import io
 import json
+import math
 
 import numpy as np
 import pyarrow
 import pytest
 from pyarrow import parquet
+from rich.console import Console
 
 from subquad.data import packing
 from subquad.data.curriculum import train_tokenizer
 from subquad.data.text import load_corpus
 from subquad.data.text_rows import clean
 from subquad.errors import UserError
+from subquad.jobs.conversion import Conversion, checked_recipe
+from subquad.jobs.evaluate import evaluate_model
+from subquad.recipes.schema import Recipe
+from subquad.results.metrics import Metrics, SourceRecord
+from subquad.results.record import check_written
+from subquad.utils.files import json_text
 from subquad.utils.text import well_formed
 from tests.data.test_text import byte_tokenizer, documents_in, stream
+from tests.helpers import RECIPE
 
 GOOD = [f"good row {number}" for number in range(8)]
 
@@ -180,3 +190,31 @@ def test_a_tokenizer_is_trained_on_the_rows_that_are_text(tmp_path):
     rows = [{"text": "w1 \ud83d w2"}, {"text": None}, {}, *({"text": text} for text in GOOD)]
     (tmp_path / "a.jsonl").write_text("\n".join([*map(json.dumps, rows), "nonsense"]))
     assert np.array(train_tokenizer([str(tmp_path / "a.jsonl")])("w1")["input_ids"]).size
+
+
+def test_the_console_and_the_record_of_a_run_say_it_once(tmp_path, teacher_folder, capsys):
+    rows = [{"text": " ".join(f"w{(7 * row + word) % 93}" for word in range(120))} for row in range(60)]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(map(json.dumps, [*rows, {"text": None}, {"text": "w1 \ud83d w2"}])))
+    said = f"{path}: 1 of 62 rows was skipped: 1 without text; broken characters of 1 of 62 rows became U+FFFD"
+    recipe = checked_recipe(Recipe(**RECIPE), teacher_folder, [str(path)])
+    with Conversion.open(recipe, tmp_path / "run") as conversion:
+        assert capsys.readouterr().out.count(said) == 1
+        assert described(conversion.data) == {"rows": 62, "skipped": {"without text": 1}, "repaired": 1}
+        record = SourceRecord(**conversion.data.sources[0])
+    check_written(Metrics, {"text": [record.model_dump()]})
+    console = Console(file=io.StringIO(), width=500)
+    changes = ["evaluate.contexts=[16]", "evaluate.rows=1", "evaluate.retrieval.tasks=[]", "evaluate.max_new_tokens=1"]
+    evaluate_model(teacher_folder, teacher=teacher_folder, data=[str(path)], changes=changes, console=console)
+    assert console.file.getvalue().count(said) == 1
+
+
+def test_json_of_results_is_valid_whatever_they_are():
+    results = {
+        "a": [math.nan, (math.inf, 1.5)],
+        8: {"text": "w1 \ud83d"},
+        "n": np.float64("-inf"),
+        "z": [True, None, 3],
+    }
+    found = json.loads(json_text(results).encode(), parse_constant=pytest.fail)
+    assert found == {"a": [None, [None, 1.5]], "8": {"text": "w1 \ufffd"}, "n": None, "z": [True, None, 3]}

@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from subquad.cli.app import app
-from subquad.data.probes import Probe
+from subquad.data.probes import Probe, make_probe
 from subquad.data.text import load_corpus
 from subquad.errors import UserError
-from subquad.evaluate import answers, likelihood, paired_gain, samples, suite
+from subquad.evaluate import answers, likelihood, paired_gain, retrieval, samples, suite
 from subquad.evaluate.images import _Answer, _compared
 from subquad.evaluate.suite import evaluate_models
 from subquad.jobs.baselines import verdicts
@@ -27,7 +27,7 @@ from subquad.report import print_table, write_report
 from subquad.report.compare import compare_runs
 from subquad.results.metrics import Metrics
 from subquad.results.record import check_written
-from tests.helpers import RECIPE, tiny
+from tests.helpers import RECIPE, byte_tokenizer, tiny
 
 SMALL = [
     "evaluate.contexts=[8,24]",
@@ -178,6 +178,16 @@ def test_a_model_of_no_numbers_is_measured_written_and_shown(folders, teacher_fo
     (tmp_path / "run" / "metrics.json").write_text(file.read_text())
     assert said in write_report(tmp_path / "run").read_text()
     assert compare_runs(tmp_path / "run", tmp_path / "run").results is not None
+
+
+def test_lengths_are_those_of_the_settings():
+    """All of a table of 40 positions is measured, and nothing beyond."""
+    model, tokenizer = tiny("gpt2", n_positions=40, vocab_size=258), byte_tokenizer()
+    scores = likelihood({"student": model}, model, rows_of(length=40), [8, 40])
+    assert scores["student"]["kl"] == {8: 0.0, 40: 0.0} and math.isfinite(scores["teacher"]["cross_entropy"][40])
+    probes = {"copy": {40: make_probe("copy", tokenizer, 40, 3)}}
+    assert math.isfinite(retrieval(model, probes)["copy"][40]["logprob"])
+    assert samples(model, tokenizer, ["w" * 30], max_new_tokens=10)[0]["text"] is not None
 
 
 # Measurements that fail.
