@@ -38,6 +38,7 @@ from transformers import PreTrainedTokenizerBase
 
 from subquad.data.clozes import clozes
 from subquad.errors import UserError, nearest
+from subquad.utils.text import well_formed
 
 MAX_PAIRS = 100  # values are distinct integers of 0-99
 CHAINS_AND_HOPS = ((5, 4), (4, 4), (4, 3), (3, 3), (3, 2), (2, 2), (2, 1))  # each variable has a letter of its own
@@ -200,7 +201,7 @@ class _Text:
         return self.decode(self.haystack)
 
     def decode(self, ids: list[int]) -> str:
-        return str(self.tokenizer.decode(ids))
+        return well_formed(str(self.tokenizer.decode(ids)))
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -1,5 +1,6 @@
 """Baselines of a student (a window of the same cache bytes, and even placement), and verdicts against them."""
 
+import math
 from operator import methodcaller
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -86,6 +87,9 @@ def verdicts(metrics: dict[str, Any], contexts: list[int]) -> list[str]:
             continue
         for setting, unit, measure, samples, baseline_samples in _samples(metrics[better], metrics[worse], contexts):
             gain = paired_gain(samples, baseline_samples)
+            if not math.isfinite(gain.mean):
+                sentences.append(f"{comparison}: undecided {setting}, as a {measure} is not finite")
+                continue
             outcome = "tied" if gain.mean == 0 else "won" if gain.mean > 0 else "LOST"
             caveat = ", which may be chance" if gain.may_be_chance else ""
             sentences.append(
@@ -100,14 +104,15 @@ def _samples(
 ) -> list[tuple[str, str, str, list[float], list[float]]]:
     """Setting, unit, measure, and the samples of both models, for each comparison of two models."""
     if "images" in better:
-        fidelity, baseline_fidelity = better["images"], worse["images"]
-        if "samples" not in fidelity:
+        fidelity, baseline_fidelity = better["images"], worse.get("images", {})
+        if "samples" not in fidelity or "samples" not in baseline_fidelity:
             return []
         unit, measure = (" nats", "KL") if "kl" in fidelity else ("", "distance of features")
         setting = f"on {fidelity['count']:,} images"
         return [(setting, unit, measure, fidelity["samples"], baseline_fidelity["samples"])]
-    pairs = [(better["kl_samples"][context], worse["kl_samples"][context]) for context in sorted(contexts)[-2:]]
+    tables = better.get("kl_samples", {}), worse.get("kl_samples", {})
     return [
-        (f"at {context} tokens", " nats", "KL", *pair)
-        for context, pair in zip(sorted(contexts)[-2:], pairs, strict=True)
+        (f"at {context} tokens", " nats", "KL", *(table[context] for table in tables))
+        for context in sorted(contexts)[-2:]
+        if all(context in table for table in tables)
     ]

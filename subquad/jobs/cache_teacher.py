@@ -61,6 +61,8 @@ def cache_teacher(
     device = str(run.accelerator.device)
     loaded_teacher = open_teacher(recipe, device, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
     corpus = read_text(recipe, loaded_teacher)
+    for remark in corpus.remarks:
+        run.say(remark)
     run.say(f"teacher: {loaded_teacher.name}; {corpus.amount}")
     if len(corpus.train) < tokens:
         run.say(f"the text is shorter than the {tokens:,} tokens that were asked for: all of it is cached")

@@ -127,6 +127,8 @@ class Conversion:
             base = teacher.model if recipe.student is None else fresh_model(teacher, recipe.student, recipe.seed)
         with run.timed("data"), run.accelerator.main_process_first():
             data = read_data(recipe, teacher)
+        for remark in data.remarks:
+            run.say(remark)
         if isinstance(data, ImageSet):  # the tokens of an image replace the stages' sequence length
             stages = [stage.model_copy(update={"sequence_length": data.tokens}) for stage in recipe.stages]
             recipe = recipe.model_copy(update={"stages": stages})

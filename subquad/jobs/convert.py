@@ -5,7 +5,6 @@ distill the selected plan, evaluate it against its baselines, save. The run's fo
 interrupted run resumes where it stopped.
 """
 
-import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,7 +22,7 @@ from subquad.plan import Plan
 from subquad.recipes.schema import Recipe
 from subquad.report import print_table, write_model_card, write_report
 from subquad.utils import format as fmt
-from subquad.utils.files import sha256_of_file
+from subquad.utils.files import json_text, sha256_of_file
 
 
 def convert(
@@ -80,7 +79,7 @@ def convert(
             _save_named_plans(conversion, student_plan, linear_students)
             run.seconds["total"] = time.perf_counter() - start_time
             metrics |= _costs(conversion, results, scores) | provenance(run, command) | _hashes(conversion)
-            run.write("metrics.json", json.dumps(metrics, indent=1))
+            run.write("metrics.json", json_text(metrics))
             write_report(run.out)
             write_model_card(run.out)
             print_table(metrics, run.console)

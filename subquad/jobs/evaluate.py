@@ -13,7 +13,7 @@ from subquad.model.output_head import check_head
 from subquad.pretrained.load import load_pretrained
 from subquad.recipes.load import recipe_of_model
 from subquad.utils.environment import environment
-from subquad.utils.files import write_json
+from subquad.utils.files import json_text, write_json
 
 
 def evaluate_model(
@@ -49,6 +49,8 @@ def evaluate_model(
     for lm in (loaded_teacher.model, student):
         check_head(lm)
     dataset = read_data(recipe, loaded_teacher)
+    for remark in dataset.remarks:
+        (console or Console(quiet=True)).print(remark, highlight=False, soft_wrap=True)
 
     # Metrics of both, and their continuations of the recipe's prompts
     metrics = evaluate_models({"student": student}, loaded_teacher, dataset, recipe.evaluate, recipe.dtype, console)
@@ -56,4 +58,4 @@ def evaluate_model(
     metrics |= environment(student.device, command)
     if json_path is not None:
         write_json(Path(json_path), metrics)
-    return dict(json.loads(json.dumps(metrics)))
+    return dict(json.loads(json_text(metrics)))

@@ -8,6 +8,7 @@ import torch
 from subquad.data.prompts import encode_prompt
 from subquad.errors import UserError
 from subquad.pretrained.load import load_pretrained
+from subquad.utils.text import well_formed
 
 
 def generate(
@@ -19,7 +20,11 @@ def generate(
     seed: int = 0,
     chat: bool = False,
 ) -> str:
-    """Continuation of `prompt` by the model (with `chat`, its answer), greedy at temperature 0."""
+    """Continuation of `prompt` by the model (with `chat`, its answer), greedy at temperature 0.
+
+    Broken characters of the prompt, such as bytes that are not UTF-8, are read as U+FFFD.
+    """
+    prompt = well_formed(prompt)
     checkpoint = load_pretrained(str(model))
     lm, tokenizer = checkpoint.model, checkpoint.tokenizer
     if chat:
@@ -35,4 +40,4 @@ def generate(
         max_new_tokens=max_new_tokens,
         **sampling,
     )
-    return str(tokenizer.decode(tokens[0, encoding["input_ids"].shape[1] :], skip_special_tokens=True))
+    return well_formed(str(tokenizer.decode(tokens[0, encoding["input_ids"].shape[1] :], skip_special_tokens=True)))

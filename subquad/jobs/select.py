@@ -36,6 +36,7 @@ from subquad.select import (
 )
 from subquad.select.speed import DecodeCost, decode_cost
 from subquad.select.units import kind_of, layers_in
+from subquad.utils.files import json_text
 from subquad.utils.progress import StageProgress
 
 SPEED_TOKENS = 512  # tokens on which the teacher's speed is measured, for estimates of cost
@@ -94,7 +95,7 @@ def select(
     run = conversion.run
     if run.main:
         scores_file = out.with_name("scores.json")
-        run.write("scores.json", json.dumps(selection_scores | {"command": command}, indent=1))
+        run.write("scores.json", json_text(selection_scores | {"command": command}))
         os.replace(work_folder / "scores.json", scores_file)
         for file in named_plans(work_folder).values():
             os.replace(file, out.with_name(file.name.replace("plan", out.stem, 1)))
@@ -167,7 +168,7 @@ def select_plan(conversion: Conversion, linear_students: Mapping[str, BaseStuden
 
         work.progress = show
         plan, scores = _choose(conversion, inputs)
-    run.write("scores.json", json.dumps(scores, indent=1))
+    run.write("scores.json", json_text(scores))
     run.write("plan.yaml", plan.to_yaml())
     run.accelerator.wait_for_everyone()
     return plan, scores

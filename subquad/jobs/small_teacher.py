@@ -4,7 +4,6 @@ A run is made of stages of the one training loop (distill/loop.py), in which an 
 learns from labels. Its weights then go into a plain model of transformers, with its metrics and model card.
 """
 
-import json
 import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from subquad.model.base import BaseStudent, plan_of
 from subquad.model.tasks import TASKS
 from subquad.recipes.schema import DataConfig, Recipe
 from subquad.recipes.stage import Stage
+from subquad.utils.files import json_text
 
 
 @dataclass
@@ -81,7 +81,7 @@ class SmallTeacher(ABC):
             with run.writing() as folder:
                 trained.save_pretrained(folder)
                 self.reader.save_pretrained(folder)
-            run.write("metrics.json", json.dumps(metrics, indent=1))
+            run.write("metrics.json", json_text(metrics))
             run.write("README.md", self.model_card(metrics))
             run.say(self.summary(metrics))
         run.end()

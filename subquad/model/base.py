@@ -8,7 +8,6 @@ Legend: B batch, T tokens, H heads, D head width, M model width.
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Container, Iterable, Iterator, Sequence
 from pathlib import Path
