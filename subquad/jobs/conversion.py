@@ -15,6 +15,7 @@ from subquad.data.text import Corpus, load_corpus
 from subquad.errors import UserError
 from subquad.evaluate.harness import load_tasks
 from subquad.jobs.base_model import fresh_model
+from subquad.jobs.fitting import fitted
 from subquad.jobs.run import Run, start_run
 from subquad.mixers import mixer_options
 from subquad.model.base import BaseStudent
@@ -23,6 +24,7 @@ from subquad.model.interface import find_attention, shapes_of
 from subquad.model.output_head import check_head
 from subquad.model.student import Student, tied
 from subquad.model.tasks import TASKS
+from subquad.model.teacher_check import check_causal, check_finite, check_same, check_students
 from subquad.plan import ATTENTION, Plan
 from subquad.pretrained.load import Teacher, load_pretrained
 from subquad.recipes.load import load_recipe
@@ -102,8 +104,9 @@ def _check_images(recipe: Recipe) -> None:
 class Conversion:
     """Recipe with everything it needs: the run folder, the teacher, and its text or images.
 
-    `base` is the model whose attention is replaced: the teacher's, or the student's own. For images, the recipe's
-    stages have the number of tokens of an image as their sequence length.
+    `base` is the model whose attention is replaced: the teacher's, or the student's own. The recipe's rows have at most
+    the tokens that these models take, `longest` in all; for images, its stages have the number of tokens of an image as
+    their sequence length.
     """
 
     recipe: Recipe
@@ -111,6 +114,7 @@ class Conversion:
     teacher: Teacher
     base: PreTrainedModel
     data: Data
+    longest: int = CALIBRATION_TOKENS  # tokens of a row
 
     @classmethod
     @contextmanager
@@ -125,12 +129,13 @@ class Conversion:
         with run.timed("load"):
             teacher = open_teacher(recipe, str(run.accelerator.device), **load_options)
             base = teacher.model if recipe.student is None else fresh_model(teacher, recipe.student, recipe.seed)
+            recipe, longest = _checked_models(recipe, run, teacher, base)
         with run.timed("data"), run.accelerator.main_process_first():
             data = read_data(recipe, teacher)
         if isinstance(data, ImageSet):  # the tokens of an image replace the stages' sequence length
             stages = [stage.model_copy(update={"sequence_length": data.tokens}) for stage in recipe.stages]
             recipe = recipe.model_copy(update={"stages": stages})
-        yield cls(recipe, run, teacher, base, data)
+        yield cls(recipe, run, teacher, base, data, longest)
         run.end()
 
     @property
@@ -146,7 +151,7 @@ class Conversion:
             self.base, plan, mixers_from=mixers_from, join_start=self.recipe.mixer.join_start
         )
         if student.new_mixers:
-            sample = self.data.sample(CALIBRATION_TOKENS).to(student.device)
+            sample = self.data.sample(min(CALIBRATION_TOKENS, self.longest)).to(student.device)
             student.calibrate(inputs_of(sample), student.new_mixers)
         return student
 
@@ -176,6 +181,9 @@ def open_teacher(recipe: Recipe, device: str, **load_options: Any) -> Teacher:
     """Teacher of the recipe, on this device. Raises UserError, naming it, if it cannot be converted."""
     teacher = load_pretrained(recipe.teacher, task=recipe.task, dtype=recipe.dtype, device=device, **load_options)
     find_attention(teacher.model)
+    if not teacher.kind.of_images:
+        check_causal(teacher.model)
+        check_finite(teacher.model)
     check_head(teacher.model)
     if recipe.tied_embeddings == "refuse" and tied(teacher.model):
         raise UserError(
@@ -183,6 +191,28 @@ def open_teacher(recipe: Recipe, device: str, **load_options: Any) -> Teacher:
             "(tied_embeddings): choose untie, retie or keep, or another teacher"
         )
     return teacher
+
+
+def _checked_models(recipe: Recipe, run: Run, teacher: Teacher, base: PreTrainedModel) -> tuple[Recipe, int]:
+    """Recipe fitted to the models, and its longest row; says what it cuts, and what the teacher itself lacks.
+
+    Raises UserError for a model whose students could not generate.
+    """
+    if teacher.kind.of_images:
+        return recipe, CALIBRATION_TOKENS
+    shapes, make_student = shapes_of(base), teacher.kind.student.from_teacher
+    all_attention = make_student(base, Plan.all_attention(shapes))
+    check_same(base, all_attention)
+    students = {
+        name: make_student(base, Plan.by_layer(shapes, [], name, mixers_of(recipe)[name])) for name in mixers_of(recipe)
+    }
+    for note in check_students(base, {"attention": all_attention} | students):
+        run.say(note)
+    other_models = [] if base is teacher.model else [base]
+    recipe, longest, sentence = fitted(recipe, teacher, other_models, {"calibration": CALIBRATION_TOKENS})
+    if sentence:
+        run.say(sentence)
+    return recipe, longest
 
 
 def read_data(recipe: Recipe, teacher: Teacher) -> Data:

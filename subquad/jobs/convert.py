@@ -17,7 +17,7 @@ from subquad.evaluate.suite import check_heldout, evaluate_models
 from subquad.jobs.baselines import baseline_plans, verdicts
 from subquad.jobs.conversion import Conversion, checked_recipe
 from subquad.jobs.run import Run, provenance
-from subquad.jobs.select import named_plans, select_plan
+from subquad.jobs.select import check_selection, named_plans, select_plan
 from subquad.jobs.train import align, train_stages
 from subquad.model.base import BaseStudent
 from subquad.plan import Plan
@@ -63,6 +63,8 @@ def convert(
 
         # Align all-linear students, and select a plan with them
         linear_students = conversion.all_linear_students()
+        if given_plan is None:
+            check_selection(conversion, linear_students)
         results = align(conversion, linear_students)
         if given_plan is None:
             student_plan, scores = select_plan(conversion, linear_students)

@@ -127,7 +127,7 @@ def dry_run(
         Conversion.open(recipe, Path(folder) / "run", **load_options) as conversion,
     ):
         conversion.run.say(f"teacher: {conversion.teacher.name}; {conversion.data.amount}")
-        check_heldout(recipe.evaluate, conversion.teacher, conversion.data)  # `convert` needs it at the end
+        check_heldout(conversion.recipe.evaluate, conversion.teacher, conversion.data)  # `convert` needs it at the end
         preview = _preview(conversion, given_plan)
         _print_preview(conversion, preview, Path(out))
     return preview

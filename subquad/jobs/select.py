@@ -89,6 +89,7 @@ def select(
     with Conversion.open(recipe, work_folder, resume=resume, overwrite=not resume, **load_options) as conversion:
         linear_students = conversion.all_linear_students()
         if SELECTORS[recipe.selector.by].aligned:
+            check_selection(conversion, linear_students)
             align(conversion, linear_students)
         plan, selection_scores = select_plan(conversion, linear_students)
     run = conversion.run
@@ -151,6 +152,13 @@ def selection_cost(conversion: Conversion, linear_students: Mapping[str, BaseStu
     return cost.tokens
 
 
+def check_selection(conversion: Conversion, linear_students: Mapping[str, BaseStudent]) -> None:
+    """Raises UserError for inputs that the recipe's selector cannot use, before anything is trained for it."""
+    settings = conversion.recipe.selector
+    if not settings.options.get("retrain_tokens"):  # whose stage may load another teacher
+        make_selector(settings.by, settings.options).cost(_inputs(conversion, linear_students))
+
+
 def select_plan(conversion: Conversion, linear_students: Mapping[str, BaseStudent]) -> tuple[Plan, dict[str, Any]]:
     """Plan and scores.json: read if the resumed run has written them, else measured and written."""
     run, settings = conversion.run, conversion.recipe.selector
@@ -182,7 +190,8 @@ def teacher_speed(conversion: Conversion) -> float:
     """Tokens per second of the teacher's bare forward pass on a row of text, or a few images."""
     data, model = conversion.data, conversion.teacher.model
     length = data.tokens if isinstance(data, ImageSet) else None
-    return bare_forward_speed(model, data.sample(SPEED_TOKENS).to(model.device), sequence_length=length)
+    tokens = min(SPEED_TOKENS, conversion.longest)
+    return bare_forward_speed(model, data.sample(tokens).to(model.device), sequence_length=length)
 
 
 def _inputs(conversion: Conversion, linear_students: Mapping[str, BaseStudent]) -> SelectorInputs:

@@ -21,6 +21,7 @@ from subquad.model.base import BaseStudent, BaseStudentConfig, auto_map
 from subquad.model.cache import CACHE, StudentCache
 from subquad.model.interface import shapes_of
 from subquad.model.layer_call import ForwardContext
+from subquad.model.teacher_check import check_causal
 from subquad.plan import AttentionShape, Plan
 
 
@@ -52,6 +53,7 @@ class Student(BaseStudent, GenerationMixin):
         family = type(teacher).__name__
         if teacher.get_output_embeddings() is None:
             raise UserError(f"{family} predicts no next token: a Student is made of a causal language model")
+        check_causal(teacher)
         for name, options in plan.mixers.items():
             if options.get("bidirectional"):
                 raise UserError(f"mixer '{name}' is bidirectional, and {family} predicts the next token")

@@ -29,7 +29,7 @@ from subquad.data.text import Corpus
 from subquad.errors import UserError
 from subquad.model.layer_call import ForwardContext, LayerCall
 from subquad.model.output_head import OutputHead, final_hidden
-from subquad.recipes.stage import Length
+from subquad.recipes.stage import Length, RowLength
 from subquad.select.inputs import SelectorInputs
 from subquad.select.kl import kl
 from subquad.select.ranking import Ranking
@@ -81,7 +81,7 @@ class Gates(Selector):
 
     tokens: Length = 50_000
     """Tokens of training."""
-    sequence_length: Length = 512
+    sequence_length: RowLength = 512
     batch: Length = 1
 
     @property

@@ -23,7 +23,7 @@ from subquad.model.interface import shapes_of, watched_attention
 from subquad.model.output_head import final_hidden
 from subquad.model.student import Student
 from subquad.plan import Plan
-from subquad.recipes.stage import Length
+from subquad.recipes.stage import Length, RowLength
 from subquad.select.ablation import Ablation, Measure, ablation_cost, measure_of
 from subquad.select.inputs import SelectorInputs
 from subquad.select.ranking import Ranking
@@ -43,7 +43,7 @@ class RetrievalHeads(Selector):
 
     tasks: list[str] = ["dictionary"]
     """Retrieval tasks."""
-    context: Length = 512
+    context: RowLength = 512
     """Tokens in each row."""
     rows: Length = 64
     """Rows of each task, at most."""
