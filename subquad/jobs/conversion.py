@@ -1,6 +1,6 @@
 """Conversion: checked settings, a run folder, the teacher and its data, opened once; it creates the students."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,11 +25,12 @@ from subquad.model.output_head import check_head
 from subquad.model.student import Student, tied
 from subquad.model.tasks import TASKS
 from subquad.model.teacher_check import check_causal, check_finite, check_same, check_students
-from subquad.plan import ATTENTION, Plan
+from subquad.plan import ATTENTION, AttentionShape, Plan
 from subquad.pretrained.load import Teacher, load_pretrained
 from subquad.recipes.load import load_recipe
-from subquad.recipes.schema import NamedMixer, Recipe
-from subquad.select import SELECTORS, Budget, check_alternatives, check_selector
+from subquad.recipes.schema import NamedMixer, Recipe, SelectorConfig
+from subquad.report import saving_warning
+from subquad.select import SELECTORS, Budget, check_alternatives, check_selector, kept_layers
 
 CALIBRATION_TOKENS = 1024
 
@@ -155,14 +156,27 @@ class Conversion:
             student.calibrate(inputs_of(sample), student.new_mixers)
         return student
 
-    def all_linear_students(self) -> dict[str, BaseStudent]:
-        """Student without attention for each of the recipe's mixers, the recipe's main mixer first."""
-        shapes = shapes_of(self.base)
+    def all_linear_students(self, given_plan: Plan | None = None) -> dict[str, BaseStudent]:
+        """Student without attention for each of the recipe's mixers, the recipe's main mixer first.
+
+        The teacher's own sliding-window layers keep attention where the budget does not count them, unless a given plan
+        replaces them.
+        """
+        shapes, settings = shapes_of(self.base), self.recipe.selector
+        kept = kept_layers(settings, shapes, given_plan)
+        if given_plan is None and (note := _about_windows(settings, shapes, kept)):
+            self.run.say(note)
         with self.run.timed("calibrate"):
             return {
-                name: self.new_student(Plan.by_layer(shapes, [], name, options))
+                name: self.new_student(Plan.by_layer(shapes, kept, name, options))
                 for name, options in mixers_of(self.recipe).items()
             }
+
+    def warn_of(self, plan: Plan) -> None:
+        """Says at which contexts a plan saves no cache, or little. Image encoders have none."""
+        warning = "" if self.teacher.kind.of_images else saving_warning(plan, self.recipe.dtype)
+        if warning:
+            self.run.say(warning)
 
     def untie(self, student: BaseStudent) -> None:
         """Gives the student an untied output head if the recipe trains one."""
@@ -191,6 +205,20 @@ def open_teacher(recipe: Recipe, device: str, **load_options: Any) -> Teacher:
             "(tied_embeddings): choose untie, retie or keep, or another teacher"
         )
     return teacher
+
+
+def _about_windows(settings: SelectorConfig, shapes: Sequence[AttentionShape], kept: Sequence[int]) -> str:
+    """Sentence on what the budget counts in a teacher with sliding windows; empty if there is nothing to say."""
+    if kept:
+        others = len(shapes) - len(kept)
+        return (
+            f"{len(kept)} of {len(shapes)} layers have the teacher's own sliding window, whose cache does not grow "
+            f"with the context: they keep attention, and the budget {settings.budget} is of the other {others} "
+            "(selector.window_layers=replace counts all)"
+        )
+    if all(shape.window is not None for shape in shapes) and Budget.parse(settings.budget).context is None:
+        return f"every layer has the teacher's own sliding window, so the budget {settings.budget} is of all of them"
+    return ""
 
 
 def _checked_models(recipe: Recipe, run: Run, teacher: Teacher, base: PreTrainedModel) -> tuple[Recipe, int]:

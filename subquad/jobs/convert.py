@@ -62,7 +62,7 @@ def convert(
         check_heldout(recipe.evaluate, conversion.teacher, conversion.data)
 
         # Align all-linear students, and select a plan with them
-        linear_students = conversion.all_linear_students()
+        linear_students = conversion.all_linear_students(given_plan)
         if given_plan is None:
             check_selection(conversion, linear_students)
         results = align(conversion, linear_students)
@@ -72,6 +72,7 @@ def convert(
             student_plan, scores = given_plan, {}
             run.write("plan.yaml", student_plan.to_yaml())
         run.say(f"plan: {student_plan.pattern()}")
+        conversion.warn_of(student_plan)
 
         # Distill the student of this plan
         student = conversion.new_student(student_plan, mixers_from=linear_students.values())

@@ -34,6 +34,7 @@ from subquad.select import (
     make_selector,
     pareto,
 )
+from subquad.select.budget import kept_layers
 from subquad.select.speed import DecodeCost, decode_cost
 from subquad.select.units import kind_of, layers_in
 from subquad.utils.progress import StageProgress
@@ -102,6 +103,7 @@ def select(
         os.replace(work_folder / "plan.yaml", out)
         shutil.rmtree(work_folder)
         run.say(f"plan: {plan.pattern()}\n{out} and {scores_file} written")
+        conversion.warn_of(plan)
     return plan
 
 
@@ -111,7 +113,11 @@ def _from_scores(conversion: Conversion, file: Path) -> Plan:
     try:
         scores = json.loads(file.read_text(encoding="utf-8"))
         is_same_model = scores["teacher_fingerprint"] == teacher.fingerprint and scores["mixer"] == recipe.mixer.name
-        ranking = Ranking.of_scores(scores, teacher.shapes) if is_same_model else None
+        kept = sorted({*scores.get("kept_layers", []), *kept_layers(recipe.selector, teacher.shapes)})
+        plans = {
+            name: Plan.by_layer(teacher.shapes, kept, name, options) for name, options in mixers_of(recipe).items()
+        }
+        ranking = Ranking.of_scores(scores, plans[recipe.mixer.name]) if is_same_model else None
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(
             f"{file} is not the scores.json of a selection with scores: run `subquad select` first"
@@ -121,10 +127,7 @@ def _from_scores(conversion: Conversion, file: Path) -> Plan:
             f"{file} is of another teacher or mixer than {teacher.name} and {recipe.mixer.name}: select again, or give "
             "those (--mixer)"
         )
-    alternatives = {
-        name: Student.from_teacher(teacher.model, Plan.by_layer(teacher.shapes, [], name, options))
-        for name, options in mixers_of(recipe).items()
-    }
+    alternatives = {name: Student.from_teacher(teacher.model, plan) for name, plan in plans.items()}
     student = alternatives.pop(recipe.mixer.name)
     decoding_cost = _decoding_cost(SelectionWork(conversion.run.say), teacher, student)
     budget = Budget.parse(recipe.selector.budget)
@@ -234,10 +237,13 @@ def _choose(conversion: Conversion, inputs: SelectorInputs) -> tuple[Plan, dict[
         named_plan, _ = choose_plan(student, Budget(name, word=name), ranking, recipe.mixer.join)
         conversion.run.write(f"plan-{name}.yaml", named_plan.to_yaml())
     scores = ranking.report | pareto(student, budget, ranking, recipe.mixer.join) | work.report()
+    kind, kept = kind_of(inputs.unit), student.plan.attention_layers
+    lists_layers = kind == "group" or (kind == "layer" and bool(kept))
     scores |= {
         "by": settings.by,
-        "unit": kind_of(inputs.unit),
-        "units": [layers_in(unit) for unit in inputs.units] if kind_of(inputs.unit) == "group" else None,
+        "unit": kind,
+        "units": [layers_in(unit) for unit in inputs.units] if lists_layers else None,
+        "kept_layers": kept,
         "worth": None if ranking.worth is None else list(ranking.worth),
         "alternatives": ranking.alternatives,
         "teacher_fingerprint": teacher.fingerprint,

@@ -76,6 +76,10 @@ class SelectorConfig(Section):
     budget: Annotated[str, BeforeValidator(_text)] = "50%"
     """Amount that keeps attention: units (`15`), a share of them (`50%`), cache bytes (`64MiB@32k`), a decoding speed
     relative to the teacher (`1.5x@32k`), or a plan that the greedy selector finds (`opt`, `best`)."""
+    window_layers: Literal["keep", "replace"] | None = None
+    """Layers in which the teacher itself has a sliding window, beside others that attend to everything: `keep` leaves
+    them as they are, `replace` makes them units like the others; none: keep if the budget is a number or a share of
+    units, since their cache does not grow with the context."""
     tokens: Count = 8192
     """Tokens that the units are scored on, in complete rows. They are used neither for training nor for evaluation."""
     sequence_length: RowLength = 1024
