@@ -34,6 +34,7 @@ from subquad.select import (
     make_selector,
     pareto,
 )
+from subquad.select.budget import kept_layers
 from subquad.select.speed import DecodeCost, decode_cost
 from subquad.select.units import kind_of, layers_in
 from subquad.utils.files import json_text
@@ -90,6 +91,7 @@ def select(
     with Conversion.open(recipe, work_folder, resume=resume, overwrite=not resume, **load_options) as conversion:
         linear_students = conversion.all_linear_students()
         if SELECTORS[recipe.selector.by].aligned:
+            check_selection(conversion, linear_students)
             align(conversion, linear_students)
         plan, selection_scores = select_plan(conversion, linear_students)
     run = conversion.run
@@ -102,6 +104,7 @@ def select(
         os.replace(work_folder / "plan.yaml", out)
         shutil.rmtree(work_folder)
         run.say(f"plan: {plan.pattern()}\n{out} and {scores_file} written")
+        conversion.warn_of(plan)
     return plan
 
 
@@ -111,7 +114,11 @@ def _from_scores(conversion: Conversion, file: Path) -> Plan:
     try:
         scores = json.loads(file.read_text(encoding="utf-8"))
         is_same_model = scores["teacher_fingerprint"] == teacher.fingerprint and scores["mixer"] == recipe.mixer.name
-        ranking = Ranking.of_scores(scores, teacher.shapes) if is_same_model else None
+        kept = sorted({*scores.get("kept_layers", []), *kept_layers(recipe.selector, teacher.shapes)})
+        plans = {
+            name: Plan.by_layer(teacher.shapes, kept, name, options) for name, options in mixers_of(recipe).items()
+        }
+        ranking = Ranking.of_scores(scores, plans[recipe.mixer.name]) if is_same_model else None
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(
             f"{file} is not the scores.json of a selection with scores: run `subquad select` first"
@@ -121,10 +128,7 @@ def _from_scores(conversion: Conversion, file: Path) -> Plan:
             f"{file} is of another teacher or mixer than {teacher.name} and {recipe.mixer.name}: select again, or give "
             "those (--mixer)"
         )
-    alternatives = {
-        name: Student.from_teacher(teacher.model, Plan.by_layer(teacher.shapes, [], name, options))
-        for name, options in mixers_of(recipe).items()
-    }
+    alternatives = {name: Student.from_teacher(teacher.model, plan) for name, plan in plans.items()}
     student = alternatives.pop(recipe.mixer.name)
     decoding_cost = _decoding_cost(SelectionWork(conversion.run.say), teacher, student)
     budget = Budget.parse(recipe.selector.budget)
@@ -150,6 +154,13 @@ def selection_cost(conversion: Conversion, linear_students: Mapping[str, BaseStu
     cost = make_selector(settings.by, settings.options).cost(inputs)
     inputs.work.print_cost(cost)
     return cost.tokens
+
+
+def check_selection(conversion: Conversion, linear_students: Mapping[str, BaseStudent]) -> None:
+    """Raises UserError for inputs that the recipe's selector cannot use, before anything is trained for it."""
+    settings = conversion.recipe.selector
+    if not settings.options.get("retrain_tokens"):  # whose stage may load another teacher
+        make_selector(settings.by, settings.options).cost(_inputs(conversion, linear_students))
 
 
 def select_plan(conversion: Conversion, linear_students: Mapping[str, BaseStudent]) -> tuple[Plan, dict[str, Any]]:
@@ -183,7 +194,8 @@ def teacher_speed(conversion: Conversion) -> float:
     """Tokens per second of the teacher's bare forward pass on a row of text, or a few images."""
     data, model = conversion.data, conversion.teacher.model
     length = data.tokens if isinstance(data, ImageSet) else None
-    return bare_forward_speed(model, data.sample(SPEED_TOKENS).to(model.device), sequence_length=length)
+    tokens = min(SPEED_TOKENS, conversion.longest)
+    return bare_forward_speed(model, data.sample(tokens).to(model.device), sequence_length=length)
 
 
 def _inputs(conversion: Conversion, linear_students: Mapping[str, BaseStudent]) -> SelectorInputs:
@@ -226,10 +238,13 @@ def _choose(conversion: Conversion, inputs: SelectorInputs) -> tuple[Plan, dict[
         named_plan, _ = choose_plan(student, Budget(name, word=name), ranking, recipe.mixer.join)
         conversion.run.write(f"plan-{name}.yaml", named_plan.to_yaml())
     scores = ranking.report | pareto(student, budget, ranking, recipe.mixer.join) | work.report()
+    kind, kept = kind_of(inputs.unit), student.plan.attention_layers
+    lists_layers = kind == "group" or (kind == "layer" and bool(kept))
     scores |= {
         "by": settings.by,
-        "unit": kind_of(inputs.unit),
-        "units": [layers_in(unit) for unit in inputs.units] if kind_of(inputs.unit) == "group" else None,
+        "unit": kind,
+        "units": [layers_in(unit) for unit in inputs.units] if lists_layers else None,
+        "kept_layers": kept,
         "worth": None if ranking.worth is None else list(ranking.worth),
         "alternatives": ranking.alternatives,
         "teacher_fingerprint": teacher.fingerprint,

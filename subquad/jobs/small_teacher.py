@@ -53,7 +53,7 @@ class SmallTeacher(ABC):
         """README.md."""
 
     def train(self, amount: str, started: float, command: str | None) -> dict[str, Any]:
-        """Builds, trains, measures and saves the model; returns its metrics, empty in all but the main process.
+        """Builds, trains, saves and measures the model; returns its metrics, empty in all but the main process.
 
         `amount`: of data, for the user. `started`: time when the command began, by `time.perf_counter`.
         """
@@ -67,20 +67,20 @@ class SmallTeacher(ABC):
         # Train it
         results = self.learn(student, model)
 
-        # Move its weights into a plain model; measure and save that
+        # Move its weights into a plain model; save and measure that
         metrics: dict[str, Any] = {}
         if run.main:
             trained = self.new_model()
             trained.load_state_dict(student.backbone.state_dict())
+            with run.writing() as folder:
+                trained.save_pretrained(folder)
+                self.reader.save_pretrained(folder)
             metrics = self.measure(trained, results) | {
                 "parameters": trained.num_parameters(),
                 "seconds": sum(result.seconds for result in results),
                 "total_seconds": time.perf_counter() - started,
                 **provenance(run, command),
             }
-            with run.writing() as folder:
-                trained.save_pretrained(folder)
-                self.reader.save_pretrained(folder)
             run.write("metrics.json", json_text(metrics))
             run.write("README.md", self.model_card(metrics))
             run.say(self.summary(metrics))

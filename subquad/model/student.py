@@ -25,6 +25,7 @@ from subquad.model.generation import StudentGenerationMixin
 from subquad.model.interface import shapes_of
 from subquad.model.layer_call import ForwardContext, forward_arguments
 from subquad.model.packing import Layout
+from subquad.model.teacher_check import check_causal
 from subquad.plan import AttentionShape, Plan
 
 logger = logging.get_logger(__name__)  # transformers' own, as the warnings are
@@ -62,6 +63,7 @@ class Student(StudentGenerationMixin, BaseStudent):
         family = type(teacher).__name__
         if teacher.get_output_embeddings() is None:
             raise UserError(f"{family} predicts no next token: a Student is made of a causal language model")
+        check_causal(teacher)
         for name, options in plan.mixers.items():
             if options.get("bidirectional"):
                 raise UserError(f"mixer '{name}' is bidirectional, and {family} predicts the next token")
