@@ -100,6 +100,7 @@ class BaseStudent(PreTrainedModel):
         if hasattr(backbone, "accepts_loss_kwargs"):
             self.accepts_loss_kwargs = backbone.accepts_loss_kwargs
         attach(backbone, config.attention_paths, self.plan, join_start, getattr(config, "prefix_tokens", 0))
+        backbone.config.architectures = [type(backbone).__name__]
         setattr(config, self.backbone_field, backbone.config)
         self.post_init()
 
@@ -109,11 +110,16 @@ class BaseStudent(PreTrainedModel):
         inner = getattr(config, cls.backbone_field)
         requested = inner._attn_implementation or config._attn_implementation
         if requested is not None:
-            return cls.make_backbone(config, attention_base(requested))
-        try:
-            return cls.make_backbone(config, config.attention)
-        except (ImportError, ValueError):  # an implementation of the teacher's machine
-            return cls.make_backbone(config, None)
+            backbone = cls.make_backbone(config, attention_base(requested))
+        else:
+            try:
+                backbone = cls.make_backbone(config, config.attention)
+            except (ImportError, ValueError):  # an implementation of the teacher's machine
+                backbone = cls.make_backbone(config, None)
+        if next(backbone.parameters()).is_meta:  # while it is loaded: some buffers are yet to be initialised
+            for module in backbone.modules():
+                module.__dict__.pop("_is_hf_initialized", None)
+        return backbone
 
     @classmethod
     def make_backbone(cls, config: Any, attention: str | None) -> PreTrainedModel:

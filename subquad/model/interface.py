@@ -24,6 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from subquad.errors import UserError
 from subquad.model.cache import CACHE, own_elements
 from subquad.plan import AttentionShape
+from subquad.utils.files import first_line
 
 PROBE = "subquad_probe"
 WATCH = "subquad_watch"
@@ -190,7 +191,14 @@ def _probe_attention(model: PreTrainedModel) -> list[AttentionSite]:
         for module in model.modules():
             stack.callback(module.register_forward_pre_hook(reach, with_kwargs=True).remove)
         cached = {} if cache is None else {CACHE: cache, "use_cache": True}
-        model(**least_inputs(model) | cached)
+        try:
+            model(**least_inputs(model) | cached)
+        except UserError:
+            raise
+        except Exception as error:  # of whatever type a model raises that does without the interface's masks or caches
+            raise UserError(
+                f"{family} does not run with another attention function ({first_line(error)}): unsupported"
+            ) from error
     if not calls:
         raise UserError(
             f"{family} does not call transformers' attention interface, through which Subquad replaces attention: "
@@ -289,6 +297,11 @@ def image_size(config: Any) -> tuple[int, int]:
     """Height and width of the images in a model's configuration; 224 where it has none."""
     size = getattr(vision_config(config), "image_size", None) or 224
     return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def decoder_of(model: Any) -> Any:
+    """Model without its output head."""
+    return model.get_decoder() if model.base_model is model else model.base_model
 
 
 def input_device(model: PreTrainedModel) -> torch.device:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from subquad.errors import UserError
 from subquad.model.base import BaseStudent
 from subquad.model.image_student import ImageStudent, classifier, classifier_input
-from subquad.model.interface import least_inputs, reads_images
+from subquad.model.interface import decoder_of, least_inputs, reads_images
 from subquad.model.student import Student
 
 
@@ -35,7 +35,7 @@ def final_hidden(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tens
         return model.final_hidden(input_ids)
     if reads_images(model):
         return classifier_input(model, input_ids)
-    return model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+    return decoder_of(model)(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
 
 
 @dataclass(frozen=True)

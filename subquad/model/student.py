@@ -11,8 +11,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.configuration_utils import SubConfigSpec
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -22,7 +29,7 @@ from subquad.errors import UserError
 from subquad.model.base import BaseStudent, BaseStudentConfig, auto_map
 from subquad.model.cache import CACHE, StudentCache
 from subquad.model.generation import StudentGenerationMixin
-from subquad.model.interface import shapes_of
+from subquad.model.interface import decoder_of, input_device, shapes_of
 from subquad.model.layer_call import ForwardContext, forward_arguments
 from subquad.model.packing import Layout
 from subquad.model.teacher_check import check_causal
@@ -55,7 +62,13 @@ class Student(StudentGenerationMixin, BaseStudent):
 
     @classmethod
     def make_backbone(cls, config: StudentConfig, attention: str | None) -> PreTrainedModel:
-        backbone: PreTrainedModel = AutoModelForCausalLM.from_config(config.text_config, attn_implementation=attention)
+        text_config: Any = config.text_config
+        options = {"attn_implementation": attention}
+        backbone: PreTrainedModel
+        if type(text_config) in MODEL_FOR_CAUSAL_LM_MAPPING or not text_config.architectures:
+            backbone = AutoModelForCausalLM.from_config(text_config, **options)
+        else:  # a text part whose configuration is of no auto class (Mllama)
+            backbone = getattr(transformers, text_config.architectures[0])._from_config(text_config, **options)
         return backbone
 
     @classmethod
@@ -123,6 +136,9 @@ class Student(StudentGenerationMixin, BaseStudent):
             cache = self.new_cache()
         tokens = inputs_embeds if input_ids is None else input_ids
         context = self._forward_context(attention_mask, cache, tokens, position_ids, kwargs)
+        if isinstance(logits_to_keep, int) and logits_to_keep and any(shape.kv_from for shape in self.plan.shapes):
+            # Given a number, Gemma 4 leaves out the other tokens in layers that share keys; their mixers need them.
+            logits_to_keep = torch.arange(-logits_to_keep, 0, device=input_device(self.backbone))
         with forward_arguments(self.backbone, context) as context_arguments:
             return self.backbone(
                 input_ids=input_ids,
@@ -143,8 +159,8 @@ class Student(StudentGenerationMixin, BaseStudent):
         """Hidden states that the output head reads, (B, T, M), without computing the head."""
         context = forward_context or self._forward_context(attention_mask, None, inputs)
         mask = context.layout.attention_mask if forward_context is None else attention_mask
-        with forward_arguments(self.backbone.base_model, context) as context_arguments:
-            return self.backbone.base_model(
+        with forward_arguments(decoder_of(self.backbone), context) as context_arguments:
+            return decoder_of(self.backbone)(
                 input_ids=inputs, attention_mask=mask, use_cache=False, **context_arguments
             ).last_hidden_state
 
