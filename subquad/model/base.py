@@ -110,16 +110,15 @@ class BaseStudent(PreTrainedModel):
         inner = getattr(config, cls.backbone_field)
         requested = inner._attn_implementation or config._attn_implementation
         if requested is not None:
-            backbone = cls.make_backbone(config, attention_base(requested))
-        else:
-            try:
-                backbone = cls.make_backbone(config, config.attention)
-            except (ImportError, ValueError):  # an implementation of the teacher's machine
-                backbone = cls.make_backbone(config, None)
-        if next(backbone.parameters()).is_meta:  # while it is loaded: some buffers are yet to be initialised
-            for module in backbone.modules():
-                module.__dict__.pop("_is_hf_initialized", None)
-        return backbone
+            return cls.make_backbone(config, attention_base(requested))
+        try:
+            return cls.make_backbone(config, config.attention)
+        except (ImportError, ValueError):  # an implementation of the teacher's machine
+            return cls.make_backbone(config, None)
+
+    def is_custom_code(self) -> bool:  # type: ignore[override]  # of an instance, as transformers calls it
+        """Whether the backbone is: transformers then leaves alone what its modules initialise in other modules."""
+        return self.backbone.is_custom_code()
 
     @classmethod
     def make_backbone(cls, config: Any, attention: str | None) -> PreTrainedModel:

@@ -8,6 +8,7 @@ teacher, which is the student's backbone with attention in all heads, and the st
 Legend: B batch, T tokens, V vocabulary.
 """
 
+import copy
 import tempfile
 from collections.abc import Callable
 from functools import cached_property, partial
@@ -18,6 +19,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from subquad.model.cache import CACHE
+from subquad.model.interface import set_attention
 from subquad.model.student import Student
 from subquad.plan import dtype_name
 
@@ -66,8 +68,9 @@ class _Check:
     def teacher(self) -> PreTrainedModel:
         """Backbone of the student with attention in all heads."""
         student = self.student
-        config: Any = student.config
+        config: Any = copy.deepcopy(student.config)
         teacher: Any = student.make_backbone(config, config.attention)
+        set_attention(teacher, config.attention)
         weights = {name: tensor for name, tensor in student.backbone.state_dict().items() if ".mixer." not in name}
         teacher.load_state_dict(weights, strict=False, assign=True)
         return teacher.to(student.device, student.dtype).eval()

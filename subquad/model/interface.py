@@ -301,7 +301,10 @@ def image_size(config: Any) -> tuple[int, int]:
 
 def decoder_of(model: Any) -> Any:
     """Model without its output head."""
-    return model.get_decoder() if model.base_model is model else model.base_model
+    if model.base_model is not model:
+        return model.base_model
+    decoder = model.get_decoder()
+    return decoder if decoder is not model else model.model  # Llama 4 names neither
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
