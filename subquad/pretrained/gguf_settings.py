@@ -25,12 +25,13 @@ class Setting:
     """Fields of configurations that a setting may go to (the first that a class has), and values without effect."""
 
     fields: Sequence[str]
-    neutral: Sequence[Any] = (0,)
+    neutral: Sequence[Any] = (0, None)
 
 
 SETTINGS = {
     "block_count": Setting(("num_hidden_layers",)),
     "embedding_length": Setting(("hidden_size",)),
+    "feed_forward_length": Setting(("intermediate_size", "n_inner", "ffn_hidden_size")),
     "attention.head_count": Setting(("num_attention_heads",)),
     "attention.head_count_kv": Setting(("num_key_value_heads", "num_kv_heads")),
     "attention.key_length": Setting(("global_head_dim", "head_dim")),
@@ -51,6 +52,8 @@ SETTINGS = {
     "use_parallel_residual": Setting(("use_parallel_residual",)),
     "expert_count": Setting(("num_experts", "num_local_experts")),
     "expert_used_count": Setting(("num_experts_per_tok",)),
+    "expert_feed_forward_length": Setting(("moe_intermediate_size",)),
+    "expert_shared_feed_forward_length": Setting(("shared_expert_intermediate_size",)),
     "expert_weights_norm": Setting(("norm_topk_prob",)),
     "expert_weights_scale": Setting(("routed_scaling_factor",), (0, 1)),
     "expert_gating_func": Setting(("scoring_func",), (0, "softmax")),
@@ -63,6 +66,10 @@ _DECIDED = {
     "ssm.conv_kernel", "ssm.inner_size", "ssm.state_size", "ssm.time_step_rank", "ssm.group_count", "context_length",
     "tensor_data_layout", "pooling_type",
 }  # fmt: skip
+_NONE_FOR_ZERO = (
+    "attention.sliding_window", "attention.clamp_kqv", "attn_logit_softcapping", "final_logit_softcapping",
+    "router_logit_softcapping",
+)  # fmt: skip
 _GATES = {1: "softmax", 2: "sigmoid"}
 # Depths of the two Gemmas whose files mean scores scaled by the width over the heads; all others mean the head's width.
 _SCALED_BY_WIDTH = (46, 62)
@@ -81,8 +88,13 @@ def settle(config: PreTrainedConfig, file: GgufFile) -> None:
         if field == "query_pre_attn_scalar":
             value = round(value**-2) if math.isclose(value**-2, round(value**-2), rel_tol=1e-5) else value**-2
         if field is not None:
-            if getattr(config, field) not in (value, max(value) if isinstance(value, list) else value):
+            if key == "attention.sliding_window" and value is None and hasattr(config, "layer_types"):
+                continue  # the class has windows of its own in some layers, which the file need not state
+            one_a_layer = isinstance(value, list) and field != "layer_types"  # of which some readers take the largest
+            if not one_a_layer:
                 setattr(config, field, value)
+            elif getattr(config, field, None) != max(value):
+                refused.append(f"{key} = {value}")
         elif key not in _DECIDED and value not in setting.neutral and not _implied(file, key, value):
             refused.append(f"{key} = {file.settings.get(key, value)}")
     if refused:
@@ -114,15 +126,20 @@ def check_windows(model: PreTrainedModel, file: GgufFile) -> None:
 def _values(file: GgufFile) -> dict[str, Any]:
     """Settings other than rotary ones, in transformers' terms, with what the format means where a file is silent."""
     values = {key: value for key, value in file.settings.items() if not key.startswith("rope.")}
-    heads, pattern = values["attention.head_count"], values.get("attention.sliding_window_pattern")
+    heads: Any = values["attention.head_count"]
+    pattern: Any = values.get("attention.sliding_window_pattern")
     width = values["embedding_length"] / heads if file.layers in _SCALED_BY_WIDTH else file.head_dim
     silent = {
         "attention.head_count_kv": heads,
         "attention.key_length": file.head_dim,
         "attention.scale": width**-0.5,
+        "attention.sliding_window": None,
     }
     values = silent | values | {"block_count": file.layers}
-    if isinstance(pattern, int):
+    values |= {key: values.get(key) or None for key in _NONE_FOR_ZERO if key in values}
+    equal = {key for key, value in values.items() if isinstance(value, list) and len({*value}) == 1}
+    values |= {key: values[key][0] for key in equal}
+    if isinstance(pattern, int) and not isinstance(pattern, bool):
         pattern = [(layer + 1) % pattern != 0 for layer in range(file.layers)] if pattern else None
     if pattern is not None:
         kinds = ["sliding_attention" if windowed else "full_attention" for windowed in pattern]

@@ -47,19 +47,20 @@ def write_gguf(
     """A model in float32, with these settings and tensors in addition, or instead, and without some of either."""
     config = model.config
     writer = gguf.GGUFWriter(str(file), architecture)
-    written = {
+    rope = getattr(config, "rope_parameters", None) or {}
+    stated = {
         "block_count": config.num_hidden_layers,
         "context_length": config.max_position_embeddings,
         "embedding_length": config.hidden_size,
-        "feed_forward_length": config.intermediate_size,
+        "feed_forward_length": getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
         "attention.head_count": config.num_attention_heads,
-        "attention.head_count_kv": config.num_key_value_heads,
-        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        "attention.head_count_kv": getattr(config, "num_key_value_heads", None),
+        "attention.layer_norm_rms_epsilon": getattr(config, "rms_norm_eps", None),
         "rope.dimension_count": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-        "rope.freq_base": config.rope_parameters["rope_theta"],
+        "rope.freq_base": rope.get("full_attention", rope).get("rope_theta"),
         "vocab_size": config.vocab_size,
-        **settings,
     }
+    written = {key: value for key, value in stated.items() if value is not None} | {**settings}
     add = {str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
     for key, value in written.items():
         if key not in without:
@@ -88,7 +89,7 @@ def _tensors(model: torch.nn.Module, architecture: str) -> dict[str, np.ndarray]
     for ours, tensor in model.state_dict().items():
         if ours == "lm_head.weight" and config.tie_word_embeddings:
             continue
-        name = names.get_name(ours, try_suffixes=(".weight", ".bias"))
+        name = names.get_name(ours, try_suffixes=(".weight", ".bias")) or ours
         weight = tensor.numpy()
         if architecture == "llama" and ("attn_q." in name or "attn_k." in name):
             heads = config.num_attention_heads if "attn_q." in name else config.num_key_value_heads

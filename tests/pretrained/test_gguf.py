@@ -1,12 +1,16 @@
 """A GGUF file gives the very model that it was written from, or is refused, naming what has no place."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from transformers import Gemma2Config, MistralConfig, PreTrainedConfig
 
 from subquad.errors import UserError
+from subquad.pretrained.gguf_file import GgufFile
+from subquad.pretrained.gguf_settings import settle
 from subquad.pretrained.load import load_pretrained
 from subquad.utils.files import sha256_of_file
 from tests.helpers import tiny
@@ -180,13 +184,33 @@ def test_settings_reach_the_model(tmp_path, family, changes, settings):
     assert deviation(load_pretrained(str(tmp_path / "a.gguf")).model, model, length=40) < 1e-5
 
 
-@pytest.mark.parametrize("length, heads, scalar", [(3, 6, 8), (46, 3, 16)])
-def test_a_gemma_scales_its_scores_by_its_depth(tmp_path, length, heads, scalar):
+def settled(config: PreTrainedConfig, **stated) -> PreTrainedConfig:
+    """Configuration that these settings change."""
+    shape = {"block_count": 3, "embedding_length": 48, "attention.head_count": 3}
+    settle(config, GgufFile(Path("a.gguf"), "any", {**shape, **stated}, 1, {}, {}, None))
+    return config
+
+
+def test_a_window_that_a_file_does_not_state_is_none():
+    assert MistralConfig().sliding_window == 4096
+    assert settled(MistralConfig()).sliding_window is None
+    assert settled(MistralConfig(), **{"attention.sliding_window": 8}).sliding_window == 8
+    assert (
+        settled(Gemma2Config()).sliding_window == Gemma2Config().sliding_window
+    )  # in every second layer, by its class
+
+
+@pytest.mark.parametrize("pattern", [3, [True, True, False] * 2])
+def test_the_layers_with_a_window(pattern):
+    config = settled(Gemma2Config(), block_count=6, **{"attention.sliding_window_pattern": pattern})
+    assert config.layer_types == ["sliding_attention", "sliding_attention", "full_attention"] * 2
+
+
+@pytest.mark.parametrize("layers, width, scalar", [(26, 8, 8), (46, 8, 16), (46, 16, 16)])
+def test_a_gemma_scales_its_scores_by_its_depth(layers, width, scalar):
     """The format leaves the scale to the reader: by a head's width, or in the largest model, by width over heads."""
-    changes = {"num_hidden_layers": length, "num_attention_heads": heads, "num_key_value_heads": 1}
-    model = model_of("gemma2", query_pre_attn_scalar=scalar, **changes)
-    write_gguf(tmp_path / "a.gguf", model, "gemma2", settings={"attention.key_length": 8})
-    assert load_pretrained(str(tmp_path / "a.gguf")).model.config.query_pre_attn_scalar == pytest.approx(scalar)
+    config = settled(Gemma2Config(), block_count=layers, **{"attention.key_length": width})
+    assert config.query_pre_attn_scalar == scalar
 
 
 @pytest.mark.parametrize(
