@@ -84,7 +84,7 @@ class Layout:
             border_BT = torch.zeros(B, T, dtype=torch.bool, device=device)
         if padding_BL is None:
             padding_BL = torch.ones(B, past + T, dtype=torch.bool, device=device)
-        documents = Documents.of(padding_BL.to(device), border_BT, past)
+        documents = Documents.of(padding_BL, border_BT.to(device), past)
         if cache is not None and documents.packed:
             start_B = documents.start_B
             cache.start_B = start_B if cache.start_B is None else start_B.maximum(cache.start_B)

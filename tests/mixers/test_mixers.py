@@ -136,17 +136,13 @@ def test_left_padding_changes_nothing(name, options):
         torch.testing.assert_close(state[key][1], expected_state[key][1], rtol=1e-7, atol=1e-7)
 
 
-PADS = {"no tokens at first": [(0, 9), (20, 30)], "one column": [(15, 16), (40, 41)], "a whole piece": [(16, 40)]}
-
-
 @every_causal_mixer
-@pytest.mark.parametrize("pads", PADS.values(), ids=PADS)
-def test_pads_before_later_pieces_change_nothing(name, options, pads):
-    """A row with pads in front of its new tokens, in a later piece too, continues as the row without them."""
+def test_pads_before_later_pieces_change_nothing(name, options):
+    """A row with pads in front of its new tokens, in later pieces too, continues as the row without them."""
     mixer, batch = make(name, options), inputs(50)
     real_BT = torch.ones(2, 50, dtype=torch.bool)
-    for start, stop in pads:
-        real_BT[1, start:stop] = False
+    for row, start, stop in ((0, 16, 40), (1, 0, 9), (1, 15, 16), (1, 20, 30), (1, 40, 41)):
+        real_BT[row, start:stop] = False
     outputs, state, start = [], None, 0
     for stop in (9, 15, 16, 20, 40, 41, 50):
         y, state = mixer(part(batch, start, stop, real_BT), state)
