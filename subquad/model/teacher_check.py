@@ -2,6 +2,7 @@
 
 - `check_causal`: a changed later token must leave earlier logits alone. An encoder fails.
 - `check_finite`: logits are numbers.
+- `check_shared`: weights that modules share are those that the model's class ties, so that a student can be saved.
 - `longest_input`: the number of tokens that the model takes, by trial. Tables of learned positions end; rotary
   embeddings do not.
 - `check_students`: two cached steps and left padding change no logits, in students made of the teacher. Where the
@@ -39,6 +40,19 @@ OFFSET = 8  # rows at the start of a table of positions that no token uses, at m
 _causal: WeakSet[PreTrainedModel] = WeakSet()  # models that passed `check_causal`
 
 
+@contextmanager
+def refused_by_name(model: PreTrainedModel) -> Iterator[None]:
+    """Context in which any error of a trial pass becomes a UserError that names the model's class."""
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        raise UserError(
+            f"{type(model).__name__} cannot be converted: a trial pass fails ({_in_words(error)})"
+        ) from error
+
+
 def check_causal(model: PreTrainedModel) -> None:
     """Raises UserError for a model whose earlier logits change with a later token; a success is remembered."""
     if model in _causal:
@@ -66,6 +80,21 @@ def check_finite(model: PreTrainedModel) -> None:
         raise UserError(
             f"{type(model).__name__} gives logits that are no finite numbers in {model.dtype}, so nothing can be "
             "learned from it: look for damaged weights, or load it in another dtype"
+        )
+
+
+def check_shared(model: PreTrainedModel) -> None:
+    """Raises UserError for weights that modules share without their class saying so: transformers cannot save them."""
+    tied = {*getattr(model, "all_tied_weights_keys", {})}
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name not in tied:
+            names.setdefault(id(parameter), []).append(name)
+    shared = [group for group in names.values() if len(group) > 1]
+    if shared:
+        raise UserError(
+            f"{type(model).__name__} shares {shared[0][0]} with {shared[0][1]}, and its class does not tie them, so no "
+            "student of it could be saved: give each module its own weights"
         )
 
 
