@@ -8,8 +8,8 @@
 - `check_students`: two cached steps and left padding change no logits, in students made of the teacher. Where the
   teacher itself deviates, its students may.
 
-All passes are over a few tokens, except that of a model that is asked for more tokens than its configuration states.
-They leave the model as it was.
+All passes are over a few tokens, except for a model that is asked for more tokens than its configuration states: a row
+just longer than that is tried. They leave the model as it was.
 
 Legend: B batch, T tokens, V vocabulary.
 """
@@ -35,6 +35,7 @@ MOVED = (
     1e-3  # the same, for logits before a changed token: a causal model computes these alike, up to rounding in experts
 )
 TRIAL_TOKENS, TRIAL_STEPS, TRIAL_PADS = 8, 2, 3
+UNSTATED = 4096  # tokens of a trial row of a model that states no number of positions, at most
 OFFSET = 8  # rows at the start of a table of positions that no token uses, at most
 
 _causal: WeakSet[PreTrainedModel] = WeakSet()  # models that passed `check_causal`
@@ -101,21 +102,26 @@ def check_shared(model: PreTrainedModel) -> None:
 def longest_input(model: PreTrainedModel, wanted: int) -> int:
     """Number of tokens that the model takes in one row, at most `wanted`.
 
-    A row of `wanted` tokens is tried unless the configuration states as many positions. Raises UserError if there is no
-    memory for it.
+    Where the configuration states fewer positions, the last position of the row is tried, and a row that is just longer
+    than what is stated. Raises UserError if there is no memory for it.
     """
     stated = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     stated = stated if isinstance(stated, int) else 0
-    if wanted <= stated - OFFSET or _takes(model, wanted):
+    row = min(wanted, stated + OFFSET + 1 if stated else UNSTATED)  # longer ones would only take longer
+
+    def takes(length: int) -> bool:
+        return takes_position(model, length - 1) and (length > row or _takes(model, length))
+
+    if wanted <= stated - OFFSET or (takes(wanted) and _takes(model, row)):
         return wanted
-    takes, fails = 0, wanted
+    shortest, fails = 0, wanted if _takes(model, row) else row
     for length in (stated, stated + 1):  # where most tables end
-        if takes < length < fails:
-            takes, fails = (length, fails) if _takes(model, length) else (takes, length)
-    while fails - takes > 1:
-        middle = (takes + fails) // 2
-        takes, fails = (middle, fails) if _takes(model, middle) else (takes, middle)
-    return takes
+        if shortest < length < fails:
+            shortest, fails = (length, fails) if takes(length) else (shortest, length)
+    while fails - shortest > 1:
+        middle = (shortest + fails) // 2
+        shortest, fails = (middle, fails) if takes(middle) else (shortest, middle)
+    return shortest
 
 
 def takes_position(model: PreTrainedModel, position: int) -> bool:

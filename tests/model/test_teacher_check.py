@@ -181,6 +181,13 @@ def test_the_longest_row_is_found_by_trial(teacher, longest):
     assert all(torch.equal(buffer, buffers[name]) for name, buffer in model.named_buffers()), "as it was"
 
 
+def test_no_long_row_is_computed_to_find_that_a_model_takes_it(monkeypatch):
+    model, rows = tiny("llama"), []
+    monkeypatch.setattr(teacher_check, "_takes", lambda model, length: not rows.append(length))
+    assert longest_input(model, 100_000) == 100_000
+    assert max(rows) <= 256 + 9
+
+
 def test_an_index_beyond_a_table_is_found_before_it_is_looked_up():
     """On a GPU, the look-up itself could not be caught."""
     table = torch.zeros(4, 2)
