@@ -24,7 +24,14 @@ from subquad.model.interface import find_attention, shapes_of
 from subquad.model.output_head import check_head
 from subquad.model.student import Student, tied
 from subquad.model.tasks import TASKS
-from subquad.model.teacher_check import check_causal, check_finite, check_same, check_students
+from subquad.model.teacher_check import (
+    check_causal,
+    check_finite,
+    check_same,
+    check_shared,
+    check_students,
+    refused_by_name,
+)
 from subquad.plan import ATTENTION, AttentionShape, Plan
 from subquad.pretrained.load import Teacher, load_pretrained
 from subquad.recipes.load import load_recipe
@@ -196,11 +203,13 @@ class Conversion:
 def open_teacher(recipe: Recipe, device: str, **load_options: Any) -> Teacher:
     """Teacher of the recipe, on this device. Raises UserError, naming it, if it cannot be converted."""
     teacher = load_pretrained(recipe.teacher, task=recipe.task, dtype=recipe.dtype, device=device, **load_options)
-    find_attention(teacher.model)
-    if not teacher.kind.of_images:
-        check_causal(teacher.model)
-        check_finite(teacher.model)
-    check_head(teacher.model)
+    with refused_by_name(teacher.model):
+        find_attention(teacher.model)
+        check_shared(teacher.model)
+        if not teacher.kind.of_images:
+            check_causal(teacher.model)
+            check_finite(teacher.model)
+        check_head(teacher.model)
     if recipe.tied_embeddings == "refuse" and tied(teacher.model):
         raise UserError(
             f"the teacher '{teacher.name}' ties its output head to its input embedding, and the recipe refuses that "
@@ -231,12 +240,14 @@ def _checked_models(recipe: Recipe, run: Run, teacher: Teacher, base: PreTrained
     if teacher.kind.of_images:
         return recipe, CALIBRATION_TOKENS
     shapes, make_student = shapes_of(base), teacher.kind.student.from_teacher
-    all_attention = make_student(base, Plan.all_attention(shapes))
-    check_same(base, all_attention)
-    students = {
-        name: make_student(base, Plan.by_layer(shapes, [], name, mixers_of(recipe)[name])) for name in mixers_of(recipe)
-    }
-    for note in check_students(base, {"attention": all_attention} | students):
+    with refused_by_name(base):
+        students = {"attention": make_student(base, Plan.all_attention(shapes))} | {
+            name: make_student(base, Plan.by_layer(shapes, [], name, options))
+            for name, options in mixers_of(recipe).items()
+        }
+        check_same(base, students["attention"])
+        notes = check_students(base, students)
+    for note in notes:
         run.say(note)
     other_models = [] if base is teacher.model else [base]
     recipe, longest, sentence = fitted(recipe, teacher, other_models, {"calibration": CALIBRATION_TOKENS})

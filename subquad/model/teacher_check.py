@@ -2,13 +2,14 @@
 
 - `check_causal`: a changed later token must leave earlier logits alone. An encoder fails.
 - `check_finite`: logits are numbers.
+- `check_shared`: weights that modules share are those that the model's class ties, so that a student can be saved.
 - `longest_input`: the number of tokens that the model takes, by trial. Tables of learned positions end; rotary
   embeddings do not.
 - `check_students`: two cached steps and left padding change no logits, in students made of the teacher. Where the
   teacher itself deviates, its students may.
 
-All passes are over a few tokens, except that of a model that is asked for more tokens than its configuration states.
-They leave the model as it was.
+All passes are over a few tokens, except for a model that is asked for more tokens than its configuration states: a row
+just longer than that is tried. They leave the model as it was.
 
 Legend: B batch, T tokens, V vocabulary.
 """
@@ -34,9 +35,23 @@ MOVED = (
     1e-3  # the same, for logits before a changed token: a causal model computes these alike, up to rounding in experts
 )
 TRIAL_TOKENS, TRIAL_STEPS, TRIAL_PADS = 8, 2, 3
+UNSTATED = 4096  # tokens of a trial row of a model that states no number of positions, at most
 OFFSET = 8  # rows at the start of a table of positions that no token uses, at most
 
 _causal: WeakSet[PreTrainedModel] = WeakSet()  # models that passed `check_causal`
+
+
+@contextmanager
+def refused_by_name(model: PreTrainedModel) -> Iterator[None]:
+    """Context in which any error of a trial pass becomes a UserError that names the model's class."""
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        raise UserError(
+            f"{type(model).__name__} cannot be converted: a trial pass fails ({_in_words(error)})"
+        ) from error
 
 
 def check_causal(model: PreTrainedModel) -> None:
@@ -69,24 +84,44 @@ def check_finite(model: PreTrainedModel) -> None:
         )
 
 
+def check_shared(model: PreTrainedModel) -> None:
+    """Raises UserError for weights that modules share without their class saying so: transformers cannot save them."""
+    tied = {*getattr(model, "all_tied_weights_keys", {})}
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name not in tied:
+            names.setdefault(id(parameter), []).append(name)
+    shared = [group for group in names.values() if len(group) > 1]
+    if shared:
+        raise UserError(
+            f"{type(model).__name__} shares {shared[0][0]} with {shared[0][1]}, and its class does not tie them, so no "
+            "student of it could be saved: give each module its own weights"
+        )
+
+
 def longest_input(model: PreTrainedModel, wanted: int) -> int:
     """Number of tokens that the model takes in one row, at most `wanted`.
 
-    A row of `wanted` tokens is tried unless the configuration states as many positions. Raises UserError if there is no
-    memory for it.
+    Where the configuration states fewer positions, the last position of the row is tried, and a row that is just longer
+    than what is stated. Raises UserError if there is no memory for it.
     """
     stated = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     stated = stated if isinstance(stated, int) else 0
-    if wanted <= stated - OFFSET or _takes(model, wanted):
+    row = min(wanted, stated + OFFSET + 1 if stated else UNSTATED)  # longer ones would only take longer
+
+    def takes(length: int) -> bool:
+        return takes_position(model, length - 1) and (length > row or _takes(model, length))
+
+    if wanted <= stated - OFFSET or (takes(wanted) and _takes(model, row)):
         return wanted
-    takes, fails = 0, wanted
+    shortest, fails = 0, wanted if _takes(model, row) else row
     for length in (stated, stated + 1):  # where most tables end
-        if takes < length < fails:
-            takes, fails = (length, fails) if _takes(model, length) else (takes, length)
-    while fails - takes > 1:
-        middle = (takes + fails) // 2
-        takes, fails = (middle, fails) if _takes(model, middle) else (takes, middle)
-    return takes
+        if shortest < length < fails:
+            shortest, fails = (length, fails) if takes(length) else (shortest, length)
+    while fails - shortest > 1:
+        middle = (shortest + fails) // 2
+        shortest, fails = (middle, fails) if takes(middle) else (shortest, middle)
+    return shortest
 
 
 def takes_position(model: PreTrainedModel, position: int) -> bool:

@@ -1,12 +1,14 @@
 """Recipes fitted to teachers whose table of positions ends, in the dry run and in every job."""
 
+import io
 import json
 
 import pytest
 import torch
+from rich.console import Console
 
 from subquad.errors import UserError
-from subquad.jobs import convert, dry_run, select
+from subquad.jobs import convert, dry_run, evaluate, select
 from subquad.jobs.fitting import fitted
 from subquad.pretrained.load import load_pretrained
 from subquad.recipes.load import load_recipe
@@ -76,6 +78,11 @@ def test_a_conversion_and_its_dry_run_in_40_positions(gpt2, text, tmp_path, caps
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["student"]["kl"].keys() == {"40"} and metrics["student"]["retrieval"]["copy"].keys() == {"40"}
     assert torch.isfinite(student(torch.arange(3, 43)[None]).logits).all()
+
+    console = Console(file=io.StringIO(), width=1000)
+    again = evaluate.evaluate_model(tmp_path / "run", changes=["evaluate.rows=1"], console=console)
+    assert again["student"]["kl"].keys() == {"40"}, "the folder's recipe is what was asked for: eval cuts it as well"
+    assert "rows of at most 40 tokens, to which are cut: " in console.file.getvalue()
 
 
 def test_decoding_beyond_the_table_is_refused(gpt2, text, tmp_path):

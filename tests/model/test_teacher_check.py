@@ -5,14 +5,21 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from subquad.errors import UserError
 from subquad.jobs.conversion import open_teacher
 from subquad.model import teacher_check
 from subquad.model.interface import shapes_of
 from subquad.model.student import Student
-from subquad.model.teacher_check import WithinTables, check_finite, check_same, check_students, longest_input
+from subquad.model.teacher_check import (
+    WithinTables,
+    check_finite,
+    check_same,
+    check_shared,
+    check_students,
+    longest_input,
+)
 from subquad.plan import Plan
 from subquad.recipes.schema import Recipe
 from tests.helpers import FAMILIES, RECIPE, make_teacher, tiny
@@ -120,6 +127,29 @@ def test_logits_that_are_no_numbers_are_refused(value):
         check_finite(teacher)
 
 
+def test_whatever_fails_when_a_teacher_is_opened_is_refused_by_name(tmp_path, monkeypatch):
+    """As for models whose code cannot run a trial pass."""
+
+    def fail(*args, **kwargs):
+        raise AttributeError("'NoneType' object has no attribute 'to'")
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", fail)
+    folder = make_teacher(tmp_path)
+    with pytest.raises(
+        UserError, match=r"^LlamaForCausalLM cannot be converted: a trial pass fails \(AttributeError: 'N"
+    ):
+        open_teacher(Recipe(**RECIPE | {"teacher": folder}), "cpu")
+
+
+def test_shared_weights_that_cannot_be_saved_are_refused():
+    check_shared(tiny("llama"))  # whose class ties the output head to the embedding
+    for share in ("mlp", "mlp.up_proj", "self_attn.q_proj"):
+        teacher = tiny("llama")
+        teacher.model.layers[2].set_submodule(share, teacher.model.layers[0].get_submodule(share))
+        with pytest.raises(UserError, match=rf"shares model.layers.0.{share}\S* with model.layers.2.{share}"):
+            check_shared(teacher)
+
+
 def test_forbidden_tokens_are_no_fault():
     teacher = tiny("qwen3")
     head = teacher.lm_head
@@ -149,6 +179,13 @@ def test_the_longest_row_is_found_by_trial(teacher, longest):
     assert longest_input(model, 20) == 20
     assert buffers.keys() == dict(model.named_buffers()).keys()
     assert all(torch.equal(buffer, buffers[name]) for name, buffer in model.named_buffers()), "as it was"
+
+
+def test_no_long_row_is_computed_to_find_that_a_model_takes_it(monkeypatch):
+    model, rows = tiny("llama"), []
+    monkeypatch.setattr(teacher_check, "_takes", lambda model, length: not rows.append(length))
+    assert longest_input(model, 100_000) == 100_000
+    assert max(rows) <= 256 + 9
 
 
 def test_an_index_beyond_a_table_is_found_before_it_is_looked_up():
