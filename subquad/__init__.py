@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from subquad.model.conformance import check_student
     from subquad.model.image_student import ImageStudent, ImageStudentConfig
     from subquad.model.student import Student, StudentConfig
+    from subquad.model.text_part import text_part
     from subquad.plan import Plan
     from subquad.recipes.load import load_recipe
     from subquad.recipes.schema import Recipe
@@ -36,6 +37,7 @@ __all__ = [
     "check_student",
     "convert",
     "load_recipe",
+    "text_part",
 ]
 
 _HOME = {
@@ -48,6 +50,7 @@ _HOME = {
     "check_student": "subquad.model.conformance",
     "convert": "subquad.jobs.convert",
     "load_recipe": "subquad.recipes.load",
+    "text_part": "subquad.model.text_part",
 }
 
 

@@ -174,9 +174,9 @@ class Plan(BaseModel):
         return cls(shapes=shapes, mixers={ATTENTION: {}, mixer: complete_options}, layers=layers, join=join)
 
     def keeping(self, heads: Iterable[tuple[int, int]], join: Join = "split") -> Plan:
-        """Make the hybrid with attention in these heads (layer, head) and this plan's mixer for all other heads."""
+        """Make the hybrid with attention in these heads (layer, head) as well, and this plan's mixer for all others."""
         mixer = next(name for name in self.mixers if name != ATTENTION)
-        return Plan.by_head(self.shapes, heads, mixer, self.mixers[mixer], join)
+        return Plan.by_head(self.shapes, [*self.attention_heads, *heads], mixer, self.mixers[mixer], join)
 
     def with_layers(self, mixer: str, options: dict[str, Any], layers: Iterable[int]) -> Plan:
         """Make a plan that differs in these layers, where `mixer` has all heads.

@@ -28,6 +28,7 @@ from subquad.model.image_student import ImageStudent
 from subquad.model.interface import image_size, shapes_of
 from subquad.model.layer_call import attending
 from subquad.model.student import Student
+from subquad.model.text_part import text_part
 from subquad.plan import AttentionShape, Plan
 
 OUTCOMES = ("works", "refused", "teacher", "crashes", "deviates")
@@ -71,7 +72,7 @@ def try_family(model_type: str, make: Callable[[str], PreTrainedModel] = make_ti
     try:
         with _of_teacher():
             outcome.step = "make the teacher"
-            teacher = make(model_type)
+            teacher = text_part(make(model_type))
             outcome.model = type(teacher).__name__
         checks = _image_checks if task_of(model_type).of_images else _text_checks
         for step in checks(teacher, outcome.numbers):

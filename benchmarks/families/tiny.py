@@ -109,7 +109,7 @@ def families(task: str = TEXT) -> list[str]:
 
 def task_of(model_type: str) -> Task:
     """Task for which a family is tried: text if it has a causal language model, then classes, then features."""
-    return next(task for task in TASKS.values() if task.classes(model_type))
+    return next(task for task in TASKS.values() if model_type in task.families)
 
 
 def make_tiny(model_type: str) -> PreTrainedModel:
@@ -124,7 +124,8 @@ def tiny_config(model_type: str) -> PreTrainedConfig:
     """Shrunken default configuration of a family."""
     default = CONFIG_MAPPING[model_type]
     config = default(**shrunken(default()))
-    config.architectures = task_of(model_type).classes(model_type)[:1]
+    names = task_of(model_type).families[model_type]
+    config.architectures = [names] if isinstance(names, str) else [names[0]]
     for part in parts(config):
         part.use_cache = True
         if hasattr(part, "is_decoder") and task_of(model_type).name == TEXT:

@@ -1,5 +1,6 @@
 """The commands that measure a converted model and show the results: `eval`, `generate`, `report`."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -102,7 +103,10 @@ def generate(
         subquad generate runs/quick "Why is the sky blue?" --chat --temperature 0.7
     """
     from subquad.jobs.generate import generate as run
+    from subquad.utils.text import is_well_formed
 
+    if not is_well_formed(prompt):
+        print("subquad: the prompt has broken characters, which are read as U+FFFD", file=sys.stderr)
     print(run(model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, chat=chat))
 
 

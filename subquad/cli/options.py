@@ -95,7 +95,8 @@ BudgetOption = Annotated[
         metavar="BUDGET",
         help="How much attention to keep, instead of the recipe's budget: a number of layers or heads (15), a share "
         "of them (50%), cache bytes at a context length (64MiB@32k), a decoding speed relative to the teacher's "
-        "(1.5x@32k), or the plan that the greedy selector finds (opt, best).",
+        "(1.5x@32k), or the plan that the greedy selector finds (opt, best). Layers in which the teacher itself has a "
+        "sliding window are counted only under bytes and speed.",
     ),
 ]
 ResumeOption = Annotated[

@@ -14,7 +14,8 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from subquad.data.text_sources import Document, TextSource, stat_signature
+from subquad.data.text_rows import Document
+from subquad.data.text_sources import TextSource, stat_signature
 from subquad.errors import UserError
 from subquad.utils.files import package_file
 

@@ -28,7 +28,8 @@ from subquad.data.corpora import default_sources
 from subquad.data.packing import document_separator
 from subquad.data.probes import DICTIONARY_LINE, DICTIONARY_QUESTION, DICTIONARY_TITLE, WORDS, make_probe
 from subquad.data.text import Corpus
-from subquad.data.text_sources import clean, open_source
+from subquad.data.text_rows import Document, Tally
+from subquad.data.text_sources import open_source
 
 SEPARATOR = "<|endoftext|>"
 VOCABULARY = 1024
@@ -68,12 +69,12 @@ def train_tokenizer(data: list[str] | None = None) -> PreTrainedTokenizerFast:
 
 def _tokenizer_texts(data: list[str] | None) -> Iterator[str]:
     for source in default_sources() if data is None else map(open_source, data):
-        room = TOKENIZER_CHARACTERS
-        for document in source.documents():
+        room, tally = TOKENIZER_CHARACTERS, Tally(source.name)
+        for row in source.documents():
             if room <= 0:
                 break
-            if not document.test:
-                yield (text := clean(document.text))
+            if (text := tally.text(row)) and isinstance(row, Document) and not row.test:
+                yield text
                 room -= len(text)
     yield from ["\n".join([*WORDS, DICTIONARY_TITLE, *FORMS, PASSKEY])] * PROMPTS_REPEATED
 

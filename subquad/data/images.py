@@ -69,6 +69,11 @@ class ImageSet:
         """Name and hash of the source."""
         return [{"name": self.name, "sha256": self.sha256}]
 
+    @property
+    def remarks(self) -> list[str]:
+        """Sentences for the console on what is odd about the images: none."""
+        return []
+
     def _read(self, images: Images) -> ImageBatch:
         pixels_BCHW, labels_B = images.read()
         pixels_BCHW = pixels_BCHW.float() / 255

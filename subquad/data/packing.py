@@ -22,14 +22,17 @@ from typing import Any, BinaryIO
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from subquad.data.text_sources import Document, TextSource, clean
+from subquad.data.text_rows import Document, Row, Tally
+from subquad.data.text_sources import TextSource
 from subquad.errors import UserError
+from subquad.utils import format as fmt
 
 FORMAT = 1  # part of the cache's key; increase it if the same text would be packed differently
 PARTS = ("train", "test", "selection")
 Progress = Callable[[int, int | None], None]
 Encode = Callable[[list[str]], list[np.ndarray]]
 _TURN_CHARACTERS = 500_000
+_PATIENCE = 10_000  # rows of a stream without one usable text, after which the field is taken to be a mistake
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -66,8 +69,9 @@ class _Reader:
     """One source being tokenised. Tokens go to one file per part; the lengths of the documents stay in memory."""
 
     source: TextSource
-    documents: Iterator[Document]
+    rows: Iterator[Row]
     files: dict[str, BinaryIO]
+    tally: Tally
     lengths: dict[str, array] = field(default_factory=lambda: {part: array("q") for part in PARTS})
     digest: Any = field(default_factory=hashlib.sha256)
     document_count: int = 0
@@ -79,11 +83,13 @@ class _Reader:
     def take(self, characters: int, period: int, encode: Encode, room: int | None) -> int:
         """Tokenise the next documents. Returns the number of training tokens added, at most `room`."""
         texts, parts = [], []
-        for document in self.documents:
-            if not (text := clean(document.text)):
+        for row in self.rows:
+            if not (text := self.tally.text(row)):
+                if self.source.endless and self.tally.rows >= _PATIENCE and not self.tally.usable:
+                    raise self.unusable()
                 continue
             self.digest.update(text.encode() + b"\0")
-            if document.test:
+            if isinstance(row, Document) and row.test:
                 part = "test"
             else:
                 part = {0: "test", 1: "selection"}.get(self.document_count % period, "train")
@@ -105,6 +111,13 @@ class _Reader:
                 self.lengths[part].append(len(ids))
         return train_tokens
 
+    def unusable(self) -> UserError:
+        """Error for a source without one usable row, which begins with what is wrong with the first."""
+        if not self.tally.rows:
+            return UserError(f"the text '{self.source.name}' is empty")
+        rows = fmt.count(self.tally.rows, "row")
+        return UserError(f"{self.tally.first_skipped} (none of the {rows} of '{self.source.name}' can be used)")
+
 
 def pack(
     sources: list[TextSource],
@@ -114,14 +127,14 @@ def pack(
     progress: Progress | None,
     folder: Path,
 ) -> None:
-    """Tokenise `sources` into `folder`: train.npy, heldout.npy (uint16, or uint32 for a large vocabulary) and
+    """Tokenise `sources` into `folder`: train.npy, heldout.npy (uint16, or uint32 for large ids) and
     meta.json.
 
     Raises:
         UserError: a source is empty, or has too few documents to hold some out.
     """
     separator = document_separator(tokenizer)
-    dtype = np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32)
+    dtype = np.dtype(np.uint16 if max(tokenizer.get_vocab().values()) < 1 << 16 else np.uint32)
 
     def encode(texts: list[str]) -> list[np.ndarray]:
         if not texts:
@@ -135,7 +148,7 @@ def pack(
         for number, source in enumerate(sources):
             parts = {part: (folder / f"{number}.{part}") for part in PARTS}
             files: dict[str, BinaryIO] = {part: stack.enter_context(path.open("wb")) for part, path in parts.items()}
-            readers.append(_Reader(source, source.documents(), files))
+            readers.append(_Reader(source, source.documents(), files, Tally(source.name)))
         train_tokens = [0] * len(readers)
         while active_readers := [n for n, reader in enumerate(readers) if not reader.exhausted]:
             room = None if max_tokens is None else max_tokens - sum(train_tokens)
@@ -151,11 +164,11 @@ def pack(
     for reader in readers:
         documents = sum(map(len, reader.lengths.values()))
         if reader.exhausted and not documents:
-            raise UserError(f"the text '{reader.source.name}' is empty")
+            raise reader.unusable()
         if reader.exhausted and not reader.tokens():
             raise UserError(
                 f"the text '{reader.source.name}' has {documents} documents: at least three are needed, "
-                "as whole documents are held out"
+                f"as whole documents are held out{reader.tally.in_brackets()}"
             )
     # Write the token files and their description.
     _write_train(folder, readers, dtype)
@@ -173,6 +186,7 @@ def pack(
                 "sha256": reader.digest.hexdigest(),
                 "documents": {part: len(lengths) for part, lengths in reader.lengths.items()},
                 "tokens": {part: reader.tokens(part) for part in reader.lengths},
+                **reader.tally.record(),
             }
             for reader in readers
         ],

@@ -38,6 +38,7 @@ from transformers import PreTrainedTokenizerBase
 
 from subquad.data.clozes import clozes
 from subquad.errors import UserError, nearest
+from subquad.utils.text import well_formed
 
 MAX_PAIRS = 100  # values are distinct integers of 0-99
 CHAINS_AND_HOPS = ((5, 4), (4, 4), (4, 3), (3, 3), (3, 2), (2, 2), (2, 1))  # each variable has a letter of its own
@@ -68,6 +69,10 @@ WORDS = """
     spider spoon spring square stable statue stone storm stream sugar summer table temple tent thunder tiger tower
     train tulip tunnel turtle valley velvet village violin wagon wheel window winter wolf yard zebra
 """.split()
+
+
+class ContextTooShort(UserError):
+    """A context in which a retrieval task has no room."""
 
 
 @dataclass(frozen=True)
@@ -139,8 +144,8 @@ def make_probe(
     row takes a passage from a random position and wraps around at the end. Without them, a short text is repeated, in
     which `questions` finds nothing to ask. If the tokenizer starts texts with a special token (`<bos>`), so does every
     row.
-    Raises `UserError` for an unknown task, a context too short for the task, a haystack without text or without a
-    sentence to ask about, or a tokenizer that has no tokens for the answers.
+    Raises `UserError` for an unknown task, a haystack without text or without a sentence to ask about, or a tokenizer
+    that has no tokens for the answers, and `ContextTooShort` for a context too short for the task.
     """
     if name not in _ROWS:
         raise UserError(f"unknown retrieval task '{name}': {nearest(name, _ROWS)}")
@@ -200,7 +205,7 @@ class _Text:
         return self.decode(self.haystack)
 
     def decode(self, ids: list[int]) -> str:
-        return str(self.tokenizer.decode(ids))
+        return well_formed(str(self.tokenizer.decode(ids)))
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -246,7 +251,7 @@ Row: TypeAlias = tuple[list[int], list[int], list[bool], float | None]
 def _copy_row(text: _Text, context: int, rng: random.Random, row: int) -> Row:
     length = (context - len(text.start)) // 2
     if length < 2:
-        raise UserError(_too_short("copy", context, len(text.start) + 4))
+        raise ContextTooShort(_too_short("copy", context, len(text.start) + 4))
     # Each token occurs once if the vocabulary allows, so that a token determines its successor.
     sequence = rng.sample(text.plain, length) if length <= len(text.plain) else rng.choices(text.plain, k=length)
     padding = rng.choices(text.plain, k=context - len(text.start) - 2 * length)
@@ -269,7 +274,7 @@ def _dictionary_row(text: _Text, context: int, rng: random.Random, row: int) -> 
         return len(dictionary) + len(question)
 
     if length(2) > context:
-        raise UserError(_too_short("dictionary", context, length(2)))
+        raise ContextTooShort(_too_short("dictionary", context, length(2)))
     low, high = 2, MAX_PAIRS
     while low < high:
         middle = (low + high + 1) // 2
@@ -286,7 +291,7 @@ def _passkey_row(text: _Text, context: int, rng: random.Random, row: int) -> Row
     question, answer = text.question(PASSKEY_QUESTION, key)
     room = context - len(intro) - len(needle) - len(question)
     if room < 0:
-        raise UserError(_too_short("passkey", context, context - room))
+        raise ContextTooShort(_too_short("passkey", context, context - room))
     needle_position = int(_spread(rng, row) * (room + 1))
     facts = intro + text.fill(needle_position, rng) + needle + text.fill(room - needle_position, rng)
     return facts, question, answer, needle_position / max(room, 1)
@@ -295,7 +300,7 @@ def _passkey_row(text: _Text, context: int, rng: random.Random, row: int) -> Row
 def _associative_row(text: _Text, context: int, rng: random.Random, row: int) -> Row:
     slots, padding = divmod(context - len(text.start), 2)
     if slots < 4:
-        raise UserError(_too_short("associative", context, len(text.start) + 8))
+        raise ContextTooShort(_too_short("associative", context, len(text.start) + 8))
     # If a small vocabulary has too few tokens to fill half of the row with pairs, each pair is asked several times.
     count = min(slots - slots // 2, (len(text.plain) - 1) // 2)
     padding_id, *tokens = rng.sample(text.plain, 2 * count + 1)
@@ -328,7 +333,7 @@ def _variables_row(text: _Text, context: int, rng: random.Random, row: int) -> R
         if 2 * room >= context:
             break
     if room < 0:
-        raise UserError(_too_short("variables", context, context - room))
+        raise ContextTooShort(_too_short("variables", context, context - room))
     order = [chain for chain in lines for _ in chain]
     rng.shuffle(order)
     facts, filled_length = intro, 0

@@ -57,7 +57,9 @@ def read_questions(path: Path) -> list[Question]:
     Raises UserError for a file that is missing, empty or not text, and for the first line that is not a question.
     """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines splits at more characters than JSON allows
+        lines = path.read_text(encoding="utf-8-sig").split(
+            "\n"
+        )  # splitlines splits at more characters than JSON allows
     except OSError as error:
         raise UserError(f"the task file {path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:

@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from subquad.data.batch import epoch_order
 from subquad.data.corpora import default_sources
 from subquad.data.packing import FORMAT, Progress, pack, tokenizer_hash
+from subquad.data.text_rows import COUNTS, remark
 from subquad.data.text_sources import open_source
 from subquad.errors import UserError
 from subquad.utils.files import build_once, cache_dir
@@ -38,7 +39,8 @@ class Corpus:
     Attributes:
         train, heldout: 1-D memory-mapped token ids.
         meta: `tokens` in train and heldout, the `separator` id, `sources` (name, license, SHA-256 of the texts used,
-            documents and tokens by part), and `heldout` (the segments with their source and part).
+            documents and tokens by part; rows read, skipped by reason and repaired), and `heldout` (the segments with
+            their source and part).
     """
 
     train: np.ndarray
@@ -81,9 +83,18 @@ class Corpus:
         return f"{len(self.train):,} tokens of text to train on"
 
     @property
-    def sources(self) -> list[dict[str, str]]:
-        """Name and hash of each source."""
-        return [{key: source[key] for key in ("name", "sha256")} for source in self.meta["sources"]]
+    def sources(self) -> list[dict[str, Any]]:
+        """Name and hash of each source, and the counts of its rows where some were skipped or repaired."""
+        return [
+            {key: source[key] for key in ("name", "sha256", *(COUNTS if remark(source) else ()))}
+            for source in self.meta["sources"]
+        ]
+
+    @property
+    def remarks(self) -> list[str]:
+        """Sentences for the console on sources with rows that were skipped or repaired."""
+        said = {source["name"]: remark(source) for source in self.meta["sources"]}
+        return [f"{name}: {words}" for name, words in said.items() if words]
 
     def first(self, tokens: int) -> "Corpus":
         """Make a corpus with only the first `tokens` tokens of `train`."""
@@ -155,7 +166,8 @@ def load_corpus(
         progress: called repeatedly with (training tokens so far, max_tokens).
 
     Raises:
-        UserError: the text is missing, empty, damaged, not UTF-8 or too short, or a stream has no `max_tokens`.
+        UserError: the text is missing, empty, damaged or too short, no row of a source can be used, or a stream has no
+            `max_tokens`.
     """
     if not 0 < heldout_fraction <= 0.5:
         raise UserError(f"heldout_fraction is {heldout_fraction}: it must be above 0 and at most 0.5")

@@ -26,7 +26,7 @@ from torch import Tensor
 from subquad.data.packing import tokenizer_hash
 from subquad.data.text import Corpus
 from subquad.distill.logit_losses import CHUNK_ELEMENTS
-from subquad.distill.teacher_cache import FORMAT, KIND, Meta, normalised, read_meta, row_keys, shard_keys
+from subquad.distill.teacher_cache import FLOOR, FORMAT, KIND, Meta, normalised, read_meta, row_keys, shard_keys
 from subquad.errors import UserError
 from subquad.model.output_head import OutputHead, final_hidden
 from subquad.ops.common import wide
@@ -36,7 +36,6 @@ from subquad.utils.files import claim_folder, is_disk_full, write_aside
 from subquad.utils.interrupt import interrupt_waits
 from subquad.utils.progress import StageProgress
 
-FLOOR = -1e4  # lowest log-probability; float16 and float32 represent it exactly
 SHARD_BYTES = 64 * 2**20
 MIN_SHARDS = 16  # so that an interruption loses little of a small cache
 # Settings that must be the same to resume a cache: the key in meta.json, and the name in messages.

@@ -29,6 +29,8 @@ from subquad.recipes.stage import Divergence
 
 CHUNK_ELEMENTS = 2**24  # logits of one chunk: 64 MiB in float32, large enough for an efficient matrix product
 
+FORBIDDEN = -1e30  # a lower log-probability is a mask's: -inf, or the lowest number over a temperature
+
 
 class TeacherLogits(Protocol):
     """Next-token distribution of the teacher at N positions."""
@@ -68,7 +70,8 @@ class FromTopK(NamedTuple):
         ids_CK, log_probs_CK = (x.flatten(0, 1)[rows] for x in (self.ids_BTK, self.log_probs_BTK))
         log_p_CV = student_CV.scatter(1, ids_CK, -math.inf)
         log_rest_C1 = self.log_rest_BT.flatten()[rows, None].to(student_CV)
-        log_p_CV += log_rest_C1 - log_p_CV.logsumexp(1, keepdim=True)
+        log_sum_C1 = log_p_CV.logsumexp(1, keepdim=True)
+        log_p_CV += log_rest_C1 - log_sum_C1.masked_fill(log_sum_C1 == -math.inf, 0.0)  # the student has no rest
         return log_p_CV.scatter_(1, ids_CK, log_probs_CK.to(student_CV))
 
 
@@ -81,6 +84,9 @@ def divergence(
     student's logits, times `scale`; it is None if `scale` is None. With p the teacher's and q the student's
     probabilities at the temperature tau, and m their mean:
 
+    A token that the teacher forbids (a logit of -inf, or of the lowest number) has p = 0, and adds nothing to a sum of
+    p log(p / q). KL(q || p) would be infinite, so there q is the student's distribution over the other tokens.
+
     - forward_kl: tau^2 KL(p || q) (Hinton et al., arXiv 1503.02531; tau^2 keeps the gradient's size)
     - reverse_kl: tau^2 KL(q || p) (MiniLLM, arXiv 2306.08543)
     - jensen_shannon: tau^2 (KL(p || m) + KL(q || m)) / 2 (GKD, arXiv 2306.13649, beta = 1/2)
@@ -89,28 +95,42 @@ def divergence(
     tau = temperature
     if kind in ("forward_kl", "soft_cross_entropy"):
         p_CV = teacher_CV.exp()
+        impossible_CV = p_CV == 0  # 0 times the logarithm is 0, infinite or not
         if kind == "forward_kl":
             factor, rate = tau**2, tau
-            value = torch.einsum("cv,cv->c", p_CV, teacher_CV.sub_(student_CV)).sum()
+            ratio_CV = teacher_CV.sub_(student_CV).masked_fill_(impossible_CV, 0.0)
+            value = torch.einsum("cv,cv->c", p_CV, ratio_CV).sum()
         else:
             factor, rate = 1.0, 1 / tau
-            value = -torch.einsum("cv,cv->c", p_CV, student_CV).sum()
+            value = -torch.einsum("cv,cv->c", p_CV, student_CV.masked_fill(impossible_CV, 0.0)).sum()
         return factor * value, None if scale is None else student_CV.exp_().sub_(p_CV).mul_(rate * scale)
 
-    q_CV = student_CV.exp()
     if kind == "reverse_kl":
-        ratio_CV, half = student_CV.sub_(teacher_CV), 1.0
+        student_CV = _where_allowed(student_CV, teacher_CV)
+    q_CV = student_CV.exp()
+    unlikely_CV = q_CV == 0
+    if kind == "reverse_kl":
+        ratio_CV, half = student_CV.sub_(teacher_CV).masked_fill_(unlikely_CV, 0.0), 1.0
         value = q_CV.mul(ratio_CV).sum()
     else:
         mean_CV = torch.logaddexp(teacher_CV, student_CV).sub_(math.log(2))
         p_CV = teacher_CV.exp()
-        ratio_CV, half = student_CV.sub_(mean_CV), 0.5
-        value = half * (q_CV.mul(ratio_CV).sum() + p_CV.mul_(teacher_CV.sub_(mean_CV)).sum())
+        ratio_CV, half = student_CV.sub_(mean_CV).masked_fill_(unlikely_CV, 0.0), 0.5
+        teacher_ratio_CV = teacher_CV.sub_(mean_CV).masked_fill_(p_CV == 0, 0.0)
+        value = half * (q_CV.mul(ratio_CV).sum() + p_CV.mul_(teacher_ratio_CV).sum())
     if scale is None:
         return tau**2 * value, None
     # With logits z: d/dz_j sum q (log q - log p) = q_j (log(q_j / p_j) - its mean under q); half of that with m for p.
     mean_C1 = torch.einsum("cv,cv->c", q_CV, ratio_CV)[:, None]
     return tau**2 * value, ratio_CV.sub_(mean_C1).mul_(q_CV).mul_(half * tau * scale)
+
+
+def _where_allowed(student_CV: Tensor, teacher_CV: Tensor) -> Tensor:
+    """Log-probabilities of the student among the tokens that the teacher does not forbid; overwrites them."""
+    if not teacher_CV.amin() < FORBIDDEN:
+        return student_CV
+    forbidden_CV = teacher_CV < FORBIDDEN
+    return student_CV.masked_fill_(forbidden_CV, -math.inf).log_softmax(-1)
 
 
 class TokenLoss(NamedTuple):

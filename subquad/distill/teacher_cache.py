@@ -10,7 +10,8 @@ A row is one of the non-overlapping windows of `Corpus.train` from which `Corpus
 ones.
 
 Notable:
-- All logarithms are finite. If no mass is left (top-k is the whole vocabulary), the rest is FLOOR, which is zero mass.
+- All stored logarithms are finite. FLOOR is zero mass, which `lookup` returns as -inf: that of a token that the teacher
+  forbids, and of the rest if nothing is left (top-k is the whole vocabulary).
 - float16 rounds a log-probability by up to 5e-4 of its value, so the stored masses do not quite sum to one. `lookup`
   divides by their sum, so students learn from a distribution over the top-k tokens and the rest.
 
@@ -19,6 +20,7 @@ Legend of tensor suffixes: W rows of a shard, B rows, T tokens, K top-k.
 
 import hashlib
 import json
+import math
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ from subquad.errors import UserError
 from subquad.utils.files import sha256_of_file
 
 KIND, FORMAT = "subquad teacher cache", 1  # raise the format when older readers would misread new files
+FLOOR = -1e4  # lowest log-probability; float16 and float32 represent it exactly
 OPEN_SHARDS = 8
 Meta = dict[str, Any]
 
@@ -98,7 +101,14 @@ class TeacherCache:
         """
         rows = [self._read_row(int(row_index)) for row_index in self._find_rows(input_ids_BT)]
         ids_BTK, log_probs_BTK, log_rest_BT = (torch.stack(column) for column in zip(*rows, strict=True))
-        distribution = ids_BTK.long(), *normalised(log_probs_BTK, log_rest_BT)
+        stored = log_probs_BTK, log_rest_BT
+        distribution = (
+            ids_BTK.long(),
+            *(
+                value.masked_fill(floored <= FLOOR, -math.inf)
+                for value, floored in zip(normalised(*stored), stored, strict=True)
+            ),
+        )
         return FromTopK(*(tensor.to(input_ids_BT.device) for tensor in distribution))
 
     def _find_rows(self, input_ids_BT: Tensor) -> np.ndarray:

@@ -139,6 +139,11 @@ def load_tasks(names: Sequence[str], fewshot: int | None = None) -> list[Any]:
     return loaded
 
 
+def task_name(task: Any) -> str:
+    """Name of a task or a group that `load_tasks` made."""
+    return str(getattr(getattr(task, "config", None), "task", None) or getattr(task, "name", task))
+
+
 @cache  # it reads thousands of files
 def _task_manager() -> Any:
     from lm_eval.tasks import TaskManager

@@ -90,8 +90,9 @@ def _compared(student: _Answer, teacher: _Answer, labels_B: Tensor) -> dict[str,
     if student.map_BHW is not None and teacher.map_BHW is not None:
         measures["saliency"] = (student.map_BHW - teacher.map_BHW).abs().mean((1, 2))
     if student.logp_BV is not None and teacher.logp_BV is not None:
-        best_B = student.logp_BV.argmax(-1)
-        measures["kl"] = (teacher.logp_BV.exp() * (teacher.logp_BV - student.logp_BV)).sum(-1)
+        best_B, p_BV = student.logp_BV.argmax(-1), teacher.logp_BV.exp()
+        if student.logp_BV.shape == p_BV.shape:
+            measures["kl"] = (p_BV * (teacher.logp_BV - student.logp_BV)).masked_fill(p_BV == 0, 0.0).sum(-1)
         measures["agreement"] = best_B == teacher.logp_BV.argmax(-1)
         known_B = labels_B != UNLABELLED
         if known_B.any():

@@ -5,7 +5,10 @@ Notable:
   model says at context c.
 - The teacher runs once for all the models. A row at a time goes through the decoders, and the heads see `chunk`
   positions at a time: a few (chunk, V) tensors are the most there is, never a (B, T, V) one.
-- KL sums differences of float32 log-probabilities, so it is exactly zero for a model that equals its teacher.
+- KL sums differences of float32 log-probabilities, so it is exactly zero for a model that equals its teacher. A token
+  that the teacher forbids (a logit of -inf) adds nothing.
+- Heads of different sizes, padded with rows that no token uses, are cut to the rows that all have, as in training.
+- Logits that are no numbers give measures that are none (NaN); nothing else is lost.
 
 Shapes: B rows, T tokens, C positions of a chunk, M model width, V vocabulary.
 """
@@ -22,7 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from subquad.errors import UserError
-from subquad.model.output_head import final_hidden, head_logits
+from subquad.model.output_head import OutputHead, final_hidden, head_logits
 
 Measures = dict[str, dict[int, Any]]
 MEASURES = ("kl", "top1", "cross_entropy", "perplexity")
@@ -40,6 +43,8 @@ def likelihood(
 ) -> dict[str, Measures]:
     """Compare every model of `models` with its teacher on the rows of `heldout_BT` (int64 token ids, no padding).
 
+    All distributions are over the tokens that the output heads of all the models have.
+
     Returns, for "teacher" and for each name: `kl` (forward KL of the teacher from the model, nats per token),
     `kl_samples` (the means it is the mean of: one of each row, or of each eighth of the only row), `kl_stderr` (its
     standard error over them), `top1` (share of positions where both have the same likeliest token), `cross_entropy`
@@ -48,21 +53,15 @@ def likelihood(
     {"start", "kl", "top1", "cross_entropy", "perplexity"}}, the means over the positions from `start`, the next shorter
     context, up to this one: what a mean over all positions hides of the last ones. `tick` is called with the tokens of
     each row, summed over the models, when it is done.
-    Raises `UserError` if a context is longer than the rows or below 2.
+    Raises `UserError` as `check_rows` does.
     """
-    # Check the arguments
     if "teacher" in models:
         raise ValueError("'teacher' is the name of the teacher's own row: give the model another one")
-    rows, length = heldout_BT.shape
-    for context in contexts:
-        if not 2 <= context <= length:
-            raise UserError(
-                f"cannot measure likelihood at a context of {context} tokens, the held-out rows have {length}: "
-                "choose contexts from 2 to that length, or hold out more text"
-            )
+    all_models = {"teacher": teacher, **models}
+    check_rows(all_models, heldout_BT, contexts)
+    rows, common_tokens = len(heldout_BT), min(map(head_size, all_models.values()))
 
     # Every measure of every token, a chunk of positions at a time
-    all_models = {"teacher": teacher, **models}
     longest = max(contexts, default=0)
     kl = {name: torch.zeros(rows, longest) for name in all_models}
     same = {name: torch.ones(rows, longest) for name in all_models}
@@ -76,14 +75,16 @@ def likelihood(
                 positions = slice(start, min(start + chunk, longest))
                 targets_C = ids_1T[0, start + 1 : positions.stop + 1]  # one less at the end of the row
                 after = slice(start + 1, start + 1 + len(targets_C))
-                teacher_CV = _log_probabilities(teacher, hidden["teacher"][:, positions])
+                teacher_CV = _log_probabilities(teacher, hidden["teacher"][:, positions], common_tokens)
                 p_CV, best_C = teacher_CV.exp(), teacher_CV.argmax(-1)
+                impossible_CV = p_CV == 0
                 surprise["teacher"][row, after] = -_of_targets(teacher_CV, targets_C)
                 for name, model in models.items():
-                    logp_CV = _log_probabilities(model, hidden[name][:, positions]).to(teacher_CV.device)
+                    logp_CV = _log_probabilities(model, hidden[name][:, positions], common_tokens).to(best_C.device)
                     surprise[name][row, after] = -_of_targets(logp_CV, targets_C)
-                    same[name][row, positions] = (logp_CV.argmax(-1) == best_C).float().cpu()
+                    same[name][row, positions] = _agreement(logp_CV, best_C).cpu()
                     difference_CV = torch.sub(teacher_CV, logp_CV, out=logp_CV)  # their last use: overwrite them
+                    difference_CV.masked_fill_(impossible_CV, 0.0)  # 0 log 0 is 0
                     kl[name][row, positions] = torch.einsum("cv,cv->c", p_CV, difference_CV).cpu()
             tick(len(all_models) * longest)
 
@@ -109,12 +110,40 @@ def _means(kl_BT: Tensor, same_BT: Tensor, surprise_BT: Tensor, start: int, stop
         "kl": kl_BT[:, start:stop].double().mean().item(),
         "top1": same_BT[:, start:stop].double().mean().item(),
         "cross_entropy": cross_entropy,
-        "perplexity": math.exp(cross_entropy) if cross_entropy < 700 else math.inf,
+        "perplexity": math.inf if cross_entropy >= 700 else math.exp(cross_entropy),
     }
 
 
-def _log_probabilities(model: PreTrainedModel, hidden_1CM: Tensor) -> Tensor:
-    return head_logits(model, hidden_1CM)[0].float().log_softmax(-1)
+def check_rows(models: Mapping[str, PreTrainedModel], heldout_BT: Tensor, contexts: Sequence[int]) -> None:
+    """Raises UserError if the rows are shorter than a context, or have a token that a model lacks."""
+    length = heldout_BT.shape[1]
+    for context in contexts:
+        if not 2 <= context <= length:
+            raise UserError(
+                f"cannot measure likelihood at a context of {context} tokens, the held-out rows have {length}: "
+                "choose contexts from 2 to that length, or hold out more text"
+            )
+    for name, model in models.items():
+        if (largest := int(heldout_BT.max())) >= (tokens := head_size(model)):
+            raise UserError(
+                f"the text has the token {largest}, and the model '{name}' knows {tokens} tokens: the models have "
+                "different tokenizers, so compare models that have the same"
+            )
+
+
+def head_size(model: PreTrainedModel) -> int:
+    """Tokens of the output head of a model, those included that pad it."""
+    return len(OutputHead.of(model).weight_VM)
+
+
+def _log_probabilities(model: PreTrainedModel, hidden_1CM: Tensor, tokens: int) -> Tensor:
+    return head_logits(model, hidden_1CM)[0, :, :tokens].float().log_softmax(-1)
+
+
+def _agreement(logp_CV: Tensor, best_C: Tensor) -> Tensor:
+    """1.0 where the likeliest token is this one, else 0.0; NaN where the logits are no numbers."""
+    likeliest_C, token_C = logp_CV.max(-1)
+    return (token_C == best_C).float().masked_fill(likeliest_C.isnan(), math.nan)
 
 
 def _of_targets(logp_CV: Tensor, targets_C: Tensor) -> Tensor:
@@ -141,7 +170,9 @@ def _sample_means(values_BT: Tensor) -> list[float]:
 
 
 def standard_error(samples: Sequence[float]) -> float:
-    """Standard error of the mean of at least two independent samples."""
+    """Standard error of the mean of at least two independent samples; NaN if one is not finite."""
+    if not all(map(math.isfinite, samples)):
+        return math.nan
     return stdev(samples) / math.sqrt(len(samples))
 
 

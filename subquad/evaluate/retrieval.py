@@ -117,8 +117,9 @@ def answers(
                 asked_AM.split(POSITIONS_AT_ONCE), targets_A.split(POSITIONS_AT_ONCE), strict=True
             ):
                 logp_AV = head_logits(model, some_AM[None])[0].float().log_softmax(-1)
-                hits.append(logp_AV.argmax(-1) == targets)
-                logprobs.append(logp_AV.gather(-1, targets[:, None])[:, 0])
+                logprob_A = logp_AV.gather(-1, targets[:, None])[:, 0]
+                hits.append((logp_AV.argmax(-1) == targets) & ~logprob_A.isnan())
+                logprobs.append(logprob_A)
     tokens_N = probe.answer_mask.sum(dim=1)
     hits_by_row, logprobs_by_row = (torch.cat(x).cpu().double().split(tokens_N.tolist()) for x in (hits, logprobs))
     return Answers(

@@ -1,5 +1,7 @@
 """Baselines of a student (a window of the same cache bytes, and even placement), and verdicts against them."""
 
+import math
+from collections.abc import Collection
 from operator import methodcaller
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -10,7 +12,7 @@ from subquad.model.tasks import TASKS
 from subquad.plan import ATTENTION, ITEMSIZE, Plan
 from subquad.recipes.schema import Recipe
 from subquad.select import uniform_layers
-from subquad.select.budget import largest_within
+from subquad.select.budget import kept_layers, largest_within
 
 
 def window_plan(plan: Plan, dtype: str) -> Plan:
@@ -33,15 +35,20 @@ def window_plan(plan: Plan, dtype: str) -> Plan:
     return windows(window)
 
 
-def even_plan(plan: Plan, mixer: str, options: dict[str, Any], dtype: str) -> Plan:
-    """Baseline without measurements: evenly spaced whole layers, as many as fit into the cache bytes of `plan`."""
+def even_plan(plan: Plan, mixer: str, options: dict[str, Any], dtype: str, kept: Collection[int] = ()) -> Plan:
+    """Baseline without measurements: evenly spaced whole layers, as many as fit into the cache bytes of `plan`.
+
+    The layers `kept` attend beside them.
+    """
     context = 2**15  # at which keys and values take more bytes than states
+    open_layers = [layer for layer in range(plan.num_layers) if layer not in kept]
 
     def plan_of(count: int) -> Plan:
-        return Plan.by_layer(plan.shapes, uniform_layers(plan.num_layers, count), mixer, options)
+        spaced_layers = [open_layers[index] for index in uniform_layers(len(open_layers), count)]
+        return Plan.by_layer(plan.shapes, [*kept, *spaced_layers], mixer, options)
 
     cost = methodcaller("cache_bytes", context, dtype=dtype)
-    return plan_of(largest_within(plan.num_layers, plan_of, cost, cost(plan)) or 0)
+    return plan_of(largest_within(len(open_layers), plan_of, cost, cost(plan)) or 0)
 
 
 class Baseline(NamedTuple):
@@ -59,7 +66,8 @@ def baseline_plans(recipe: Recipe, plan: Plan) -> dict[str, Baseline]:
     """
     if recipe.student is not None:
         return {}
-    uniform_plan = even_plan(plan, recipe.mixer.name, recipe.mixer.options, recipe.dtype)
+    kept = kept_layers(recipe.selector, plan.shapes, plan)
+    uniform_plan = even_plan(plan, recipe.mixer.name, recipe.mixer.options, recipe.dtype, kept)
     baselines = {}
     if any(stage.scope == "all-linear" for stage in recipe.stages):
         baselines["aligned"] = Baseline(plan, aligned=True)
@@ -86,6 +94,9 @@ def verdicts(metrics: dict[str, Any], contexts: list[int]) -> list[str]:
             continue
         for setting, unit, measure, samples, baseline_samples in _samples(metrics[better], metrics[worse], contexts):
             gain = paired_gain(samples, baseline_samples)
+            if not math.isfinite(gain.mean):
+                sentences.append(f"{comparison}: undecided {setting}, as a {measure} is not finite")
+                continue
             outcome = "tied" if gain.mean == 0 else "won" if gain.mean > 0 else "LOST"
             caveat = ", which may be chance" if gain.may_be_chance else ""
             sentences.append(
@@ -100,14 +111,15 @@ def _samples(
 ) -> list[tuple[str, str, str, list[float], list[float]]]:
     """Setting, unit, measure, and the samples of both models, for each comparison of two models."""
     if "images" in better:
-        fidelity, baseline_fidelity = better["images"], worse["images"]
-        if "samples" not in fidelity:
+        fidelity, baseline_fidelity = better["images"], worse.get("images", {})
+        if "samples" not in fidelity or "samples" not in baseline_fidelity:
             return []
         unit, measure = (" nats", "KL") if "kl" in fidelity else ("", "distance of features")
         setting = f"on {fidelity['count']:,} images"
         return [(setting, unit, measure, fidelity["samples"], baseline_fidelity["samples"])]
-    pairs = [(better["kl_samples"][context], worse["kl_samples"][context]) for context in sorted(contexts)[-2:]]
+    tables = better.get("kl_samples", {}), worse.get("kl_samples", {})
     return [
-        (f"at {context} tokens", " nats", "KL", *pair)
-        for context, pair in zip(sorted(contexts)[-2:], pairs, strict=True)
+        (f"at {context} tokens", " nats", "KL", *(table[context] for table in tables))
+        for context in sorted(contexts)[-2:]
+        if all(context in table for table in tables)
     ]

@@ -11,6 +11,7 @@ from subquad.errors import UserError
 from subquad.jobs.conversion import checked_recipe, open_teacher, read_text
 from subquad.jobs.run import Run, make_accelerator
 from subquad.model.tasks import TASKS
+from subquad.model.teacher_check import longest_input
 from subquad.recipes.schema import Recipe
 from subquad.utils.environment import environment
 from subquad.utils.format import nats, percent, size
@@ -60,7 +61,12 @@ def cache_teacher(
     claim_cache(out, resume=resume, overwrite=overwrite)  # before the slow part
     device = str(run.accelerator.device)
     loaded_teacher = open_teacher(recipe, device, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
+    if (longest := longest_input(loaded_teacher.model, sequence_length)) < sequence_length:
+        run.say(f"{loaded_teacher.name} takes rows of at most {longest:,} tokens, not {sequence_length:,}")
+        sequence_length = longest
     corpus = read_text(recipe, loaded_teacher)
+    for remark in corpus.remarks:
+        run.say(remark)
     run.say(f"teacher: {loaded_teacher.name}; {corpus.amount}")
     if len(corpus.train) < tokens:
         run.say(f"the text is shorter than the {tokens:,} tokens that were asked for: all of it is cached")

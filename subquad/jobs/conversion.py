@@ -1,6 +1,6 @@
 """Conversion: checked settings, a run folder, the teacher and its data, opened once; it creates the students."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from subquad.data.text import Corpus, load_corpus
 from subquad.errors import UserError
 from subquad.evaluate.harness import load_tasks
 from subquad.jobs.base_model import fresh_model
+from subquad.jobs.fitting import fitted
 from subquad.jobs.run import Run, start_run
 from subquad.mixers import mixer_options
 from subquad.model.base import BaseStudent
@@ -23,11 +24,13 @@ from subquad.model.interface import find_attention, shapes_of
 from subquad.model.output_head import check_head
 from subquad.model.student import Student, tied
 from subquad.model.tasks import TASKS
-from subquad.plan import ATTENTION, Plan
+from subquad.model.teacher_check import check_causal, check_finite, check_same, check_students
+from subquad.plan import ATTENTION, AttentionShape, Plan
 from subquad.pretrained.load import Teacher, load_pretrained
 from subquad.recipes.load import load_recipe
-from subquad.recipes.schema import NamedMixer, Recipe
-from subquad.select import SELECTORS, Budget, check_alternatives, check_selector
+from subquad.recipes.schema import NamedMixer, Recipe, SelectorConfig
+from subquad.report import saving_warning
+from subquad.select import SELECTORS, Budget, check_alternatives, check_selector, kept_layers
 
 CALIBRATION_TOKENS = 1024
 
@@ -102,8 +105,9 @@ def _check_images(recipe: Recipe) -> None:
 class Conversion:
     """Recipe with everything it needs: the run folder, the teacher, and its text or images.
 
-    `base` is the model whose attention is replaced: the teacher's, or the student's own. For images, the recipe's
-    stages have the number of tokens of an image as their sequence length.
+    `base` is the model whose attention is replaced: the teacher's, or the student's own. The recipe's rows have at most
+    the tokens that these models take, `longest` in all; for images, its stages have the number of tokens of an image as
+    their sequence length.
     """
 
     recipe: Recipe
@@ -111,6 +115,7 @@ class Conversion:
     teacher: Teacher
     base: PreTrainedModel
     data: Data
+    longest: int = CALIBRATION_TOKENS  # tokens of a row
 
     @classmethod
     @contextmanager
@@ -125,12 +130,15 @@ class Conversion:
         with run.timed("load"):
             teacher = open_teacher(recipe, str(run.accelerator.device), **load_options)
             base = teacher.model if recipe.student is None else fresh_model(teacher, recipe.student, recipe.seed)
+            recipe, longest = _checked_models(recipe, run, teacher, base)
         with run.timed("data"), run.accelerator.main_process_first():
             data = read_data(recipe, teacher)
+        for remark in data.remarks:
+            run.say(remark)
         if isinstance(data, ImageSet):  # the tokens of an image replace the stages' sequence length
             stages = [stage.model_copy(update={"sequence_length": data.tokens}) for stage in recipe.stages]
             recipe = recipe.model_copy(update={"stages": stages})
-        yield cls(recipe, run, teacher, base, data)
+        yield cls(recipe, run, teacher, base, data, longest)
         run.end()
 
     @property
@@ -146,18 +154,31 @@ class Conversion:
             self.base, plan, mixers_from=mixers_from, join_start=self.recipe.mixer.join_start
         )
         if student.new_mixers:
-            sample = self.data.sample(CALIBRATION_TOKENS).to(student.device)
+            sample = self.data.sample(min(CALIBRATION_TOKENS, self.longest)).to(student.device)
             student.calibrate(inputs_of(sample), student.new_mixers)
         return student
 
-    def all_linear_students(self) -> dict[str, BaseStudent]:
-        """Student without attention for each of the recipe's mixers, the recipe's main mixer first."""
-        shapes = shapes_of(self.base)
+    def all_linear_students(self, given_plan: Plan | None = None) -> dict[str, BaseStudent]:
+        """Student without attention for each of the recipe's mixers, the recipe's main mixer first.
+
+        The teacher's own sliding-window layers keep attention where the budget does not count them, unless a given plan
+        replaces them.
+        """
+        shapes, settings = shapes_of(self.base), self.recipe.selector
+        kept = kept_layers(settings, shapes, given_plan)
+        if given_plan is None and (note := _about_windows(settings, shapes, kept)):
+            self.run.say(note)
         with self.run.timed("calibrate"):
             return {
-                name: self.new_student(Plan.by_layer(shapes, [], name, options))
+                name: self.new_student(Plan.by_layer(shapes, kept, name, options))
                 for name, options in mixers_of(self.recipe).items()
             }
+
+    def warn_of(self, plan: Plan) -> None:
+        """Says at which contexts a plan saves no cache, or little. Image encoders have none."""
+        warning = "" if self.teacher.kind.of_images else saving_warning(plan, self.recipe.dtype)
+        if warning:
+            self.run.say(warning)
 
     def untie(self, student: BaseStudent) -> None:
         """Gives the student an untied output head if the recipe trains one."""
@@ -176,6 +197,9 @@ def open_teacher(recipe: Recipe, device: str, **load_options: Any) -> Teacher:
     """Teacher of the recipe, on this device. Raises UserError, naming it, if it cannot be converted."""
     teacher = load_pretrained(recipe.teacher, task=recipe.task, dtype=recipe.dtype, device=device, **load_options)
     find_attention(teacher.model)
+    if not teacher.kind.of_images:
+        check_causal(teacher.model)
+        check_finite(teacher.model)
     check_head(teacher.model)
     if recipe.tied_embeddings == "refuse" and tied(teacher.model):
         raise UserError(
@@ -183,6 +207,42 @@ def open_teacher(recipe: Recipe, device: str, **load_options: Any) -> Teacher:
             "(tied_embeddings): choose untie, retie or keep, or another teacher"
         )
     return teacher
+
+
+def _about_windows(settings: SelectorConfig, shapes: Sequence[AttentionShape], kept: Sequence[int]) -> str:
+    """Sentence on what the budget counts in a teacher with sliding windows; empty if there is nothing to say."""
+    if kept:
+        others = len(shapes) - len(kept)
+        return (
+            f"{len(kept)} of {len(shapes)} layers have the teacher's own sliding window, whose cache does not grow "
+            f"with the context: they keep attention, and the budget {settings.budget} is of the other {others} "
+            "(selector.window_layers=replace counts all)"
+        )
+    if all(shape.window is not None for shape in shapes) and Budget.parse(settings.budget).context is None:
+        return f"every layer has the teacher's own sliding window, so the budget {settings.budget} is of all of them"
+    return ""
+
+
+def _checked_models(recipe: Recipe, run: Run, teacher: Teacher, base: PreTrainedModel) -> tuple[Recipe, int]:
+    """Recipe fitted to the models, and its longest row; says what it cuts, and what the teacher itself lacks.
+
+    Raises UserError for a model whose students could not generate.
+    """
+    if teacher.kind.of_images:
+        return recipe, CALIBRATION_TOKENS
+    shapes, make_student = shapes_of(base), teacher.kind.student.from_teacher
+    all_attention = make_student(base, Plan.all_attention(shapes))
+    check_same(base, all_attention)
+    students = {
+        name: make_student(base, Plan.by_layer(shapes, [], name, mixers_of(recipe)[name])) for name in mixers_of(recipe)
+    }
+    for note in check_students(base, {"attention": all_attention} | students):
+        run.say(note)
+    other_models = [] if base is teacher.model else [base]
+    recipe, longest, sentence = fitted(recipe, teacher, other_models, {"calibration": CALIBRATION_TOKENS})
+    if sentence:
+        run.say(sentence)
+    return recipe, longest
 
 
 def read_data(recipe: Recipe, teacher: Teacher) -> Data:

@@ -1,29 +1,29 @@
 """Main job: converts a teacher into a student, and evaluates it.
 
 `convert` reads as the steps of a conversion: load, align all-linear students, select the heads that keep attention,
-distill the selected plan, evaluate it against its baselines, save. The run's folder holds the state of each step, so an
-interrupted run resumes where it stopped.
+distill the selected plan, save it, evaluate it against its baselines. The run's folder holds the state of each step, so
+an interrupted run resumes where it stopped: after a failure of the evaluation, nothing is trained again.
 """
 
-import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from subquad.distill.state import StageResult
-from subquad.evaluate.suite import evaluate_models
+from subquad.evaluate.suite import check_heldout, evaluate_models
 from subquad.jobs.baselines import baseline_plans, verdicts
 from subquad.jobs.conversion import Conversion, checked_recipe
-from subquad.jobs.run import provenance
-from subquad.jobs.select import named_plans, select_plan
+from subquad.jobs.run import Run, provenance
+from subquad.jobs.select import check_selection, named_plans, select_plan
 from subquad.jobs.train import align, train_stages
 from subquad.model.base import BaseStudent
 from subquad.plan import Plan
 from subquad.recipes.schema import Recipe
 from subquad.report import print_table, write_model_card, write_report
 from subquad.utils import format as fmt
-from subquad.utils.files import sha256_of_file
+from subquad.utils.files import json_text, sha256_of_file
 
 
 def convert(
@@ -43,10 +43,10 @@ def convert(
     """Converts `teacher` by `recipe` into the folder `out`, and returns the student.
 
     `plan`: a plan file to use instead of selecting. `data`: text or images instead of the recipe's. `resume`: continue
-    an interrupted run in `out`; `overwrite`: delete an earlier run there first. `layers`: cut the teacher to its first
-    layers (for trials). Writes the model, plan.yaml, scores.json, metrics.json, log.jsonl, report.html and README.md.
-    If a selector names several plans and none is trained further, the other models are written into folders of these
-    names. Raises UserError for invalid arguments.
+    an interrupted run in `out`, or measure its trained student again; `overwrite`: delete an earlier run there first.
+    `layers`: cut the teacher to its first layers (for trials). Writes the model, plan.yaml, scores.json, metrics.json,
+    log.jsonl, report.html and README.md. If a selector names several plans and none is trained further, the other
+    models are written into folders of these names. Raises UserError for invalid arguments.
     """
     # Check the settings before anything is loaded
     start_time = time.perf_counter()
@@ -57,8 +57,13 @@ def convert(
         run, recipe = conversion.run, conversion.recipe
         run.say(f"teacher: {conversion.teacher.name}; {conversion.data.amount}")
 
+        # What would end the run after training ends it now
+        check_heldout(recipe.evaluate, conversion.teacher, conversion.data)
+
         # Align all-linear students, and select a plan with them
-        linear_students = conversion.all_linear_students()
+        linear_students = conversion.all_linear_students(given_plan)
+        if given_plan is None:
+            check_selection(conversion, linear_students)
         results = align(conversion, linear_students)
         if given_plan is None:
             student_plan, scores = select_plan(conversion, linear_students)
@@ -66,6 +71,7 @@ def convert(
             student_plan, scores = given_plan, {}
             run.write("plan.yaml", student_plan.to_yaml())
         run.say(f"plan: {student_plan.pattern()}")
+        conversion.warn_of(student_plan)
 
         # Distill the student of this plan
         student = conversion.new_student(student_plan, mixers_from=linear_students.values())
@@ -73,19 +79,30 @@ def convert(
         results += train_stages(conversion, student, scope="plan")
         conversion.retie(student)
 
-        # Evaluate it, and write everything
+        # Save it before anything else can fail; then evaluate it, and write the rest
         if run.main:
-            metrics = _measure(conversion, student, linear_students)
             _save(conversion, student)
             _save_named_plans(conversion, student_plan, linear_students)
-            run.seconds["total"] = time.perf_counter() - start_time
-            metrics |= _costs(conversion, results, scores) | provenance(run, command) | _hashes(conversion)
-            run.write("metrics.json", json.dumps(metrics, indent=1))
-            write_report(run.out)
-            write_model_card(run.out)
-            print_table(metrics, run.console)
+            with _student_is_safe(run):
+                metrics = _measure(conversion, student, linear_students)
+                run.seconds["total"] = time.perf_counter() - start_time
+                metrics |= _costs(conversion, results, scores) | provenance(run, command) | _hashes(conversion)
+                run.write("metrics.json", json_text(metrics))
+                write_report(run.out)
+                write_model_card(run.out)
+                print_table(metrics, run.console)
             run.say(f"model, report.html and metrics.json are in {run.out}")
     return student
+
+
+@contextmanager
+def _student_is_safe(run: Run) -> Iterator[None]:
+    """Says, if the block fails or is interrupted, that the trained student is saved and how to measure it again."""
+    try:
+        yield
+    except BaseException:
+        run.say(f"the trained student is saved in {run.out}: --resume measures it again, without training")
+        raise
 
 
 def _save(conversion: Conversion, student: BaseStudent, name: str = "") -> None:

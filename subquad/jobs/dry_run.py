@@ -31,7 +31,7 @@ from subquad.recipes.schema import Recipe
 from subquad.recipes.stage import Stage
 from subquad.report import print_plan
 from subquad.report.console import make_table
-from subquad.select import SELECTORS, Budget, Ranking, choose_plan, uniform_layers, units_of
+from subquad.select import SELECTORS, Budget, Ranking, choose_plan, open_units, uniform_layers
 from subquad.utils import format as fmt
 from subquad.utils.token_cost import TRAINING
 
@@ -127,7 +127,7 @@ def dry_run(
         Conversion.open(recipe, Path(folder) / "run", **load_options) as conversion,
     ):
         conversion.run.say(f"teacher: {conversion.teacher.name}; {conversion.data.amount}")
-        check_heldout(recipe.evaluate, conversion.teacher, conversion.data)  # `convert` needs it at the end
+        check_heldout(conversion.recipe.evaluate, conversion.teacher, conversion.data)  # `convert` needs it at the end
         preview = _preview(conversion, given_plan)
         _print_preview(conversion, preview, Path(out))
     return preview
@@ -137,7 +137,7 @@ def _preview(conversion: Conversion, given_plan: Plan | None) -> Preview:
     """Estimate of the whole conversion, by trial steps on its own students."""
     # The steps before selection, as they have just run
     recipe, run = conversion.recipe, conversion.run
-    linear_students, speed = conversion.all_linear_students(), teacher_speed(conversion)
+    linear_students, speed = conversion.all_linear_students(given_plan), teacher_speed(conversion)
     seconds = {part: run.seconds[part] for part in ("load", "data", "calibrate")}
 
     # The plan: given, or evenly spaced and of the budget's size
@@ -180,7 +180,7 @@ def _stand_in(linear_student: BaseStudent, recipe: Recipe) -> Plan:
     if budget.word is not None or budget.speedup is not None:
         budget = Budget.parse("50%")
     unit = SELECTORS[settings.by].unit if settings.unit is None else settings.unit
-    units = units_of(linear_student.plan.shapes, unit)
+    units = open_units(linear_student.plan, unit)
     ranking = Ranking(units, lambda count: uniform_layers(len(units), count), unit)
     return choose_plan(linear_student, budget, ranking, recipe.mixer.join)[0]
 
@@ -213,6 +213,7 @@ def _print_preview(conversion: Conversion, preview: Preview, out: Path) -> None:
     """Prints plan, weights, stages, memory, time and disk."""
     recipe, run = conversion.recipe, conversion.run
     print_plan(preview.plan, run.console, recipe.dtype)
+    conversion.warn_of(preview.plan)
     run.say(
         f"\nteacher: {preview.teacher_weights:,} weights; student: {preview.student_weights:,}, of which the mixers' "
         f"own are {preview.mixer_weights:,}"

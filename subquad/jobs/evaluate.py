@@ -9,11 +9,12 @@ from rich.console import Console
 from subquad.errors import UserError
 from subquad.evaluate.suite import evaluate_models
 from subquad.jobs.conversion import checked_recipe, read_data
-from subquad.model.output_head import check_head
+from subquad.jobs.fitting import fitted
+from subquad.model.output_head import causal_lm, check_head
 from subquad.pretrained.load import load_pretrained
 from subquad.recipes.load import recipe_of_model
 from subquad.utils.environment import environment
-from subquad.utils.files import write_json
+from subquad.utils.files import json_text, write_json
 
 
 def evaluate_model(
@@ -49,6 +50,12 @@ def evaluate_model(
     for lm in (loaded_teacher.model, student):
         check_head(lm)
     dataset = read_data(recipe, loaded_teacher)
+    for remark in dataset.remarks:
+        (console or Console(quiet=True)).print(remark, highlight=False, soft_wrap=True)
+    if not loaded_teacher.kind.of_images:
+        recipe, _, cut = fitted(recipe, loaded_teacher, [causal_lm(student)])
+        if cut and console is not None:
+            console.print(cut, highlight=False, soft_wrap=True)
 
     # Metrics of both, and their continuations of the recipe's prompts
     metrics = evaluate_models({"student": student}, loaded_teacher, dataset, recipe.evaluate, recipe.dtype, console)
@@ -56,4 +63,4 @@ def evaluate_model(
     metrics |= environment(student.device, command)
     if json_path is not None:
         write_json(Path(json_path), metrics)
-    return dict(json.loads(json.dumps(metrics)))
+    return dict(json.loads(json_text(metrics)))

@@ -14,7 +14,8 @@ from accelerate import Accelerator
 from rich.console import Console
 
 from subquad.errors import UserError
-from subquad.recipes.schema import Recipe
+from subquad.recipes.load import load_recipe
+from subquad.recipes.schema import EvaluateConfig, Recipe
 from subquad.utils.environment import environment
 from subquad.utils.files import claim_folder, write_aside
 from subquad.utils.memory import peak_rss_bytes
@@ -76,6 +77,8 @@ class Run:
 def start_run(recipe: Recipe, out: Path, *, resume: bool, overwrite: bool) -> Run:
     """A run in the folder `out`: new, emptied of an earlier run, or to be resumed with the same recipe.
 
+    Only `evaluate` may differ in a resumed run: it does not change what is trained.
+
     Raises UserError, and touches nothing, for a folder that holds something else, or an earlier run with neither
     `resume` nor `overwrite`.
     """
@@ -92,9 +95,17 @@ def start_run(recipe: Recipe, out: Path, *, resume: bool, overwrite: bool) -> Ru
 
 def _claim(out: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
     before = out / "recipe.yaml"
-    if before.is_file() and resume and before.read_text(encoding="utf-8") != recipe.to_yaml():
-        raise UserError(f"{out} was started with other settings (see {before}); resume with the same command")
+    if before.is_file() and resume and _trained(load_recipe(before)) != _trained(recipe):
+        raise UserError(
+            f"{out} was started with other settings (see {before}); resume with the same command (only 'evaluate' may "
+            "differ)"
+        )
     claim_folder(out, earlier=before.is_file(), kind="run", resume=resume, overwrite=overwrite)
+
+
+def _trained(recipe: Recipe) -> str:
+    """The settings that training depends on, as text."""
+    return recipe.model_copy(update={"evaluate": EvaluateConfig()}).to_yaml()
 
 
 def provenance(run: Run, command: str | None) -> dict[str, Any]:

@@ -34,8 +34,10 @@ from subquad.select import (
     make_selector,
     pareto,
 )
+from subquad.select.budget import kept_layers
 from subquad.select.speed import DecodeCost, decode_cost
 from subquad.select.units import kind_of, layers_in
+from subquad.utils.files import json_text
 from subquad.utils.progress import StageProgress
 
 SPEED_TOKENS = 512  # tokens on which the teacher's speed is measured, for estimates of cost
@@ -89,18 +91,20 @@ def select(
     with Conversion.open(recipe, work_folder, resume=resume, overwrite=not resume, **load_options) as conversion:
         linear_students = conversion.all_linear_students()
         if SELECTORS[recipe.selector.by].aligned:
+            check_selection(conversion, linear_students)
             align(conversion, linear_students)
         plan, selection_scores = select_plan(conversion, linear_students)
     run = conversion.run
     if run.main:
         scores_file = out.with_name("scores.json")
-        run.write("scores.json", json.dumps(selection_scores | {"command": command}, indent=1))
+        run.write("scores.json", json_text(selection_scores | {"command": command}))
         os.replace(work_folder / "scores.json", scores_file)
         for file in named_plans(work_folder).values():
             os.replace(file, out.with_name(file.name.replace("plan", out.stem, 1)))
         os.replace(work_folder / "plan.yaml", out)
         shutil.rmtree(work_folder)
         run.say(f"plan: {plan.pattern()}\n{out} and {scores_file} written")
+        conversion.warn_of(plan)
     return plan
 
 
@@ -110,7 +114,11 @@ def _from_scores(conversion: Conversion, file: Path) -> Plan:
     try:
         scores = json.loads(file.read_text(encoding="utf-8"))
         is_same_model = scores["teacher_fingerprint"] == teacher.fingerprint and scores["mixer"] == recipe.mixer.name
-        ranking = Ranking.of_scores(scores, teacher.shapes) if is_same_model else None
+        kept = sorted({*scores.get("kept_layers", []), *kept_layers(recipe.selector, teacher.shapes)})
+        plans = {
+            name: Plan.by_layer(teacher.shapes, kept, name, options) for name, options in mixers_of(recipe).items()
+        }
+        ranking = Ranking.of_scores(scores, plans[recipe.mixer.name]) if is_same_model else None
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(
             f"{file} is not the scores.json of a selection with scores: run `subquad select` first"
@@ -120,10 +128,7 @@ def _from_scores(conversion: Conversion, file: Path) -> Plan:
             f"{file} is of another teacher or mixer than {teacher.name} and {recipe.mixer.name}: select again, or give "
             "those (--mixer)"
         )
-    alternatives = {
-        name: Student.from_teacher(teacher.model, Plan.by_layer(teacher.shapes, [], name, options))
-        for name, options in mixers_of(recipe).items()
-    }
+    alternatives = {name: Student.from_teacher(teacher.model, plan) for name, plan in plans.items()}
     student = alternatives.pop(recipe.mixer.name)
     decoding_cost = _decoding_cost(SelectionWork(conversion.run.say), teacher, student)
     budget = Budget.parse(recipe.selector.budget)
@@ -151,6 +156,13 @@ def selection_cost(conversion: Conversion, linear_students: Mapping[str, BaseStu
     return cost.tokens
 
 
+def check_selection(conversion: Conversion, linear_students: Mapping[str, BaseStudent]) -> None:
+    """Raises UserError for inputs that the recipe's selector cannot use, before anything is trained for it."""
+    settings = conversion.recipe.selector
+    if not settings.options.get("retrain_tokens"):  # whose stage may load another teacher
+        make_selector(settings.by, settings.options).cost(_inputs(conversion, linear_students))
+
+
 def select_plan(conversion: Conversion, linear_students: Mapping[str, BaseStudent]) -> tuple[Plan, dict[str, Any]]:
     """Plan and scores.json: read if the resumed run has written them, else measured and written."""
     run, settings = conversion.run, conversion.recipe.selector
@@ -167,7 +179,7 @@ def select_plan(conversion: Conversion, linear_students: Mapping[str, BaseStuden
 
         work.progress = show
         plan, scores = _choose(conversion, inputs)
-    run.write("scores.json", json.dumps(scores, indent=1))
+    run.write("scores.json", json_text(scores))
     run.write("plan.yaml", plan.to_yaml())
     run.accelerator.wait_for_everyone()
     return plan, scores
@@ -182,7 +194,8 @@ def teacher_speed(conversion: Conversion) -> float:
     """Tokens per second of the teacher's bare forward pass on a row of text, or a few images."""
     data, model = conversion.data, conversion.teacher.model
     length = data.tokens if isinstance(data, ImageSet) else None
-    return bare_forward_speed(model, data.sample(SPEED_TOKENS).to(model.device), sequence_length=length)
+    tokens = min(SPEED_TOKENS, conversion.longest)
+    return bare_forward_speed(model, data.sample(tokens).to(model.device), sequence_length=length)
 
 
 def _inputs(conversion: Conversion, linear_students: Mapping[str, BaseStudent]) -> SelectorInputs:
@@ -225,10 +238,13 @@ def _choose(conversion: Conversion, inputs: SelectorInputs) -> tuple[Plan, dict[
         named_plan, _ = choose_plan(student, Budget(name, word=name), ranking, recipe.mixer.join)
         conversion.run.write(f"plan-{name}.yaml", named_plan.to_yaml())
     scores = ranking.report | pareto(student, budget, ranking, recipe.mixer.join) | work.report()
+    kind, kept = kind_of(inputs.unit), student.plan.attention_layers
+    lists_layers = kind == "group" or (kind == "layer" and bool(kept))
     scores |= {
         "by": settings.by,
-        "unit": kind_of(inputs.unit),
-        "units": [layers_in(unit) for unit in inputs.units] if kind_of(inputs.unit) == "group" else None,
+        "unit": kind,
+        "units": [layers_in(unit) for unit in inputs.units] if lists_layers else None,
+        "kept_layers": kept,
         "worth": None if ranking.worth is None else list(ranking.worth),
         "alternatives": ranking.alternatives,
         "teacher_fingerprint": teacher.fingerprint,

@@ -4,7 +4,6 @@ A run is made of stages of the one training loop (distill/loop.py), in which an 
 learns from labels. Its weights then go into a plain model of transformers, with its metrics and model card.
 """
 
-import json
 import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from subquad.model.base import BaseStudent, plan_of
 from subquad.model.tasks import TASKS
 from subquad.recipes.schema import DataConfig, Recipe
 from subquad.recipes.stage import Stage
+from subquad.utils.files import json_text
 
 
 @dataclass
@@ -53,7 +53,7 @@ class SmallTeacher(ABC):
         """README.md."""
 
     def train(self, amount: str, started: float, command: str | None) -> dict[str, Any]:
-        """Builds, trains, measures and saves the model; returns its metrics, empty in all but the main process.
+        """Builds, trains, saves and measures the model; returns its metrics, empty in all but the main process.
 
         `amount`: of data, for the user. `started`: time when the command began, by `time.perf_counter`.
         """
@@ -67,21 +67,21 @@ class SmallTeacher(ABC):
         # Train it
         results = self.learn(student, model)
 
-        # Move its weights into a plain model; measure and save that
+        # Move its weights into a plain model; save and measure that
         metrics: dict[str, Any] = {}
         if run.main:
             trained = self.new_model()
             trained.load_state_dict(student.backbone.state_dict())
+            with run.writing() as folder:
+                trained.save_pretrained(folder)
+                self.reader.save_pretrained(folder)
             metrics = self.measure(trained, results) | {
                 "parameters": trained.num_parameters(),
                 "seconds": sum(result.seconds for result in results),
                 "total_seconds": time.perf_counter() - started,
                 **provenance(run, command),
             }
-            with run.writing() as folder:
-                trained.save_pretrained(folder)
-                self.reader.save_pretrained(folder)
-            run.write("metrics.json", json.dumps(metrics, indent=1))
+            run.write("metrics.json", json_text(metrics))
             run.write("README.md", self.model_card(metrics))
             run.say(self.summary(metrics))
         run.end()

@@ -13,6 +13,7 @@ from subquad.distill.teacher_cache import TeacherCache
 from subquad.errors import UserError
 from subquad.jobs.conversion import Conversion, Data
 from subquad.model.base import BaseStudent
+from subquad.model.teacher_check import longest_input
 from subquad.pretrained.load import load_pretrained
 from subquad.select.inputs import Train
 
@@ -72,6 +73,13 @@ def stage_inputs(conversion: Conversion, index: int) -> StageInputs:
                 f"stage '{stage.name}' cannot learn from {stage_teacher.name}: its {teacher.kind.answers} is not that "
                 f"of {teacher.name}"
             )
+        if not teacher.kind.of_images:
+            longest = longest_input(stage_teacher.model, stage.sequence_length)
+            if longest < stage.sequence_length:
+                raise UserError(
+                    f"stage '{stage.name}' has sequences of {stage.sequence_length:,} tokens, and its teacher "
+                    f"{stage_teacher.name} takes at most {longest:,}: set its sequence_length to that"
+                )
         logits_from = stage_teacher.model
     elif stage.teacher_cache is not None:
         logits_from = TeacherCache.open(

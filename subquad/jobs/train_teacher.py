@@ -76,6 +76,8 @@ def train_teacher(
     with run.timed("data"):
         tokenizer = train_tokenizer(data)
         corpus = load_corpus(data, tokenizer)
+    for remark in corpus.remarks:
+        run.say(remark)
     teacher = RetrievalTeacher(run, tokenizer, corpus, layers, count_of(tokens, "--tokens"))
     return teacher.train(f"{len(corpus.train):,} tokens of text", started, command)
 

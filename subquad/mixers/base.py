@@ -9,7 +9,7 @@ output per query head. The teacher's output projection follows. Mixing has three
 
 `matrix` is `mix` applied to the identity. A mixer depends on its head group only, not on any model.
 
-Legend: B batch, H query heads of this mixer, G key/value heads, T new tokens, L past and new tokens, D head width,
+Legend: B batch, H query heads of this mixer, G key/value heads, T new tokens, D head width,
 M hidden width of the model.
 """
 
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from subquad.errors import UserError
 from subquad.ops.common import Append, joined
+from subquad.ops.padding import Padding
 
 State = dict[str, Tensor]
 
@@ -102,15 +103,15 @@ class MixerInputs:
     scale: float  # the teacher's factor on q k^T
     softcap: float | None = None  # the teacher's cap on attention scores (Gemma-2)
     sink_H: Tensor | None = None  # the teacher's learned sinks: a score that takes weight and has no value (gpt-oss)
-    padding_BL: Tensor | None = None  # True at real tokens, past and new; None: no padding
-    past: int = 0  # tokens before the new ones
+    padding: Padding | None = None  # of the rows; pads stand in front of the new tokens of a row; None: no padding
+    past: int = 0  # columns before the new ones: tokens, where there is no padding
     attend: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None  # the teacher's own attention (q, k, v) -> y
     append: Append = joined  # appends new keys or values to cached ones
 
     @property
     def real_BT(self) -> Tensor | None:
-        """The padding mask of the new tokens."""
-        return None if self.padding_BL is None else self.padding_BL[:, self.past :]
+        """The padding mask of the new tokens; None if all are real."""
+        return None if self.padding is None else self.padding.real_BT
 
 
 class Mixer(nn.Module):

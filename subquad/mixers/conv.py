@@ -35,9 +35,9 @@ class Convolved(Recurrent):
         if self.options.conv == 1:
             return inputs, {}
         real_BT = inputs.real_BT
-        q_BHTD, q_state = self.conv_q(masked(inputs.q_BHTD, real_BT), state.get("conv_q"))
-        k_BGTD, k_state = self.conv_k(masked(inputs.k_BGTD, real_BT), state.get("conv_k"))
-        v_BGTD, v_state = self.conv_v(masked(inputs.v_BGTD, real_BT), state.get("conv_v"))
+        q_BHTD, q_state = self.conv_q(masked(inputs.q_BHTD, real_BT), state.get("conv_q"), inputs.padding)
+        k_BGTD, k_state = self.conv_k(masked(inputs.k_BGTD, real_BT), state.get("conv_k"), inputs.padding)
+        v_BGTD, v_state = self.conv_v(masked(inputs.v_BGTD, real_BT), state.get("conv_v"), inputs.padding)
         conv_state = {"conv_q": q_state, "conv_k": k_state, "conv_v": v_state}
         return replace(
             inputs, q_BHTD=q_BHTD, k_BGTD=k_BGTD, v_BGTD=v_BGTD

@@ -1,6 +1,6 @@
 """Hedgehog: softmax over a near window and linear attention over all older tokens, with one denominator.
 
-Legend: B batch, H query heads, G state heads, T new tokens, L past and new tokens, D head width, F features, W window.
+Legend: B batch, H query heads, G state heads, T new tokens, D head width, F features, W window.
 """
 
 import torch
@@ -13,7 +13,6 @@ from subquad.mixers.parts import FeatureMap
 from subquad.mixers.sliding_window import WindowOptions, window_held, window_of
 from subquad.ops import WindowSum, decay_chunk, decay_read
 from subquad.ops.common import joined, wide
-from subquad.ops.window import first_real_column
 
 CAUTION = 2.0  # subtracted from the fitted log c, see `Hedgehog.calibrate`
 
@@ -60,10 +59,13 @@ class Hedgehog(Mixer):
         Between calls the state holds every token that the *next* query no longer sees in its window. The first new
         query therefore reads the state unchanged. Before each later query, one more token leaves the window.
         """
-        B, _, T, _ = inputs.k_BGTD.shape
+        T, padding = inputs.k_BGTD.shape[2], inputs.padding
         window = self.options.window - 1
-        # Keys and values of the T tokens that leave the window, one for each new query.
-        if state and window >= T:
+        # Keys and values of the T columns that leave the window, one for each new query.
+        if state and padding is not None and padding.real_BT is not None:
+            k = padding.extend(state["window_k"], inputs.k_BGTD)[:, :, :T]
+            v = padding.extend(state["window_v"], inputs.v_BGTD)[:, :, :T]
+        elif state and window >= T:
             k, v = state["window_k"][:, :, :T], state["window_v"][:, :, :T]
         elif state:
             k = joined(state["window_k"], inputs.k_BGTD)[:, :, :T]
@@ -72,13 +74,13 @@ class Hedgehog(Mixer):
             k, v = (nn.functional.pad(x, (0, 0, window, 0))[:, :, :T] for x in (inputs.k_BGTD, inputs.v_BGTD))
         k_BGTF = self.key_map(k)
         # Sinks, pads and positions before the sequence never enter the far sum.
-        if inputs.padding_BL is not None or inputs.past < window + self.options.sinks:
-            columns_T = torch.arange(inputs.past - window, inputs.past - window + T, device=k.device)
-            start_B = first_real_column(inputs.padding_BL, B, k.device)
-            leaving_BT = columns_T >= start_B[:, None] + self.options.sinks
-            if inputs.padding_BL is not None:
-                leaving_BT = leaving_BT & inputs.padding_BL[:, columns_T.clamp_min(0)]
-            k_BGTF = k_BGTF * leaving_BT[:, None, :, None]
+        if padding is not None or inputs.past < window + self.options.sinks:
+            column_T = torch.arange(T, device=k.device)
+            first_B1 = inputs.past if padding is None else padding.first_B[:, None]
+            leaving_BT = column_T + (first_B1 - window) >= self.options.sinks
+            if inputs.real_BT is not None:
+                leaving_BT = leaving_BT & inputs.real_BT
+            k_BGTF = k_BGTF * leaving_BT.view(-1, 1, T, 1)
         v_BGTP = nn.functional.pad(wide(v), (0, 1), value=1.0)
         q_BHTF = self.query_map(inputs.q_BHTD)
 

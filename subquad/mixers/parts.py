@@ -9,7 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from subquad.ops.common import wide
+from subquad.ops.common import joined, wide
+from subquad.ops.padding import Padding
 
 OPEN = 1.278464542761  # silu(OPEN) = 1, a gate without effect (from Phi-Mamba)
 
@@ -65,13 +66,18 @@ class ShortConv(nn.Module):
         self.bias_HD = nn.Parameter(torch.zeros(heads, head_dim))
         self.activation = activation
 
-    def forward(self, x_BHTD: Tensor, before_BHWD: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Convolve the input. Also returns the last W - 1 inputs, which the next call takes as `before_BHWD`."""
+    def forward(
+        self, x_BHTD: Tensor, before_BHWD: Tensor | None, padding: Padding | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Convolve the input, in which pads are zero.
+
+        Also returns the last W - 1 inputs, which the next call takes as `before_BHWD`.
+        """
         T, width = x_BHTD.shape[2], self.weight_HWD.shape[1]
         if before_BHWD is None:
             extended = nn.functional.pad(x_BHTD, (0, 0, width - 1, 0))
         else:
-            extended = torch.cat([before_BHWD, x_BHTD], 2)
+            extended = joined(before_BHWD, x_BHTD) if padding is None else padding.extend(before_BHWD, x_BHTD)
         if T == 1:  # decoding: as many inputs as taps
             y_BHTD = (extended * self.weight_HWD).sum(2, keepdim=True) + self.bias_HD[:, None]
             return nn.functional.silu(y_BHTD) if self.activation else y_BHTD, extended[:, :, 1:]

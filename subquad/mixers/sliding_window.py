@@ -27,7 +27,7 @@ def window_of(inputs: MixerInputs, state: State, options: WindowOptions) -> Wind
         softcap=inputs.softcap,
         state=state or None,
         past=inputs.past,
-        padding_BL=inputs.padding_BL,
+        padding=inputs.padding,
         append=inputs.append,
     )
     return result.with_sink(inputs.sink_H)

@@ -8,13 +8,13 @@ Legend: B batch, T tokens, H heads, D head width, M model width.
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Container, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from accelerate.utils.modeling import get_state_dict_offloaded_model
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -25,8 +25,9 @@ from subquad.mixers import Mixer
 from subquad.mixers.base import picked
 from subquad.model.interface import block_path, find_attention, shapes_of
 from subquad.model.layer_call import ForwardContext, LayerCall
-from subquad.model.layer_mixer import keep_initialised, layer_mixer
+from subquad.model.layer_mixer import layer_mixer
 from subquad.model.mixed_attention import attach, attention_base
+from subquad.model.placement import alike, attention_placements, is_offloaded, is_quantised, shared_copy
 from subquad.plan import ATTENTION, JoinStart, Plan
 
 REMOTE_FILE = "modeling_subquad.py"
@@ -99,6 +100,7 @@ class BaseStudent(PreTrainedModel):
         if hasattr(backbone, "accepts_loss_kwargs"):
             self.accepts_loss_kwargs = backbone.accepts_loss_kwargs
         attach(backbone, config.attention_paths, self.plan, join_start, getattr(config, "prefix_tokens", 0))
+        backbone.config.architectures = [type(backbone).__name__]
         setattr(config, self.backbone_field, backbone.config)
         self.post_init()
 
@@ -108,11 +110,16 @@ class BaseStudent(PreTrainedModel):
         inner = getattr(config, cls.backbone_field)
         requested = inner._attn_implementation or config._attn_implementation
         if requested is not None:
-            return cls.make_backbone(config, attention_base(requested))
-        try:
-            return cls.make_backbone(config, config.attention)
-        except (ImportError, ValueError):  # an implementation of the teacher's machine
-            return cls.make_backbone(config, None)
+            backbone = cls.make_backbone(config, attention_base(requested))
+        else:
+            try:
+                backbone = cls.make_backbone(config, config.attention)
+            except (ImportError, ValueError):  # an implementation of the teacher's machine
+                backbone = cls.make_backbone(config, None)
+        if next(backbone.parameters()).is_meta:  # while it is loaded: some buffers are yet to be initialised
+            for module in backbone.modules():
+                module.__dict__.pop("_is_hf_initialized", None)
+        return backbone
 
     @classmethod
     def make_backbone(cls, config: Any, attention: str | None) -> PreTrainedModel:
@@ -142,7 +149,8 @@ class BaseStudent(PreTrainedModel):
 
         `join_start`: initial adapters of the parallel join (join.py).
         `mixers_from`: students of the same teacher whose learned weights are shared. In a layer with the same mixers on
-        the same heads, the whole block is taken; in any other layer, each mixer's weights for the heads it still has.
+        the same heads, the whole block is taken (only the mixers if one of the teachers is quantised); in any other
+        layer, each mixer's weights for the heads it still has.
         `new_mixers` then holds the mixers for which no student had weights.
         Raises UserError where the teacher is unsupported or the plan was made for another shape.
         """
@@ -168,10 +176,10 @@ class BaseStudent(PreTrainedModel):
             **{cls.backbone_field: teacher.config.to_dict() | {"architectures": [type(teacher).__name__]}},
             **cls.describe(teacher, plan),
         )
-        student = cls(config, backbone=_shared_copy(teacher), join_start=join_start)
-        for module, path in zip(student.attention_modules(), config.attention_paths, strict=True):
-            weight = next(teacher.get_submodule(path).parameters())
-            layer_mixer(module).to(weight.device, weight.dtype)
+        student = cls(config, backbone=shared_copy(teacher), join_start=join_start)
+        placements = attention_placements(teacher, config.attention_paths)
+        for module, placement in zip(student.attention_modules(), placements, strict=True):
+            layer_mixer(module).to(*placement)
 
         # Take the mixers that the given students have learned
         student.new_mixers = {
@@ -185,7 +193,10 @@ class BaseStudent(PreTrainedModel):
         """Shares the weights that `donor` has learned, and removes their mixers from `new_mixers`."""
         for layer, (block, donor_block) in enumerate(zip(self.blocks(), donor.blocks(), strict=True)):
             if self.plan.layers[layer] == donor.plan.layers[layer] and self.plan.join == donor.plan.join:
-                for parameter, donor_parameter in zip(block.parameters(), donor_block.parameters(), strict=True):
+                pair: tuple[nn.Module, nn.Module] = block, donor_block
+                if not alike(*pair):  # another form of the teacher, full or quantised, whose own weights stay
+                    pair = layer_mixer(self.attention_modules()[layer]), layer_mixer(donor.attention_modules()[layer])
+                for parameter, donor_parameter in zip(*(part.parameters() for part in pair), strict=True):
                     parameter.data = donor_parameter.data
                 self.new_mixers -= {(layer, name) for name in self.mixers(layer)}
                 continue
@@ -195,10 +206,20 @@ class BaseStudent(PreTrainedModel):
                     self.new_mixers.discard((layer, name))
 
     def save_pretrained(self, save_directory: str | os.PathLike[Any], *args: Any, **kwargs: Any) -> None:
-        """Writes config, weights (safetensors), plan, and the code file that `trust_remote_code=True` loads."""
+        """Writes config, weights (safetensors), plan, and the code file that `trust_remote_code=True` loads.
+
+        Raises UserError for a student of a quantised teacher.
+        """
+        if is_quantised(self.backbone):
+            raise UserError(
+                "a student with its teacher's quantised weights cannot be saved: give its mixers to one of the teacher "
+                "in full precision, Student.from_teacher(full, student.plan, mixers_from=student), and save that"
+            )
         folder = Path(save_directory)
         type(self)._auto_class = type(self.config)._auto_class = None  # else transformers copies our source into it
         self.config.attention = attention_base(self.backbone.config._attn_implementation)
+        if is_offloaded(self) and kwargs.get("state_dict") is None:
+            kwargs["state_dict"] = get_state_dict_offloaded_model(self)
         super().save_pretrained(folder, *args, **kwargs)
         self.plan.save(folder / "plan.yaml")
         (folder / REMOTE_FILE).write_text(_remote_code(type(self)), encoding="utf-8")
@@ -295,13 +316,6 @@ def _remote_code(model: type[BaseStudent]) -> str:
         '"""Loads this model through the installed `subquad` package."""\n\n'
         f"from subquad import {names}  # noqa: F401\n"
     )
-
-
-def _shared_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """Second module tree over the same storage, with new parameter objects that have their own requires_grad."""
-    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
-    memo |= {id(buffer): buffer for buffer in model.buffers()}
-    return keep_initialised(copy.deepcopy(model, memo))
 
 
 def plan_of(model: Any) -> Plan:

@@ -258,6 +258,8 @@ class StudentCache(DynamicCache):
     It may occupy a sixteenth more memory, in short windows an eighth: the room behind keys and values, which saves
     copying all cached tokens at every step. It begins with the cache layers that transformers makes for `config`, the
     configuration of the student's backbone. Where an attention module updates it, a `StudentCacheLayer` takes over.
+
+    `start_B` is the column of each row's document, if older documents are in front of it in the row: pads from then on.
     """
 
     layers: list[Any]  # of the student's, and of the teacher's own
@@ -265,6 +267,7 @@ class StudentCache(DynamicCache):
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config=config)
         self.of_module: dict[int, StudentCacheLayer] = {}  # by the plan's layer: the one that was used last
+        self.start_B: Tensor | None = None
         self._updated: int | None = None
         self._records = False
 
@@ -333,6 +336,14 @@ class StudentCache(DynamicCache):
             layer.nbytes() if isinstance(layer, StudentCacheLayer) else own_bytes(layer) for layer in self.layers
         )
 
+    def reset(self) -> None:
+        super().reset()
+        self.start_B = None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]  # asks for a LongTensor
+        self._change_start(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
     def batch_repeat_interleave(self, repeats: int) -> None:
         self._change_batch(lambda x: x.repeat_interleave(repeats, dim=0), "batch_repeat_interleave", repeats)
 
@@ -346,3 +357,7 @@ class StudentCache(DynamicCache):
                 getattr(layer, method)(argument)
             else:
                 change_own(layer, change_state)
+        self._change_start(change_state)
+
+    def _change_start(self, change: Callable[[Tensor], Tensor]) -> None:
+        self.start_B = None if self.start_B is None else change(self.start_B)

@@ -2,20 +2,29 @@
 
 Use: `check_student(Student.from_pretrained("runs/quick"))`.
 
+Some models of transformers deviate from themselves: padded, or cached in pieces. A check that fails is repeated on the
+teacher, which is the student's backbone with attention in all heads, and the student may deviate as much.
+
 Legend: B batch, T tokens, V vocabulary.
 """
 
 import tempfile
 from collections.abc import Callable
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
 
+from subquad.model.cache import CACHE
 from subquad.model.student import Student
 from subquad.plan import dtype_name
 
 TOLERANCE = 1e-4  # of the largest logit's size, in float32; wider dtypes do better, narrower ones get more
+SLACK = 2.0  # a student may deviate by this many times its teacher's own deviation
+
+Compared = tuple[Tensor, Tensor]  # logits, and those that they should equal
 
 
 class ConformanceError(AssertionError):
@@ -31,119 +40,157 @@ def check_student(student: Student, *, length: int = 80, batch: int = 2, seed: i
     the same logits, exactly; `generate()` = greedy decoding by hand; beam search runs.
     `length` tokens (at least 8), `batch` rows. Raises ConformanceError naming the check that failed.
     """
-    # Random tokens, their logits without a cache, and the allowed deviation
     was_training = student.training
     student.eval()
-    generator = torch.Generator().manual_seed(seed)
-    vocabulary = next(student.get_input_embeddings().parameters()).shape[0]
-    tokens_BT = torch.randint(3, vocabulary, (batch, length), generator=generator).to(student.device)
-    full_BTV = student(tokens_BT, use_cache=False).logits
-    scale = full_BTV.abs().max().clamp_min(1e-6)
-    tolerance = TOLERANCE * max(1.0, torch.finfo(student.dtype).eps / torch.finfo(torch.float32).eps) ** 0.5
-    deviations: dict[str, float] = {}
+    try:
+        return _Check(student, length, batch, seed).run()
+    finally:
+        student.train(was_training)
 
-    def compare(check: str, logits: Tensor, expected: Tensor, limit: float = tolerance) -> None:
-        deviations[check] = ((logits - expected).abs().max() / scale).item()
-        if not deviations[check] <= limit:  # a NaN fails too
+
+class _Check:
+    """The checks of one student, and its teacher for those that it fails."""
+
+    def __init__(self, student: Student, length: int, batch: int, seed: int) -> None:
+        self.student, self.batch, self.length = student, batch, length
+        self.generator = torch.Generator().manual_seed(seed)
+        self.tokens_BT = self._random_tokens(length)
+        self.tolerance = TOLERANCE * max(1.0, torch.finfo(student.dtype).eps / torch.finfo(torch.float32).eps) ** 0.5
+        self.deviations: dict[str, float] = {}
+
+    def _random_tokens(self, length: int) -> Tensor:
+        rows = next(self.student.get_input_embeddings().parameters()).shape[0]
+        return torch.randint(3, rows, (self.batch, length), generator=self.generator).to(self.student.device)
+
+    @cached_property
+    def teacher(self) -> PreTrainedModel:
+        """Backbone of the student with attention in all heads."""
+        student = self.student
+        config: Any = student.config
+        teacher: Any = student.make_backbone(config, config.attention)
+        weights = {name: tensor for name, tensor in student.backbone.state_dict().items() if ".mixer." not in name}
+        teacher.load_state_dict(weights, strict=False, assign=True)
+        return teacher.to(student.device, student.dtype).eval()
+
+    def run(self) -> dict[str, float]:
+        """Runs all checks; returns the deviation of each."""
+        length = self.length
+        pieces = {
+            "cached, token by token": [1] * length,
+            "cached, in pieces": [length // 2, 3, 1, length - length // 2 - 4],
+        }
+        for check, sizes in pieces.items():
+            self._compare(check, partial(self._cached, sizes=sizes))
+        self._check_bytes()
+        order = torch.arange(self.batch - 1, -1, -1, device=self.tokens_BT.device)
+        next_B1 = self._random_tokens(1)
+        self._compare("reordered cache", partial(self._reordered, order=order, next_B1=next_B1))
+        for row in range(self.batch):
+            self._compare(f"left-padded row {row}", partial(self._padded, row=row))
+        self._check_generate()
+        self._check_saved()
+        return self.deviations
+
+    def _compare(self, check: str, compute: Callable[[Any], Compared]) -> None:
+        """Raises ConformanceError where the student deviates more than rounding and its teacher do."""
+        limit, self.deviations[check] = self.tolerance, _deviation(*compute(self.student))
+        if not self.deviations[check] <= limit:  # a NaN fails too
+            limit = max(limit, SLACK * _deviation(*compute(self.teacher)))
+        if not self.deviations[check] <= limit:
             raise ConformanceError(
-                f"{check}: logits deviate by {deviations[check]:.1e} of the largest logit, allowed are {limit:.1e}"
+                f"{check}: logits deviate by {self.deviations[check]:.1e} of the largest logit, allowed are {limit:.1e}"
             )
 
-    # Decoding with a cache, and the cache's bytes
-    compare("cached, token by token", _decoded(student, tokens_BT, [1] * length), full_BTV)
-    compare("cached, in pieces", _decoded(student, tokens_BT, [length // 2, 3, 1, length - length // 2 - 4]), full_BTV)
+    def _cached(self, model: Any, sizes: list[int]) -> Compared:
+        """Logits from feeding the tokens through the cache in pieces of these sizes, and without a cache."""
+        cache = _new_cache(model)
+        logits = [model(piece, use_cache=True, **{CACHE: cache}).logits for piece in self.tokens_BT.split(sizes, 1)]
+        return torch.cat(logits, 1), model(self.tokens_BT, use_cache=False).logits
 
-    cache = student.new_cache()
-    student(tokens_BT, past_key_values=cache, use_cache=True)
-    planned_bytes = student.plan.cache_bytes(length, batch, dtype_name(student))
-    deviations["cache bytes"] = float(abs(cache.nbytes() - planned_bytes))
-    if cache.nbytes() != planned_bytes:
-        raise ConformanceError(
-            f"cache bytes: the cache has {cache.nbytes()} bytes, and the plan's arithmetic gives {planned_bytes}"
-        )
+    def _reordered(self, model: Any, order: Tensor, next_B1: Tensor) -> Compared:
+        """Logits after one more token, from a cache whose batch was reordered, and without a cache."""
+        cache = _new_cache(model)
+        model(self.tokens_BT, use_cache=True, **{CACHE: cache})
+        cache.reorder_cache(order)
+        logits = model(next_B1, use_cache=True, **{CACHE: cache}).logits
+        return logits, model(torch.cat([self.tokens_BT[order], next_B1], 1), use_cache=False).logits[:, -1:]
 
-    # Beam search: a batch that is reordered in the cache
-    order = torch.arange(batch - 1, -1, -1, device=student.device)
-    cache.reorder_cache(order)  # type: ignore[arg-type]  # asks for a LongTensor, which torch's types never give
-    next_B1 = torch.randint(3, vocabulary, (batch, 1), generator=generator).to(student.device)
-    cached_B1V = student(next_B1, past_key_values=cache, use_cache=True).logits
-    uncached_B1V = student(torch.cat([tokens_BT[order], next_B1], 1), use_cache=False).logits[:, -1:]
-    compare("reordered cache", cached_B1V, uncached_B1V)
+    def _padded(self, model: Any, row: int) -> Compared:
+        """Logits of a row in a left-padded batch, prefilled and decoded two steps, and of the row alone."""
+        # Pad every row by another length
+        pads = [(7 * index) % (self.length // 2) for index in range(1, self.batch + 1)]
+        mask = torch.ones_like(self.tokens_BT)
+        for index, pad in enumerate(pads):
+            mask[index, :pad] = 0
+        positions = (mask.cumsum(-1) - 1).clamp_min(0)
 
-    # Padding, generation, and the saved folder
-    _check_padding(student, tokens_BT, compare)
-    _check_generate(student, tokens_BT[:, : length // 2])
-    with tempfile.TemporaryDirectory() as folder:
-        student.save_pretrained(folder)
-        saved_student = Student.from_pretrained(folder, dtype=student.dtype).eval()
-        saved_student.to(student.device)
-        compare("saved and loaded", saved_student(tokens_BT, use_cache=False).logits, full_BTV, limit=0.0)
-    student.train(was_training)
-    return deviations
+        # Prefill all but two tokens, and decode these
+        cache, start, logits = _new_cache(model), 0, []
+        for end in (self.length - 2, self.length - 1, self.length):
+            arguments = {"attention_mask": mask[:, :end], "position_ids": positions[:, start:end], CACHE: cache}
+            logits.append(model(self.tokens_BT[:, start:end], use_cache=True, **arguments).logits)
+            start = end
+        row_logits = model(self.tokens_BT[row : row + 1, pads[row] :], use_cache=False).logits
+        return torch.cat(logits, 1)[row : row + 1, pads[row] :], row_logits
+
+    def _check_bytes(self) -> None:
+        """Compares the cache's bytes with the plan's arithmetic."""
+        cache = self.student.new_cache()
+        self.student(self.tokens_BT, past_key_values=cache, use_cache=True)
+        planned_bytes = self.student.plan.cache_bytes(self.length, self.batch, dtype_name(self.student))
+        self.deviations["cache bytes"] = float(abs(cache.nbytes() - planned_bytes))
+        if cache.nbytes() != planned_bytes:
+            raise ConformanceError(
+                f"cache bytes: the cache has {cache.nbytes()} bytes, and the plan's arithmetic gives {planned_bytes}"
+            )
+
+    def _check_generate(self, new_tokens: int = 6) -> None:
+        """Compares `generate()` with greedy decoding by hand, and runs beam search."""
+        prompt_BT = self.tokens_BT[:, : self.length // 2]
+        settings = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
+
+        def generated(model: Any, **more: Any) -> Tensor:
+            return model.generate(prompt_BT, attention_mask=torch.ones_like(prompt_BT), **settings, **more)
+
+        def by_hand(model: Any) -> Tensor:
+            eos_ids = model.generation_config.eos_token_id
+            eos_ids = [] if eos_ids is None else [eos_ids] if isinstance(eos_ids, int) else list(eos_ids)
+            tokens_BT = prompt_BT
+            for _ in range(new_tokens):
+                logits_BV = model(tokens_BT, use_cache=False).logits[:, -1].float()
+                logits_BV[:, eos_ids] = -torch.inf  # as min_new_tokens does
+                tokens_BT = torch.cat([tokens_BT, logits_BV.argmax(-1, keepdim=True)], 1)
+            return tokens_BT
+
+        student = self.student
+        if not torch.equal(generated(student), by_hand(student)) and torch.equal(
+            generated(self.teacher), by_hand(self.teacher)
+        ):
+            raise ConformanceError("generate() gives other tokens than greedy decoding by hand")
+        beams = generated(student, num_beams=3)
+        if beams.shape != (self.batch, prompt_BT.shape[1] + new_tokens):
+            raise ConformanceError(f"beam search returned a tensor of shape {tuple(beams.shape)}")
+
+    def _check_saved(self) -> None:
+        """Compares a saved and loaded student with the student, exactly."""
+        student = self.student
+        with tempfile.TemporaryDirectory() as folder:
+            student.save_pretrained(folder)
+            saved_student = Student.from_pretrained(folder, dtype=student.dtype).eval()
+            saved_student.to(student.device)
+            logits, expected = (model(self.tokens_BT, use_cache=False).logits for model in (saved_student, student))
+        self.deviations["saved and loaded"] = _deviation(logits, expected)
+        if not torch.equal(logits, expected):
+            raise ConformanceError(
+                f"saved and loaded: logits deviate by {self.deviations['saved and loaded']:.1e}, none is allowed"
+            )
 
 
-def _decoded(student: Student, tokens_BT: Tensor, pieces: list[int]) -> Tensor:
-    """Logits (B, T, V) from feeding the tokens through the cache in pieces of these lengths."""
-    cache, logits, start = student.new_cache(), [], 0
-    for piece in pieces:
-        part = tokens_BT[:, start : start + piece]
-        logits.append(student(part, past_key_values=cache, use_cache=True).logits)
-        start += piece
-    return torch.cat(logits, 1)
+def _new_cache(model: Any) -> Any:
+    """Empty cache of a student or of its teacher."""
+    return model.new_cache() if isinstance(model, Student) else DynamicCache(config=model.config)
 
 
-def _check_padding(student: Student, tokens_BT: Tensor, compare: Callable[..., None]) -> None:
-    """Compares each row of a left-padded batch, prefilled and decoded two steps, with the same row alone."""
-    # Pad every row by another length
-    batch, length = tokens_BT.shape
-    pads = [(7 * row) % (length // 2) for row in range(1, batch + 1)]
-    mask = torch.ones_like(tokens_BT)
-    for row, pad in enumerate(pads):
-        mask[row, :pad] = 0
-    positions = (mask.cumsum(-1) - 1).clamp_min(0)
-
-    # Prefill all but two tokens, and decode these
-    cache = student.new_cache()
-    split = length - 2
-    prefill_logits = student(
-        tokens_BT[:, :split],
-        attention_mask=mask[:, :split],
-        position_ids=positions[:, :split],
-        past_key_values=cache,
-        use_cache=True,
-    ).logits
-    step_logits = [
-        student(
-            tokens_BT[:, t : t + 1],
-            attention_mask=mask[:, : t + 1],
-            position_ids=positions[:, t : t + 1],
-            past_key_values=cache,
-            use_cache=True,
-        ).logits
-        for t in range(split, length)
-    ]
-
-    # Compare row by row
-    batch_logits = torch.cat([prefill_logits, *step_logits], 1)
-    for row, pad in enumerate(pads):
-        row_logits = student(tokens_BT[row : row + 1, pad:], use_cache=False).logits
-        compare(f"left-padded row {row}", batch_logits[row : row + 1, pad:], row_logits)
-
-
-def _check_generate(student: Student, prompt_BT: Tensor, new_tokens: int = 6) -> None:
-    """Compares `generate()` with greedy decoding by hand, and runs beam search."""
-    settings = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
-    model: Any = student  # transformers types `generate` for its own classes
-    generated: Tensor = model.generate(prompt_BT, attention_mask=torch.ones_like(prompt_BT), **settings)
-    eos_ids = student.generation_config.eos_token_id
-    eos_ids = [] if eos_ids is None else [eos_ids] if isinstance(eos_ids, int) else list(eos_ids)
-    tokens = prompt_BT
-    for _ in range(new_tokens):
-        logits = student(tokens, use_cache=False).logits[:, -1].float()
-        logits[:, eos_ids] = -torch.inf  # as min_new_tokens does
-        tokens = torch.cat([tokens, logits.argmax(-1, keepdim=True)], 1)
-    if not torch.equal(generated, tokens):
-        raise ConformanceError("generate() gives other tokens than greedy decoding by hand")
-    beams: Tensor = model.generate(prompt_BT, attention_mask=torch.ones_like(prompt_BT), num_beams=3, **settings)
-    if beams.shape != generated.shape:
-        raise ConformanceError(f"beam search returned {tuple(beams.shape)} instead of {tuple(generated.shape)}")
+def _deviation(logits: Tensor, expected: Tensor) -> float:
+    """Largest absolute difference, relative to the largest expected logit."""
+    return ((logits - expected).abs().max() / expected.abs().max().clamp_min(1e-6)).item()

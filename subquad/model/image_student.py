@@ -109,7 +109,13 @@ def _prefix_tokens(teacher: PreTrainedModel) -> int:
     """Number of tokens that an encoder puts before the patches: class, distillation, registers."""
     size = image_size(teacher.config)
     rows, columns = patch_grid(teacher.config, size)
-    return image_tokens(teacher, size) - rows * columns
+    prefix_tokens = image_tokens(teacher, size) - rows * columns
+    if prefix_tokens < 0:
+        raise UserError(
+            f"{type(teacher).__name__} has fewer tokens than patches ({rows} x {columns}): Subquad converts "
+            "encoders that keep one token for each patch"
+        )
+    return prefix_tokens
 
 
 def classifier(model: Any) -> nn.Module | None:

@@ -24,6 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from subquad.errors import UserError
 from subquad.model.cache import CACHE, own_elements
 from subquad.plan import AttentionShape
+from subquad.utils.files import first_line
 
 PROBE = "subquad_probe"
 WATCH = "subquad_watch"
@@ -134,8 +135,10 @@ def find_attention(model: PreTrainedModel) -> list[AttentionSite]:
     The model is run once; the result is cached for its lifetime.
     A hybrid's own recurrent layers are left as they are, and counted in the shapes (`own_state`).
     Raises UserError, naming the model's class, for a model that does not call the interface, calls it twice in a layer,
-    attends across sequences, or has keys and values of different width (MLA).
+    attends across sequences or to compressed ones, or has keys and values of different width (MLA); and for a wrapper
+    around a model: of another library, with adapters, or one that also reads images.
     """
+    _check_bare(model)
     if model not in _sites:
         _sites[model] = _probe_attention(model)
     return [*_sites[model]]
@@ -166,6 +169,8 @@ def _probe_attention(model: PreTrainedModel) -> list[AttentionSite]:
     ) -> tuple[Tensor, None]:
         if module not in inputs:
             raise UserError(f"{family} calls attention more than once in a layer: unsupported")
+        if key.shape[2] != query.shape[2]:
+            raise UserError(f"{family} attends to other keys than those of its tokens: unsupported")
         if key.shape[-1] != value.shape[-1] or query.shape[-1] != key.shape[-1]:
             raise UserError(f"{family} has multi-head latent attention (MLA): unsupported")
         shape = AttentionShape(
@@ -186,7 +191,14 @@ def _probe_attention(model: PreTrainedModel) -> list[AttentionSite]:
         for module in model.modules():
             stack.callback(module.register_forward_pre_hook(reach, with_kwargs=True).remove)
         cached = {} if cache is None else {CACHE: cache, "use_cache": True}
-        model(**least_inputs(model) | cached)
+        try:
+            model(**least_inputs(model) | cached)
+        except UserError:
+            raise
+        except Exception as error:  # of whatever type a model raises that does without the interface's masks or caches
+            raise UserError(
+                f"{family} does not run with another attention function ({first_line(error)}): unsupported"
+            ) from error
     if not calls:
         raise UserError(
             f"{family} does not call transformers' attention interface, through which Subquad replaces attention: "
@@ -227,6 +239,29 @@ def _sites_of(calls: list[_ProbedCall], own: tuple[int, int]) -> list[AttentionS
     return [*sites.values()]
 
 
+def _check_bare(model: Any) -> None:
+    """Raises UserError for a wrapper around a model, which would not load again once it is saved inside a student."""
+    family = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        raise UserError(
+            f"{family} is no model of transformers: give the model that it wraps (of a PeftModel, what its "
+            "merge_and_unload() returns)"
+        )
+    adapted = next((path for path, module in model.named_modules() if hasattr(module, "base_layer")), None)
+    if adapted is not None:
+        raise UserError(
+            f"{family} has adapters (at {adapted}): merge them into its weights first (PeftModel.merge_and_unload)"
+        )
+    if wraps_text(model):
+        raise UserError(f"{family} reads more than text: convert its text part, which subquad.text_part(model) returns")
+
+
+def wraps_text(model: PreTrainedModel) -> bool:
+    """Whether a model reads images or sound beside text: its configuration holds that of its text part."""
+    nested = model.config.get_text_config() is not model.config
+    return nested and not model.config.is_encoder_decoder and not model.config.model_type.startswith("subquad")
+
+
 def shapes_of(model: PreTrainedModel) -> list[AttentionShape]:
     """Shapes of a model's attention, layer by layer. Raises UserError as `find_attention` does."""
     return [site.shape for site in find_attention(model)]
@@ -241,28 +276,42 @@ def least_inputs(model: PreTrainedModel) -> dict[str, Any]:
     """Keyword arguments of the model for the smallest pass that runs every module: two tokens, or an empty image."""
     if not reads_images(model):
         return {"input_ids": torch.zeros(1, 2, dtype=torch.long, device=input_device(model)), "use_cache": False}
-    weight = next(model.parameters())
-    return {"pixel_values": torch.zeros(1, model.config.num_channels, *image_size(model.config)).to(weight)}
+    config, weight = vision_config(model.config), next(model.parameters())
+    channels = getattr(config, "num_channels", 3)
+    return {"pixel_values": torch.zeros(1, channels, *image_size(model.config)).to(weight)}
+
+
+def vision_config(config: Any) -> Any:
+    """Configuration of a model's image encoder: its own, or a part of it (CLIP, SigLIP)."""
+    return getattr(config, "vision_config", None) or config
 
 
 def patch_grid(config: Any, size: Sequence[int]) -> tuple[int, int]:
     """Rows and columns of patches in an image of this height and width."""
-    patch = config.patch_size
+    patch = vision_config(config).patch_size
     height, width = (patch, patch) if isinstance(patch, int) else patch
     return size[0] // height, size[1] // width
 
 
 def image_size(config: Any) -> tuple[int, int]:
-    """Height and width of the images in a model's configuration."""
-    size = config.image_size
+    """Height and width of the images in a model's configuration; 224 where it has none."""
+    size = getattr(vision_config(config), "image_size", None) or 224
     return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def decoder_of(model: Any) -> Any:
+    """Model without its output head."""
+    return model.get_decoder() if model.base_model is model else model.base_model
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
     """Device of a model's inputs: token ids or images."""
     if reads_images(model):
         return next(model.parameters()).device
-    return next(model.get_input_embeddings().parameters()).device
+    embedding: Any = model.get_input_embeddings()
+    device = next(embedding.parameters()).device
+    # Weights on the meta device are loaded by accelerate, for a computation on the device of its hook
+    return torch.device(embedding._hf_hook.execution_device) if device.type == "meta" else device
 
 
 def layer_map(student_layers: int, teacher_layers: int) -> list[int]:

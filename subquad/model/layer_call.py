@@ -31,6 +31,7 @@ from subquad.mixers.base import picked
 from subquad.model.cache import StudentCache, append
 from subquad.model.join import Branch
 from subquad.model.layer_mixer import LayerMixer, layer_mixer
+from subquad.model.packing import Layout
 from subquad.model.rollback import MixerPass
 from subquad.model.rotary import AnyTables, identity_of, rotation_of
 from subquad.plan import ATTENTION
@@ -44,11 +45,11 @@ Around = Callable[["LayerCall"], Tensor]  # a layer's call -> output of its head
 class ForwardContext:
     """Arguments of one forward pass of a student besides its inputs.
 
-    `padding_BL` is True at real tokens, past and new; None means no padding. `around` computes the heads of a layer,
-    (B, H, T, D), in place of `LayerCall.mixed`.
+    `layout` has the padding and the documents of the tokens. `around` computes the heads of a layer, (B, H, T, D), in
+    place of `LayerCall.mixed`.
     """
 
-    padding_BL: Tensor | None = None
+    layout: Layout = Layout()
     cache: StudentCache | None = None
     around: Around | None = None
 
@@ -96,7 +97,7 @@ class LayerCall:
             scale=scale,
             softcap=softcap,
             sink_H=sink_H,
-            padding_BL=self.context.padding_BL,
+            padding=self.context.layout.padding,
             attend=attend_of(self.layer_mixer.all_heads),
         )
         # The cache has counted the new tokens already: the module called `update`.
@@ -178,7 +179,7 @@ class LayerCall:
 
         Under the parallel join, the output of the attention heads is stored in `branch`.
         """
-        outputs = {}
+        outputs, documents = {}, self.context.layout.documents
         for name, mixer in self.mixers.items():
             inputs, state = self.inputs(name), None if self.layer_cache is None else self.layer_cache.states.get(name)
             kv_home = self.layer_mixer.kv_home if name == ATTENTION else self.layer
@@ -189,9 +190,13 @@ class LayerCall:
                 inputs = replace(inputs, past=self.layer_cache.tokens, append=lambda stored, new: stored)
                 outputs[name], _ = mixer(inputs, state)
                 continue
-            outputs[name], new_state = mixer(inputs, state)
+            if documents is None or name == ATTENTION:  # whose mask keeps documents apart
+                outputs[name], new_state = mixer(inputs, state)
+            else:
+                outputs[name], new_state = documents.mix(mixer, inputs, state)
             if self.layer_cache is not None:
-                self.layer_cache.store(name, new_state, MixerPass(mixer, inputs, state))
+                mixer_pass = MixerPass(mixer, inputs, state, documents is not None)
+                self.layer_cache.store(name, new_state, mixer_pass)
         if self.layer_mixer.adapter is not None:
             self.branch = Branch(self.mixers[ATTENTION].group, self.in_model_order(outputs.pop(ATTENTION)))
         if len(outputs) == 1:
@@ -200,8 +205,8 @@ class LayerCall:
         return picked(torch.cat([*outputs.values()], 1), self.layer_mixer.head_indices)
 
     def in_model_order(self, y_BHTD: Tensor) -> Tensor:
-        """Output of an attention function, (B, T, H, D), with the tokens in the model's order."""
-        return to_front(y_BHTD.transpose(1, 2), 1, self.layer_mixer.prefix_tokens)
+        """Output of an attention function, (B, T, H, D), with the tokens in the model's order; contiguous in memory."""
+        return to_front(y_BHTD.transpose(1, 2), 1, self.layer_mixer.prefix_tokens).contiguous()
 
 
 _current: ContextVar[LayerCall | None] = ContextVar("subquad_layer_call", default=None)

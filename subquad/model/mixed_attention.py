@@ -5,7 +5,7 @@ The student's model calls this function instead of its own (interface.py); its c
 - `attach` adds a `LayerMixer` to each attention module, and hooks that open and close a `LayerCall` around it. The call
   holds inputs that the attention function does not receive: the hidden states (for gates), and the rotary tables if a
   mixer does without rotary embedding.
-- `mixed_attention` splits the heads by mixer and joins their outputs. The 2D padding mask and the cache come in one
+- `mixed_attention` splits the heads by mixer and joins their outputs. Padding, documents and the cache come in one
   `ForwardContext`, a keyword argument of the model that is passed on to its attention modules. No module holds a mode.
 - The prefix tokens of an image encoder (class, registers) are moved to the middle for the mixers, so that both scans
   reach them (Vision Mamba, arXiv 2401.09417).
@@ -31,6 +31,7 @@ from subquad.model.interface import attention_function, set_attention
 from subquad.model.join import output_projection, project_branch
 from subquad.model.layer_call import Attend, close_call, current_call, open_call
 from subquad.model.layer_mixer import LayerMixer, keep_initialised, layer_mixer
+from subquad.model.packing import Documents
 from subquad.plan import ATTENTION, JoinStart, Plan
 
 PREFIX = "subquad_"  # "subquad_sdpa": mixers, with sdpa for the heads that keep attention
@@ -56,10 +57,11 @@ def mixed_attention(
         call.probe.append((query, key))
         return torch.zeros_like(query).transpose(1, 2), None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    documents = call.context.layout.documents
     weights: list[Tensor | None] = []
 
     def attend_of(group: HeadGroup) -> Attend:
-        return _base_attention(module, base, attention_mask, scaling, kwargs, group, weights)
+        return _base_attention(module, base, attention_mask, scaling, kwargs, group, documents, weights)
 
     call.bind(query, key, value, scale, kwargs.get("softcap"), kwargs.get("s_aux"), attend_of)
     y_BHTD = call.mixed() if call.context.around is None else call.context.around(call)
@@ -73,6 +75,7 @@ def _base_attention(
     scaling: float | None,
     kwargs: dict[str, Any],
     group: HeadGroup,
+    documents: Documents | None,
     weights: list[Tensor | None],
 ) -> Attend:
     """Model's own attention function, bound to this call and these heads; appends its weights, if any, to `weights`."""
@@ -81,8 +84,10 @@ def _base_attention(
 
     def attend(q_BHTD: Tensor, k_BGLD: Tensor, v_BGLD: Tensor) -> Tensor:
         view = _ModuleView(module, group, q_BHTD.shape[1] // k_BGLD.shape[1])
-        mask_of_group = _of_heads(mask, group)
-        y_BTHD, weights_BHTL = function(view, q_BHTD, k_BGLD, v_BGLD, mask_of_group, scaling=scaling, **group_kwargs)
+        own_mask, own_kwargs = (mask, {}) if documents is None else documents.attention(base, mask, k_BGLD.shape[2])
+        own_mask = _of_heads(own_mask, group)
+        all_kwargs = {"scaling": scaling, **group_kwargs, **own_kwargs}
+        y_BTHD, weights_BHTL = function(view, q_BHTD, k_BGLD, v_BGLD, own_mask, **all_kwargs)
         weights.append(weights_BHTL)
         return y_BTHD.transpose(1, 2)
 

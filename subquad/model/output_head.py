@@ -3,6 +3,7 @@
 Legend of tensor suffixes: B batch, T positions, M model width, V vocabulary.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel
 from subquad.errors import UserError
 from subquad.model.base import BaseStudent
 from subquad.model.image_student import ImageStudent, classifier, classifier_input
-from subquad.model.interface import least_inputs, reads_images
+from subquad.model.interface import decoder_of, least_inputs, reads_images
 from subquad.model.student import Student
 
 
@@ -34,7 +35,7 @@ def final_hidden(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tens
         return model.final_hidden(input_ids)
     if reads_images(model):
         return classifier_input(model, input_ids)
-    return model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+    return decoder_of(model)(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
 
 
 @dataclass(frozen=True)
@@ -111,9 +112,15 @@ def check_head(model: PreTrainedModel) -> None:
         model_logits = model(input_ids=inputs, use_cache=False).logits.float()
     chunk_logits = head_logits(model, final_hidden(model, inputs)).float()
     tolerance = 1e-4 if backbone.dtype in (torch.float32, torch.float64) else 3e-2
-    limit = tolerance * model_logits.abs().max().clamp_min(1e-6)
-    if model_logits.shape != chunk_logits.shape or (model_logits - chunk_logits).abs().max() > limit:
+    limit = tolerance * model_logits.masked_fill(~model_logits.isfinite(), 0.0).abs().max().clamp_min(1e-6)
+    if model_logits.shape != chunk_logits.shape or _distance(model_logits, chunk_logits) > limit:
         raise UserError(
             f"{type(backbone).__name__} does something to its logits that is not a linear head with a scale or a "
             "soft-cap, so its likelihoods cannot be computed in chunks: this model is not supported"
         )
+
+
+def _distance(logits: Tensor, other_logits: Tensor) -> Tensor:
+    """Largest difference of two tensors of one shape; a token that both forbid (-inf), or a NaN in both, is none."""
+    same = (logits == other_logits) | (logits.isnan() & other_logits.isnan())
+    return (logits - other_logits).masked_fill(same, 0.0).nan_to_num(nan=math.inf, posinf=math.inf).abs().max()

@@ -13,37 +13,45 @@ from typing import Any
 
 import torch
 
+from subquad.errors import UserError
 from subquad.mixers import Mixer, MixerInputs, State
+from subquad.ops.padding import Padding
 
 
 @dataclass
 class MixerPass:
-    """Mixer's inputs in one pass, and its state before it (None at the start of a sequence)."""
+    """Mixer's inputs in one pass, and its state before it (None at the start of a sequence).
+
+    `documents`: whether the tokens were gathered by document (packing.py), so that a part of the pass is none.
+    """
 
     mixer: Mixer
     inputs: MixerInputs
     state: State | None
+    documents: bool = False
 
     def state_after(self, tokens: int) -> State:
-        """State after the first `tokens` tokens of the pass."""
+        """State after the first `tokens` tokens of the pass. Raises UserError for a part of a pass over documents."""
         if tokens == 0:
             return self.state or {}
-        inputs = self.inputs
-        padding_BL = inputs.padding_BL
+        if self.documents:
+            raise UserError("crop: tokens of packed documents, or of rows with pads between tokens, cannot be removed")
+        inputs, padding = self.inputs, self.inputs.padding
+        real_BT = None if padding is None or padding.real_BT is None else padding.real_BT[:, :tokens]
         kept = replace(
             inputs,
             q_BHTD=inputs.q_BHTD[:, :, :tokens],
             k_BGTD=inputs.k_BGTD[:, :, :tokens],
             v_BGTD=inputs.v_BGTD[:, :, :tokens],
             hidden_BTM=inputs.hidden_BTM[:, :tokens],
-            padding_BL=None if padding_BL is None else padding_BL[:, : inputs.past + tokens],
+            padding=None if padding is None else Padding(padding.past_B, real_BT),
             attend=lambda q_BHTD, k_BGLD, v_BGLD: torch.zeros_like(q_BHTD),  # only the state is wanted
         )
         return self.mixer(kept, self.state)[1]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "MixerPass":
         """Copy that shares the mixer."""
-        return MixerPass(self.mixer, deepcopy(self.inputs, memo), deepcopy(self.state, memo))
+        return MixerPass(self.mixer, deepcopy(self.inputs, memo), deepcopy(self.state, memo), self.documents)
 
 
 @dataclass

@@ -7,12 +7,19 @@ classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.configuration_utils import SubConfigSpec
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -22,8 +29,10 @@ from subquad.errors import UserError
 from subquad.model.base import BaseStudent, BaseStudentConfig, auto_map
 from subquad.model.cache import CACHE, StudentCache
 from subquad.model.generation import StudentGenerationMixin
-from subquad.model.interface import shapes_of
+from subquad.model.interface import decoder_of, input_device, shapes_of
 from subquad.model.layer_call import ForwardContext, forward_arguments
+from subquad.model.packing import Layout
+from subquad.model.teacher_check import check_causal
 from subquad.plan import AttentionShape, Plan
 
 logger = logging.get_logger(__name__)  # transformers' own, as the warnings are
@@ -53,7 +62,13 @@ class Student(StudentGenerationMixin, BaseStudent):
 
     @classmethod
     def make_backbone(cls, config: StudentConfig, attention: str | None) -> PreTrainedModel:
-        backbone: PreTrainedModel = AutoModelForCausalLM.from_config(config.text_config, attn_implementation=attention)
+        text_config: Any = config.text_config
+        options = {"attn_implementation": attention}
+        backbone: PreTrainedModel
+        if type(text_config) in MODEL_FOR_CAUSAL_LM_MAPPING or not text_config.architectures:
+            backbone = AutoModelForCausalLM.from_config(text_config, **options)
+        else:  # a text part whose configuration is of no auto class (Mllama)
+            backbone = getattr(transformers, text_config.architectures[0])._from_config(text_config, **options)
         return backbone
 
     @classmethod
@@ -61,11 +76,12 @@ class Student(StudentGenerationMixin, BaseStudent):
         family = type(teacher).__name__
         if teacher.get_output_embeddings() is None:
             raise UserError(f"{family} predicts no next token: a Student is made of a causal language model")
+        check_causal(teacher)
         for name, options in plan.mixers.items():
             if options.get("bidirectional"):
                 raise UserError(f"mixer '{name}' is bidirectional, and {family} predicts the next token")
         return {
-            "tie_word_embeddings": teacher.config.get_text_config().tie_word_embeddings,
+            "tie_word_embeddings": getattr(teacher.config.get_text_config(), "tie_word_embeddings", False),
             "auto_map": auto_map(StudentConfig, cls, ["AutoModelForCausalLM"]),
         }
 
@@ -103,9 +119,10 @@ class Student(StudentGenerationMixin, BaseStudent):
         """Output of a causal language model of transformers; `attention_mask` is (B, past + new), 0 at pads.
 
         `cache` is the name of `past_key_values` since transformers 5.24; both names are accepted in every release.
+        Documents that are packed into one row do not see each other (packing.py).
 
-        Raises ValueError for a cache that is not a `StudentCache` (see `new_cache`), and UserError for attention
-        weights of a student that has none.
+        Raises ValueError for a cache that is not a `StudentCache` (see `new_cache`), and for a mask that hides more
+        than pads and later tokens; UserError for attention weights of a student that has none.
         """
         self.check_outputs(kwargs.get("output_attentions"))
         cache = past_key_values if cache is None else cache
@@ -117,10 +134,15 @@ class Student(StudentGenerationMixin, BaseStudent):
             use_cache, cache = False, None
         if use_cache and cache is None:
             cache = self.new_cache()
-        with forward_arguments(self.backbone, self._forward_context(attention_mask, cache)) as context_arguments:
+        tokens = inputs_embeds if input_ids is None else input_ids
+        context = self._forward_context(attention_mask, cache, tokens, position_ids, kwargs)
+        if isinstance(logits_to_keep, int) and logits_to_keep and any(shape.kv_from for shape in self.plan.shapes):
+            # Given a number, Gemma 4 leaves out the other tokens in layers that share keys; their mixers need them.
+            logits_to_keep = torch.arange(-logits_to_keep, 0, device=input_device(self.backbone))
+        with forward_arguments(self.backbone, context) as context_arguments:
             return self.backbone(
                 input_ids=input_ids,
-                attention_mask=attention_mask,
+                attention_mask=context.layout.attention_mask,
                 position_ids=position_ids,
                 inputs_embeds=inputs_embeds,
                 labels=labels,
@@ -135,20 +157,26 @@ class Student(StudentGenerationMixin, BaseStudent):
         self, inputs: Tensor, attention_mask: Tensor | None = None, forward_context: ForwardContext | None = None
     ) -> Tensor:
         """Hidden states that the output head reads, (B, T, M), without computing the head."""
-        context = forward_context or self._forward_context(attention_mask, None)
-        with forward_arguments(self.backbone.base_model, context) as context_arguments:
-            return self.backbone.base_model(
-                input_ids=inputs, attention_mask=attention_mask, use_cache=False, **context_arguments
+        context = forward_context or self._forward_context(attention_mask, None, inputs)
+        mask = context.layout.attention_mask if forward_context is None else attention_mask
+        with forward_arguments(decoder_of(self.backbone), context) as context_arguments:
+            return decoder_of(self.backbone)(
+                input_ids=inputs, attention_mask=mask, use_cache=False, **context_arguments
             ).last_hidden_state
 
-    def _forward_context(self, attention_mask: Tensor | None, cache: StudentCache | None) -> ForwardContext:
+    def _forward_context(
+        self,
+        attention_mask: Tensor | None,
+        cache: StudentCache | None,
+        tokens: Tensor | None,
+        position_ids: Tensor | None = None,
+        packing: Mapping[str, Any] | None = None,
+    ) -> ForwardContext:
         if cache is not None and not isinstance(cache, StudentCache):
             raise ValueError(f"a student needs its own cache (student.new_cache()), not a {type(cache).__name__}")
-        if attention_mask is None or bool(attention_mask.all()):
-            return ForwardContext(None, cache)
-        if attention_mask.dim() != 2:
-            raise ValueError(f"attention_mask must be (batch, tokens), not {tuple(attention_mask.shape)}")
-        return ForwardContext(attention_mask.bool(), cache)
+        if tokens is None:  # which the backbone's own error says
+            return ForwardContext(cache=cache)
+        return ForwardContext(Layout.of(attention_mask, cache, tokens, position_ids, packing), cache)
 
     def new_cache(self) -> StudentCache:
         """Empty cache for this student."""

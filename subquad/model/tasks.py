@@ -4,10 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageClassification
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageClassification, AutoModelForImageTextToText
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     MODEL_MAPPING_NAMES,
 )
 
@@ -15,6 +16,7 @@ from subquad.model.base import BaseStudent
 from subquad.model.image_student import ImageStudent
 from subquad.model.saliency import SaliencyConfig, SaliencyModel
 from subquad.model.student import Student
+from subquad.model.text_part import has_text_class
 
 TEXT = "text-generation"
 
@@ -46,10 +48,21 @@ class Task:
         """Name of the set of a model's possible outputs."""
         return "set of classes" if self.of_images else "vocabulary"
 
-    def classes(self, model_type: str) -> list[str]:
-        """Names of the classes of a model type for this task; empty if there are none."""
-        names = self.families.get(model_type, [])
-        return [names] if isinstance(names, str) else [*names]
+    def classes(self, config: Any) -> list[str]:
+        """Names of the classes of a configuration's type for this task; empty if there are none.
+
+        For text, models that also read images are among them, where their text part can be had alone.
+        """
+        names = [self.families.get(config.model_type, [])]
+        if self.name == TEXT and config.get_text_config() is not config:
+            names += [MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(config.model_type, [])]
+            names = names if has_text_class(config) else []
+        return [name for part in names for name in ([part] if isinstance(part, str) else part)]
+
+    def auto_class(self, config: Any) -> Any:
+        """Auto class that loads the models of a configuration's type."""
+        wraps = self.name == TEXT and config.model_type not in self.families and self.classes(config)
+        return AutoModelForImageTextToText if wraps else self.auto
 
 
 TASKS = {

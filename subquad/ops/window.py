@@ -5,11 +5,11 @@ sliding-window attention with sinks (StreamingLLM, arXiv 2309.17453, without re-
 sum added to both, it is LoLCATs' attention with one denominator. Work and memory are O(T W): queries in blocks of W see
 two blocks of keys. A token in the window is not counted again as a sink.
 
-The state has a fixed size: W - 1 keys and values, and those of the sinks. `padding_BL` marks the real tokens (True) of
-all L = past + T columns. Sinks are the first *real* tokens of each row, so left padding moves them.
+The state has a fixed size: W - 1 keys and values, and those of the sinks. Windows and sinks count the *real* tokens of
+each row (padding.py), so the state holds the last W - 1 of them, wherever the pads were.
 
-Legend: B batch, H query heads, G key/value heads, R = H / G, T new tokens, L past and new tokens, W window, S sinks,
-K blocks, D head width, E = W - 1 + T the window's past and the new tokens.
+Legend: B batch, H query heads, G key/value heads, R = H / G, T new tokens, W window, S sinks, K blocks, D head width,
+E = W - 1 + T the window's past and the new tokens.
 """
 
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from subquad.ops.common import Append, joined, wide
+from subquad.ops.padding import Padding
 
 
 @dataclass
@@ -50,29 +51,14 @@ class WindowSum:
         return (self.numerator_BHTD / self.denominator_BHT1).to(self.numerator_BHTD.dtype)
 
 
-def first_real_column(padding_BL: Tensor | None, batch: int, device: torch.device) -> Tensor:
-    """Find the column of each row's first real token: (B,)."""
-    if padding_BL is None:
-        return torch.zeros(batch, dtype=torch.long, device=device)
-    return padding_BL.int().argmax(-1)
-
-
-def _valid(padding_BL: Tensor | None, columns: Tensor) -> Tensor:
-    """Mask the columns that hold a real token: (B or 1, number of columns)."""
-    in_range = columns >= 0
-    if padding_BL is None:
-        return in_range[None]
-    return in_range[None] & padding_BL[:, columns.clamp(0, padding_BL.shape[1] - 1)]
-
-
-def _sinks(x_BGTD: Tensor, past_sinks: Tensor | None, index_BS: Tensor) -> Tensor:
+def _sinks(x_BGTD: Tensor, past_sinks: Tensor | None, visibility: "Visibility") -> Tensor:
     """Collect the sinks' keys or values (B, G, S, D), from the state and from the new tokens."""
     B, G, T, D = x_BGTD.shape
-    is_new_BS = (index_BS >= 0) & (index_BS < T)
-    gathered = x_BGTD.gather(2, index_BS.clamp(0, T - 1)[:, None, :, None].expand(B, G, -1, D))
-    return torch.where(
-        is_new_BS[:, None, :, None], gathered, gathered.new_zeros(()) if past_sinks is None else past_sinks
-    )
+    column_BS = visibility.sink_S - visibility.first_B1
+    is_new_BS = (visibility.sink_S >= visibility.past_B1) & (column_BS < T)
+    index_BS = column_BS.clamp(0, T - 1)[:, None, :, None].expand(B, G, -1, D)
+    old = x_BGTD.new_zeros(()) if past_sinks is None else past_sinks
+    return torch.where(is_new_BS[:, None, :, None], x_BGTD.gather(2, index_BS), old)
 
 
 def window_sum(
@@ -86,32 +72,32 @@ def window_sum(
     softcap: float | None = None,
     state: dict[str, Tensor] | None = None,
     past: int = 0,
-    padding_BL: Tensor | None = None,
+    padding: Padding | None = None,
     append: Append = joined,
 ) -> WindowSum:
     """Attend from each query to its last `window` keys and the first `sinks`; see the module's docstring.
 
-    `append` concatenates the state's keys and values with the new ones.
+    `past` is the number of earlier tokens in every row; with `padding`, each row has its own. `append` concatenates the
+    state's keys and values with the new ones.
     """
 
     def extend(x_BGTD: Tensor, past_x: Tensor | None) -> Tensor:
-        return pad(x_BGTD, (0, 0, window - 1, 0)) if past_x is None else append(past_x, x_BGTD)
+        if past_x is None:
+            return pad(x_BGTD, (0, 0, window - 1, 0))
+        return append(past_x, x_BGTD) if padding is None or padding.real_BT is None else padding.extend(past_x, x_BGTD)
 
     T = k_BGTD.shape[2]
-    visibility = Visibility(window, sinks, past, padding_BL, len(k_BGTD), k_BGTD.device, scale, softcap)
+    visibility = Visibility(window, sinks, past, padding, k_BGTD.device, scale, softcap)
     past_state: dict[str, Tensor | None] = (
         {**state} if state else dict.fromkeys(("window_k", "window_v", "sink_k", "sink_v"))
     )
     k_BGED, v_BGED = extend(k_BGTD, past_state["window_k"]), extend(v_BGTD, past_state["window_v"])
     new_state = {"window_k": k_BGED[:, :, T:], "window_v": v_BGED[:, :, T:]}
-    if state and padding_BL is None and past >= sinks:
+    if state and padding is None and past >= sinks:
         new_state |= {name: state[name] for name in ("sink_k", "sink_v")}
     else:
         sinks_kv = {"sink_k": k_BGTD, "sink_v": v_BGTD}
-        new_state |= {
-            name: _sinks(x_BGTD, past_state[name], visibility.sink_columns_BS - past)
-            for name, x_BGTD in sinks_kv.items()
-        }
+        new_state |= {name: _sinks(x_BGTD, past_state[name], visibility) for name, x_BGTD in sinks_kv.items()}
     form = _step if T == 1 else _blocks
     return WindowSum(*form(q_BHTD, k_BGED, v_BGED, new_state["sink_k"], new_state["sink_v"], visibility), new_state)
 
@@ -123,22 +109,31 @@ class Visibility:
     window: int
     sinks: int
     past: int
-    padding_BL: Tensor | None
-    batch: int
+    padding: Padding | None
     device: torch.device
     scale: float
     softcap: float | None
 
     @cached_property
-    def sink_columns_BS(self) -> Tensor:
-        """Columns of the first real tokens."""
-        start_B = first_real_column(self.padding_BL, self.batch, self.device)
-        return start_B[:, None] + torch.arange(self.sinks, device=self.device)
+    def past_B1(self) -> Tensor:
+        """Number of earlier tokens, of each row or of all of them (1, 1)."""
+        if self.padding is None:
+            return torch.full((1, 1), self.past, device=self.device)
+        return self.padding.past_B[:, None]
+
+    @cached_property
+    def first_B1(self) -> Tensor:
+        """Number of the token in the first new column, of each row or of all of them (1, 1)."""
+        return self.past_B1 if self.padding is None else self.padding.first_B[:, None]
+
+    @cached_property
+    def sink_S(self) -> Tensor:
+        return torch.arange(self.sinks, device=self.device)
 
     @property
     def sees_everything(self) -> bool:
         """True if every query sees all sinks and all keys of its window."""
-        return self.padding_BL is None and self.past >= self.sinks + self.window - 1
+        return self.padding is None and self.past >= self.sinks + self.window - 1
 
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
         """Compute the attention scores of queries (..., D) for keys (..., D)."""
@@ -150,13 +145,13 @@ def _step(
     q_BH1D: Tensor, k_BGWD: Tensor, v_BGWD: Tensor, sink_k_BGSD: Tensor, sink_v_BGSD: Tensor, visibility: Visibility
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute numerator, denominator and peak for one query."""
-    (B, G, W, _), S = k_BGWD.shape, sink_k_BGSD.shape[2]
+    (_, G, W, _), S = k_BGWD.shape, sink_k_BGSD.shape[2]
     q_BGRD = q_BH1D.squeeze(2).unflatten(1, (G, -1))
     s_BGRK = torch.cat([visibility.scores(q_BGRD, sink_k_BGSD), visibility.scores(q_BGRD, k_BGWD)], -1)
     if not visibility.sees_everything:
-        columns_W = torch.arange(visibility.past - W + 1, visibility.past + 1, device=k_BGWD.device)
-        far_BS = visibility.past - visibility.sink_columns_BS >= W
-        visible_BK = torch.cat([far_BS, _valid(visibility.padding_BL, columns_W).expand(B, -1)], 1)
+        far_BS = visibility.first_B1 - visibility.sink_S >= W
+        valid_BW = visibility.first_B1 + torch.arange(1 - W, 1, device=k_BGWD.device) >= 0
+        visible_BK = torch.cat([far_BS, valid_BW], 1)
         s_BGRK = s_BGRK.masked_fill(~visible_BK[:, None, None], torch.finfo(s_BGRK.dtype).min)
     peak_BGR1 = s_BGRK.detach().amax(-1, keepdim=True)
     weight_BGRK = (s_BGRK - peak_BGR1).exp()
@@ -184,13 +179,11 @@ def _blocks(
     # Masks: keys in the window, and sinks that have left the window.
     row, key = torch.arange(W, device=device), torch.arange(span, device=device)
     in_window_QU = (key >= row[:, None]) & (key < row[:, None] + W)
-    columns_KU = visibility.past - (W - 1) + torch.arange(blocks, device=device)[:, None] * W + key
-    valid_BKU = _valid(visibility.padding_BL, columns_KU.flatten().clamp(max=visibility.past + T - 1)).unflatten(
-        1, (blocks, span)
-    )
+    block_K1 = torch.arange(blocks, device=device)[:, None] * W
+    valid_BKU = visibility.first_B1[:, :, None] + (block_K1 + key - (W - 1)) >= 0
     window_mask = (in_window_QU & valid_BKU[:, :, None])[:, None, None]
-    query_columns_KQ = visibility.past + torch.arange(blocks * W, device=device).unflatten(0, (blocks, W))
-    sink_mask = (query_columns_KQ[None, :, :, None] - visibility.sink_columns_BS[:, None, None] >= W)[:, None, None]
+    query_BKQ = visibility.first_B1[:, :, None] + (block_K1 + row)
+    sink_mask = (query_BKQ[..., None] - visibility.sink_S >= W)[:, None, None]
 
     def mask_scores(scores: Tensor, mask: Tensor) -> Tensor:
         # The minimum is finite, so a row that sees no key (a pad) becomes a harmless mean, never NaN.

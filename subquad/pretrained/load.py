@@ -6,11 +6,13 @@ Notable:
 - After loading no weight may be missing, which transformers would fill with noise.
 """
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -22,10 +24,13 @@ from transformers import (
 )
 
 from subquad.errors import UserError, nearest
-from subquad.model.interface import image_size, shapes_of
+from subquad.model.interface import image_size, shapes_of, wraps_text
+from subquad.model.placement import is_quantised
 from subquad.model.tasks import TASKS, TEXT, Task
+from subquad.model.text_part import text_part
 from subquad.plan import AttentionShape
 from subquad.pretrained.source import DEFAULT_TEACHER, checked_config, checked_weights, fingerprint_of, folder_of
+from subquad.pretrained.vocabulary import cut_to_rows
 from subquad.utils.files import cache_dir, first_line
 from subquad.utils.logging import quiet
 
@@ -114,6 +119,11 @@ def load_pretrained(
         reader = load_reader(folder, trust_remote_code=trust_remote_code)
         safetensors = weights[0].suffix == ".safetensors"
         model = _load_model(folder, name, config, kind, torch_dtype, place, trust_remote_code, safetensors)
+    if not kind.of_images and wraps_text(model):
+        warnings.warn(f"the teacher '{name}' reads more than text: only its text part is converted", stacklevel=2)
+        model = text_part(model)
+    if not kind.of_images and isinstance(embedding := model.get_input_embeddings(), nn.Embedding):
+        cut_to_rows(reader, embedding.num_embeddings, name)
     model.eval().requires_grad_(False)
     return Teacher(model, reader, name, _lasting(source), fingerprint_of(folder, weights, layers), task)
 
@@ -193,7 +203,7 @@ def _load_model(
 ) -> PreTrainedModel:
     loaded: Any
     try:
-        loaded = task.auto.from_pretrained(
+        loaded = task.auto_class(config).from_pretrained(
             folder,
             config=config,
             dtype=dtype,
@@ -216,7 +226,32 @@ def _load_model(
         raise UserError(
             f"the weights in {folder} lack {len(missing)} tensors of the model, e.g. {missing[0]}: they are not whole"
         )
+    if lost := sorted(key for key in info["unexpected_keys"] if _in_a_block(model, key)):
+        raise UserError(
+            f"the weights in {folder} have {len(lost)} tensors that {type(model).__name__} has no place for, e.g. "
+            f"{lost[0]}: it would compute something else, so give a folder whose config.json fits its weights"
+        )
+    if is_quantised(model):
+        try:
+            model.dequantize(dtype=dtype)
+        except Exception as error:  # of whatever type the library of the quantised form raises
+            raise UserError(
+                f"the teacher '{name}' has quantised weights, which cannot be turned back ({first_line(error)}): give "
+                "the model in full precision"
+            ) from error
     return model
+
+
+def _in_a_block(model: PreTrainedModel, key: str) -> bool:
+    """Whether a tensor without a place belongs to a block that the model has.
+
+    Outside of blocks, weights files have much that a model does without (heads of other tasks, layers that were cut
+    off); rotary frequencies are computed, so older files that have them lose nothing.
+    """
+    parts = key.split(".")
+    paths = (".".join(parts[: place + 1]) for place, part in enumerate(parts) if part.isdigit())
+    modules = dict(model.named_modules())
+    return parts[-1] != "inv_freq" and any(path in modules for path in paths)
 
 
 def _lasting(source: str) -> str:

@@ -83,6 +83,11 @@ def _from_hub(name: str, trust_remote_code: bool, allow_pickle: bool) -> Path:
 def checked_config(folder: Path, name: str, task: Task, trust_remote_code: bool) -> PreTrainedConfig:
     """The configuration of a folder whose model is one for `task`, or a student of one."""
     file = folder / "config.json"
+    if (folder / "adapter_config.json").is_file():
+        raise UserError(
+            f"the folder {folder} holds an adapter (adapter_config.json), no whole model: merge it into its base "
+            "(PeftModel.merge_and_unload), save that and its tokenizer, and give that folder"
+        )
     if not file.is_file():
         ggufs = sorted(folder.glob("*.gguf"))
         hint = f"give the GGUF file itself, e.g. {ggufs[0]}" if ggufs else "give the folder that save_pretrained wrote"
@@ -105,7 +110,7 @@ def checked_config(folder: Path, name: str, task: Task, trust_remote_code: bool)
         raise UserError(f"the teacher '{name}' is an encoder-decoder ({config.model_type}): give {task.hint}")
     if trust_remote_code and task.auto.__name__ in (described.get("auto_map") or {}):
         return config
-    known = task.classes(config.model_type)
+    known = task.classes(config)
     architectures = described.get("architectures") or known[:1] or [config.model_type]
     if not set(known).intersection(architectures):
         raise UserError(f"the teacher '{name}' is no {task.noun} but a {architectures[0]}: give {task.hint}")

@@ -9,7 +9,7 @@ import yaml
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from subquad.plan import Join, JoinStart
-from subquad.recipes.stage import Count, Length, Section, Stage, check_order, parse_count
+from subquad.recipes.stage import Count, Length, RowLength, Section, Stage, check_order, parse_count
 
 ProbeTask: TypeAlias = Literal["copy", "dictionary", "passkey", "associative", "variables", "questions"]
 
@@ -76,9 +76,13 @@ class SelectorConfig(Section):
     budget: Annotated[str, BeforeValidator(_text)] = "50%"
     """Amount that keeps attention: units (`15`), a share of them (`50%`), cache bytes (`64MiB@32k`), a decoding speed
     relative to the teacher (`1.5x@32k`), or a plan that the greedy selector finds (`opt`, `best`)."""
+    window_layers: Literal["keep", "replace"] | None = None
+    """Layers in which the teacher itself has a sliding window, beside others that attend to everything: `keep` leaves
+    them as they are, `replace` makes them units like the others; none: keep if the budget is a number or a share of
+    units, since their cache does not grow with the context."""
     tokens: Count = 8192
     """Tokens that the units are scored on, in complete rows. They are used neither for training nor for evaluation."""
-    sequence_length: Length = 1024
+    sequence_length: RowLength = 1024
     options: dict[str, Any] = {}
     """Keyword arguments of the selector (docs/select.md). Numbers of tokens may be written as `50k`."""
 
@@ -92,7 +96,7 @@ class RetrievalConfig(Section):
     """Retrieval probes: recall of tokens from far back in the context."""
 
     tasks: list[ProbeTask] = ["copy", "dictionary", "passkey"]
-    contexts: list[Length] = [256, 1024, 2048]
+    contexts: list[RowLength] = [256, 1024, 2048]
     count: Length = 8
     """Prompts per task and context length."""
 
@@ -100,7 +104,7 @@ class RetrievalConfig(Section):
 class EvaluateConfig(Section):
     """Measurements at the end of a run. Lengths are in tokens."""
 
-    contexts: list[Length] = Field(default=[256, 1024, 2048], min_length=1)
+    contexts: list[RowLength] = Field(default=[256, 1024, 2048], min_length=1)
     """Context lengths of KL, perplexity and top-1 agreement. One pass at the longest measures all."""
     rows: Length = 8
     """Number of held-out sequences of the longest context, or of held-out images."""

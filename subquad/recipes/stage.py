@@ -45,6 +45,8 @@ def is_number(value: object) -> bool:
 
 Count = Annotated[int, BeforeValidator(parse_count), Field(gt=0)]
 Length = Annotated[int, Field(gt=0)]
+OF_A_ROW = "tokens of a row"
+RowLength = Annotated[int, Field(gt=0), OF_A_ROW]  # a model may take no rows as long; jobs/fitting.py shortens them
 Rate = Annotated[float, Field(ge=0)]
 
 
@@ -113,7 +115,7 @@ class Stage(Section):
     lora: Lora | None = None
     """Adapters, if `lora` is among `trainable`."""
     tokens: Count
-    sequence_length: Length = 512
+    sequence_length: RowLength = 512
     batch: Length = 1
     """Sequences in one optimiser step, over all processes and micro-batches."""
     accumulate: Length = 1

@@ -7,7 +7,7 @@ finished run or from one that only got so far. Every number comes from those fil
 from subquad.report.bench_tables import draw_bench, print_bench
 from subquad.report.card import write_model_card
 from subquad.report.page import write_report
-from subquad.report.plan_table import print_plan
+from subquad.report.plan_table import print_plan, saving_warning
 from subquad.report.plots import plan_picture, write_picture
 from subquad.report.table import print_table
 
@@ -17,6 +17,7 @@ __all__ = [
     "print_bench",
     "print_plan",
     "print_table",
+    "saving_warning",
     "write_model_card",
     "write_picture",
     "write_report",

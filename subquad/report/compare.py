@@ -105,7 +105,7 @@ def compare_runs(a: Path | str, b: Path | str, *, json_path: Path | str | None =
         comparison.time = _time(run_a.metrics, run_b.metrics)
         comparison.machine = dict(differences(_machine(run_a.metrics), _machine(run_b.metrics)))
     if json_path is not None:
-        write_json(Path(json_path), _finite(asdict(comparison) | {"same": comparison.same}))
+        write_json(Path(json_path), asdict(comparison) | {"same": comparison.same})
     return comparison
 
 
@@ -231,6 +231,8 @@ def _verdict(a: Metrics, b: Metrics, context: int) -> str:
     if len(samples[0]) != len(samples[1]) or not a.same_text(b, context):
         return "not paired: other text or teacher"
     gain = paired_gain(samples[1], samples[0])
+    if not math.isfinite(gain.mean):
+        return "not paired: a KL is not finite"
     if gain.mean == 0:
         return "tied"
     nearer = "B" if gain.mean > 0 else "A"
@@ -262,15 +264,6 @@ def _machine(metrics: Metrics) -> dict[str, Any]:
 def _keys(a: Mapping[Any, Any], b: Mapping[Any, Any]) -> list[Any]:
     """The keys of either, in order."""
     return sorted({*a, *b})
-
-
-def _finite(value: Any) -> Any:
-    """`value` for JSON: numbers that are not finite become None."""
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def print_comparison(comparison: Comparison, console: Console) -> None:

@@ -17,6 +17,7 @@ from subquad.report.plots import mixer_colours
 from subquad.utils import format as fmt
 
 CONTEXTS = (2048, 8192, 32768, 131072)  # tokens of context that the bytes of caches are given for
+LITTLE = 0.9  # share of the cache at the longest context above which a plan saves little
 LABEL = 8  # columns before the first layer
 TICK = 5  # layers between two numbers above the picture
 
@@ -98,9 +99,33 @@ def _legend(plan: Plan) -> Table:
 def _caches(plan: Plan, dtype: str) -> Table:
     table = make_table(f"Cache of one sequence, {dtype}", ["tokens of context", *map(fmt.context, CONTEXTS)])
     plans = {"this plan": plan, "all attention": Plan.all_attention(plan.shapes)}
-    sizes = {name: [row.cache_bytes(context, dtype=dtype) for context in CONTEXTS] for name, row in plans.items()}
-    for name, row_sizes in sizes.items():
-        table.add_row(name, *(fmt.plain(fmt.size(size)) for size in row_sizes))
-    shares = [part / whole for part, whole in zip(*sizes.values(), strict=True)]
+    for name, row in plans.items():
+        sizes = [row.cache_bytes(context, dtype=dtype) for context in CONTEXTS]
+        table.add_row(name, *(fmt.plain(fmt.size(size)) for size in sizes))
+    shares = cache_shares(plan, dtype).values()
     table.add_row("share", *(fmt.plain(fmt.percent(share)) for share in shares), style="bold")
     return table
+
+
+def cache_shares(plan: Plan, dtype: str) -> dict[int, float]:
+    """Share of the cache of all attention that a plan's cache takes, by tokens of context."""
+    whole = Plan.all_attention(plan.shapes)
+    return {
+        context: plan.cache_bytes(context, dtype=dtype) / whole.cache_bytes(context, dtype=dtype)
+        for context in CONTEXTS
+    }
+
+
+def saving_warning(plan: Plan, dtype: str) -> str:
+    """Sentence on the contexts at which a plan saves no cache, or little even at the longest; empty if it does."""
+    shares = cache_shares(plan, dtype)
+    without_gain = [context for context, share in shares.items() if share >= 1]
+    longest = fmt.context(CONTEXTS[-1])
+    if len(without_gain) == len(shares):
+        return f"warning: this plan saves no cache at any context up to {longest} tokens"
+    if shares[CONTEXTS[-1]] > LITTLE:
+        share = fmt.percent(shares[CONTEXTS[-1]])
+        return f"warning: this plan saves little: at {longest} tokens of context its cache is {share} of the teacher's"
+    if without_gain:
+        return f"warning: this plan saves no cache at {fmt.context(max(without_gain))} tokens of context and below"
+    return ""

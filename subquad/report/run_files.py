@@ -79,7 +79,10 @@ class RunFiles:
             layers = self.scores.units[index]
             return f"layer{'s' if len(layers) > 1 else ''} {fmt.ranges(layers)}"
         if self.scores.unit == "head" and self.plan is not None:
-            heads = [(layer, head) for layer, row in enumerate(self.plan.head_table()) for head in range(len(row))]
+            table, kept_layers = self.plan.head_table(), self.scores.kept_layers
+            heads = [
+                (layer, head) for layer, row in enumerate(table) if layer not in kept_layers for head in range(len(row))
+            ]
             layer, head = heads[index]
             return f"head {head} of layer {layer}"
         return f"{self.scores.unit} {index}"

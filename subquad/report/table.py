@@ -22,8 +22,8 @@ def print_table(metrics: Mapping[str, Any], console: Console) -> None:
             console.print(table)
     for sample in checked.samples:
         console.print(_sample(sample))
-    for verdict in checked.verdicts:
-        console.print(Text(f"· {verdict}"))
+    for sentence in (*checked.verdicts, *checked.unmeasured):
+        console.print(Text(f"· {sentence}"))
 
 
 def _images(metrics: Metrics) -> Table:

@@ -145,10 +145,17 @@ class Selection(Record):
 
 
 class SourceRecord(Record):
-    """A text that was read, and the hash of its bytes."""
+    """A text that was read, and the hash of its bytes.
+
+    Where rows were skipped or repaired: `rows` that were read, how many of them were `skipped`, by reason, and in how
+    many broken characters were replaced (`repaired`).
+    """
 
     name: str
     sha256: str
+    rows: int = 0
+    skipped: dict[str, int] = {}
+    repaired: int = 0
 
 
 class Metrics(Record):
@@ -177,6 +184,7 @@ class Metrics(Record):
     samples: list[Sample] = []
     teacher_name: str | None = None
     verdicts: list[str] = []
+    unmeasured: list[str] = []  # sentences on what failed while measuring, and on numbers that are not finite
 
     @property
     def variants(self) -> dict[str, Variant]:

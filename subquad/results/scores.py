@@ -68,12 +68,13 @@ class Scores(Record):
     """scores.json: one score a unit, higher for one that should rather keep its attention.
 
     Of layers, or groups of them, one list; of heads, a list for each layer. `low` and `high`, the bounds of the scores,
-    are like them. `chosen`: indices of units, counted through all layers.
+    are like them. `chosen`: indices of units, counted through all layers that have units.
     """
 
     by: str
     unit: Literal["layer", "head", "group"] = "layer"
-    units: list[list[int]] | None = None  # the layers of each group
+    units: list[list[int]] | None = None  # the layers of each group, or of each layer that is no `kept_layers`
+    kept_layers: list[int] = []  # layers that keep attention and are no units
     mixer: str = ""
     scores: Table = []  # none of a selector that measures nothing
     low: Table = []

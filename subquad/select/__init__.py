@@ -8,7 +8,7 @@ serves any budget. CONTRIBUTING.md explains how to add a selector.
 from importlib import import_module
 from pkgutil import iter_modules
 
-from subquad.select.budget import Budget
+from subquad.select.budget import Budget, kept_layers
 from subquad.select.inputs import SelectorInputs
 from subquad.select.ranking import Ranking, choose_plan, pareto
 from subquad.select.registry import (
@@ -21,7 +21,7 @@ from subquad.select.registry import (
 )
 from subquad.select.retrieval_heads import RetrievalScores, retrieval_scores
 from subquad.select.supernet import Supernet
-from subquad.select.units import Unit, uniform_layers, units_of
+from subquad.select.units import Unit, open_units, uniform_layers, units_of
 from subquad.select.work import SelectionCost, SelectionWork
 from subquad.utils.token_cost import TokenCost
 
@@ -42,6 +42,8 @@ __all__ = [
     "make_selector",
     "selector",
     "choose_plan",
+    "kept_layers",
+    "open_units",
     "pareto",
     "retrieval_scores",
     "uniform_layers",

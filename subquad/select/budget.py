@@ -3,6 +3,9 @@
 A budget is a number of units (`15`), a share of them (`50%` or `0.5`), the bytes of one sequence's cache at a context
 length (`64MiB@32k`), or the decoding speed there relative to the teacher (`1.5x@32k`). The units are the selector's:
 layers, heads or groups of layers. With a word (`opt`, `best`) the selector determines how many to keep.
+
+Units count what attends to everything. The teacher's own sliding-window layers keep attention beside them
+(`kept_layers`).
 """
 
 import re
@@ -12,6 +15,7 @@ from typing import TypeAlias
 
 from subquad.errors import UserError
 from subquad.plan import AttentionShape, Plan
+from subquad.recipes.schema import SelectorConfig
 
 Cost: TypeAlias = Callable[[Plan], float]  # bytes of a cache, or seconds of a decoding step
 
@@ -139,3 +143,20 @@ class Budget:
 def largest_within(count: int, plan_of: Callable[[int], Plan], cost: Cost, limit: float) -> int | None:
     """The largest k of 0 to `count` for which `plan_of(k)` costs no more than `limit`; None if there is none."""
     return next((k for k in range(count, -1, -1) if cost(plan_of(k)) <= limit), None)
+
+
+def kept_layers(
+    settings: SelectorConfig, shapes: Sequence[AttentionShape], given_plan: Plan | None = None
+) -> list[int]:
+    """Layers that keep attention without being counted: those with the teacher's own sliding window.
+
+    Their cache does not grow with the context, so no units are spent on them. Empty for a budget in bytes or speed,
+    which weighs real costs, unless `window_layers` is `keep`; for `replace`; and where every layer has a window, so
+    that there is nothing else to convert. Of a given plan, only layers that it leaves alone.
+    """
+    windows = [layer for layer, shape in enumerate(shapes) if shape.window is not None]
+    counts_units = Budget.parse(settings.budget).context is None
+    keeps = counts_units if settings.window_layers is None else settings.window_layers == "keep"
+    if not keeps or len(windows) == len(shapes):
+        return []
+    return [layer for layer in windows if given_plan is None or layer in given_plan.attention_layers]

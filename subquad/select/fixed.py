@@ -8,6 +8,7 @@ from subquad.errors import UserError
 from subquad.select.inputs import SelectorInputs
 from subquad.select.ranking import Ranking
 from subquad.select.registry import Selector, selector
+from subquad.select.units import units_of
 from subquad.select.work import SelectionCost
 
 
@@ -16,7 +17,7 @@ class Fixed(Selector):
     """The first units of a list, as many as the budget allows."""
 
     layers: list[int]
-    """Indices of units, most important first."""
+    """Indices of units, counted through all layers of the model, most important first."""
 
     @model_validator(mode="before")
     @classmethod
@@ -32,11 +33,17 @@ class Fixed(Selector):
         return SelectionCost("fixed")
 
     def choose(self, inputs: SelectorInputs) -> Ranking:
-        units, order = inputs.units, self.layers
-        if len({*order}) < len(order) or not {*order} <= {*range(len(units))}:
-            raise UserError(f"selector.options.layers should be different units of 0 to {len(units) - 1}, not {order}")
+        named, all_units = self.layers, units_of(inputs.student.plan.shapes, inputs.unit)
+        if len({*named}) < len(named) or not {*named} <= {*range(len(all_units))}:
+            last = len(all_units) - 1
+            raise UserError(f"selector.options.layers should be different units of 0 to {last}, not {named}")
+        # Units that keep attention anyway are not counted
+        units = inputs.units
+        index_of = {head: index for index, unit in enumerate(units) for head in unit}
+        order = [*dict.fromkeys(index_of[head] for unit in named for head in all_units[unit] if head in index_of)]
         if inputs.min_count > len(order):
+            anyway = " beside those that keep attention anyway" if len(order) < len(named) else ""
             raise UserError(
-                f"the budget keeps {inputs.min_count} units, and selector.options.layers names {len(order)}"
+                f"the budget keeps {inputs.min_count} units, and selector.options.layers names {len(order)}{anyway}"
             )
         return Ranking(units, lambda count: sorted(order[:count]), inputs.unit, report={"order": order})

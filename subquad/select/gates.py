@@ -29,7 +29,7 @@ from subquad.data.text import Corpus
 from subquad.errors import UserError
 from subquad.model.layer_call import ForwardContext, LayerCall
 from subquad.model.output_head import OutputHead, final_hidden
-from subquad.recipes.stage import Length
+from subquad.recipes.stage import Length, RowLength
 from subquad.select.inputs import SelectorInputs
 from subquad.select.kl import kl
 from subquad.select.ranking import Ranking
@@ -81,7 +81,7 @@ class Gates(Selector):
 
     tokens: Length = 50_000
     """Tokens of training."""
-    sequence_length: Length = 512
+    sequence_length: RowLength = 512
     batch: Length = 1
 
     @property
@@ -221,10 +221,13 @@ def _gates(supernet: Supernet, share: float) -> dict[int, Tensor]:
 
 
 def _by_head(supernet: Supernet, units: Sequence[Unit], gate_U: Tensor) -> dict[int, Tensor]:
-    """The units' gates as gates per head."""
+    """The units' gates as gates per head; layers that keep attention anyway have none."""
     shapes = supernet.linear_plan.shapes
     unit_of = {head: index for index, unit in enumerate(units) for head in unit}
-    return {layer: gate_U[[unit_of[layer, head] for head in range(shape.heads)]] for layer, shape in enumerate(shapes)}
+    return {
+        layer: gate_U[[unit_of[layer, head] for head in range(shapes[layer].heads)]]
+        for layer in sorted({layer for layer, _ in unit_of})
+    }
 
 
 def gated(gates: Mapping[int, Tensor]) -> ForwardContext:

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from subquad.data.probes import PROBE_TASKS
 from subquad.plan import Plan
-from subquad.recipes.stage import Length
+from subquad.recipes.stage import Length, RowLength
 from subquad.results.scores import ReplacementPath, ReplacementStep
 from subquad.select.inputs import SelectorInputs
 from subquad.select.ranking import Ranking
@@ -44,7 +44,7 @@ class Greedy(Selector):
     """Documents, or rows of a retrieval task, in each part, at most."""
     metric: str | None = None
     """Metric of an lm-eval task; None: its first known one (select/task.py)."""
-    context: Length = 512
+    context: RowLength = 512
     """Tokens in each row of a retrieval task."""
     seed: int = 0
 

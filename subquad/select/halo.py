@@ -21,7 +21,7 @@ from subquad.evaluate.retrieval import answers, usable
 from subquad.model.base import BaseStudent
 from subquad.model.output_head import final_hidden, head_logits
 from subquad.plan import Plan
-from subquad.recipes.stage import Length
+from subquad.recipes.stage import Length, RowLength
 from subquad.select.inputs import SelectorInputs
 from subquad.select.kl import candidates
 from subquad.select.ranking import Ranking
@@ -44,7 +44,7 @@ class Halo(Selector):
     """Retrieval tasks."""
     common: list[str] = []
     """lm-eval tasks for everything else; none: the next tokens of held-out text."""
-    context: Length = 512
+    context: RowLength = 512
     """Tokens in each row of a retrieval task."""
     rows: Length = 32
     """Rows of each retrieval task."""

@@ -11,7 +11,7 @@ from subquad.model.base import BaseStudent
 from subquad.pretrained.load import Teacher
 from subquad.select.budget import Budget
 from subquad.select.supernet import Supernet
-from subquad.select.units import Unit, UnitSpec, kind_of, units_of
+from subquad.select.units import Unit, UnitSpec, kind_of, open_units
 from subquad.select.work import SelectionWork
 
 # (student, tokens, name): trains a candidate on logits, as the recipe's stage does
@@ -22,7 +22,7 @@ Train: TypeAlias = Callable[[BaseStudent, int, str], None]
 class SelectorInputs:
     """Everything a selector may use. `text_BT`: rows used neither in training nor in the final evaluation."""
 
-    student: BaseStudent  # all-linear; aligned if the selector needs it
+    student: BaseStudent  # all-linear but for layers that keep attention anyway; aligned if the selector needs it
     teacher: Teacher
     text_BT: Tensor
     budget: Budget
@@ -35,7 +35,7 @@ class SelectorInputs:
 
     @property
     def units(self) -> list[Unit]:
-        return units_of(self.student.plan.shapes, self.unit)
+        return open_units(self.student.plan, self.unit)
 
     def supernet(self) -> Supernet:
         """All plans over the mixers of the student and of the alternatives."""

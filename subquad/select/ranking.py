@@ -58,20 +58,45 @@ class Ranking:
         return cls.in_order(units, scores, unit, shaped | {"rows": len(gains_NU)} | report, scores)
 
     @classmethod
-    def of_scores(cls, scores: Mapping[str, Any], shapes: Sequence[AttentionShape]) -> "Ranking":
-        """The ranking in a scores.json, which serves another budget without measuring again."""
+    def of_scores(cls, scores: Mapping[str, Any], plan: Plan) -> "Ranking":
+        """The ranking in a scores.json, which serves another budget without measuring again.
+
+        `plan`: the all-linear plan of that budget. Units to which it leaves attention anyway are left out.
+        """
+        # The units that were measured, and which of them are still to choose from
         unit: UnitSpec = scores["units"] if scores["unit"] == "group" else scores["unit"]
-        order, path = scores["order"], scores.get("path")
-        units = units_of(shapes, unit)
-        named = {}
+        measured_units = _measured_units(scores, plan.shapes)
+        attending = {*plan.attention_heads}
+        indices = [index for index, heads in enumerate(measured_units) if not attending.issuperset(heads)]
+        place = {index: place for place, index in enumerate(indices)}
+
+        def chosen(measurements: Sequence[Any] | None) -> list[Any] | None:
+            return None if measurements is None else [measurements[index] for index in indices]
+
+        # Their order, their worth, and the named plans
+        units = [[head for head in measured_units[index] if head not in attending] for index in indices]
+        order = [place[index] for index in scores["order"] if index in place]
+        alternatives: dict[str, Sequence[float]] = {
+            name: chosen(worth) or [] for name, worth in scores["alternatives"].items()
+        }
+        named, path = {}, scores.get("path")
         if path is not None:
-            replaced = [step["unit"] for step in path["steps"]]
-            named = {name: sorted({*range(len(units))} - {*replaced[: path[name]]}) for name in ("best", "opt")}
-        return cls(units, lambda count: sorted(order[:count]), unit, scores["worth"], scores["alternatives"], named)
+            for name in ("best", "opt"):
+                replaced = {place.get(step["unit"]) for step in path["steps"][: path[name]]}
+                named[name] = sorted({*range(len(units))} - replaced)
+        return cls(units, lambda count: sorted(order[:count]), unit, chosen(scores["worth"]), alternatives, named)
 
     def heads(self, indices: Sequence[int]) -> Unit:
         """The heads of these units."""
         return heads_of(self.units, indices)
+
+
+def _measured_units(scores: Mapping[str, Any], shapes: Sequence[AttentionShape]) -> list[Unit]:
+    """The units in a scores.json: of the layers that it lists, or of all that it does not state to be kept."""
+    if scores["units"] is not None:
+        return [[(layer, head) for layer in group for head in range(shapes[layer].heads)] for group in scores["units"]]
+    kept_layers = scores.get("kept_layers", [])
+    return [unit for unit in units_of(shapes, scores["unit"]) if unit[0][0] not in kept_layers]
 
 
 def choose_plan(

@@ -23,7 +23,7 @@ from subquad.model.interface import shapes_of, watched_attention
 from subquad.model.output_head import final_hidden
 from subquad.model.student import Student
 from subquad.plan import Plan
-from subquad.recipes.stage import Length
+from subquad.recipes.stage import Length, RowLength
 from subquad.select.ablation import Ablation, Measure, ablation_cost, measure_of
 from subquad.select.inputs import SelectorInputs
 from subquad.select.ranking import Ranking
@@ -43,7 +43,7 @@ class RetrievalHeads(Selector):
 
     tasks: list[str] = ["dictionary"]
     """Retrieval tasks."""
-    context: Length = 512
+    context: RowLength = 512
     """Tokens in each row."""
     rows: Length = 64
     """Rows of each task, at most."""
@@ -56,13 +56,13 @@ class RetrievalHeads(Selector):
     seed: int = 0
 
     def cost(self, inputs: SelectorInputs) -> SelectionCost:
-        shapes, units, tokenizer = inputs.student.plan.shapes, inputs.units, inputs.teacher.tokenizer
+        units, tokenizer = inputs.units, inputs.teacher.tokenizer
         probes = make_probes(self.tasks, tokenizer, self.context, self.rows, self.seed, inputs.text_BT)
-        kind = "heads" if units == units_of(shapes, "head") else "units"
+        kind = "heads" if _are_heads(units) else "units"
         return SelectionCost(
             f"silencing {len(units)} {kind} on {len(probes)} x {self.rows} rows of {self.context} tokens, fewer when "
             f"the first {self._top(inputs)} are settled early",
-            ablation_cost(units, len(shapes), probes),
+            ablation_cost(units, inputs.student.plan.num_layers, probes),
         )
 
     def choose(self, inputs: SelectorInputs) -> Ranking:
@@ -122,6 +122,11 @@ class RetrievalScores:
         entry = {key: value for key, value in asdict(self).items() if value is not None and key != "units"}
         per_unit = {key for key, value in entry.items() if isinstance(value, list)}
         return entry | {key: by_layer(entry[key], self.units) for key in per_unit}
+
+
+def _are_heads(units: Sequence[Unit]) -> bool:
+    """Whether every unit is a single head."""
+    return all(len(unit) == 1 for unit in units)
 
 
 def default_top(units: Sequence[Unit]) -> int:
@@ -199,8 +204,10 @@ def retrieval_scores(
         )
 
         # Classify the heads.
-        if units == heads:
-            aggregate_H, gather_H = _patterns(model, [shape.window for shape in shapes], probes)
+        if _are_heads(units):
+            index_U = [heads.index(unit) for unit in units]
+            patterns = _patterns(model, [shape.window for shape in shapes], probes)
+            aggregate_H, gather_H = (share_H[index_U] for share_H in patterns)
             scores.aggregate, scores.gather = aggregate_H.tolist(), gather_H.tolist()
             scores.roles = [_role(a, g) for a, g in zip(scores.aggregate, scores.gather, strict=True)]
     return scores

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
 
 from subquad.errors import UserError
-from subquad.plan import AttentionShape, every_head
+from subquad.plan import AttentionShape, Plan, every_head
 
 Unit: TypeAlias = list[tuple[int, int]]  # heads, as (layer, head)
 UnitSpec: TypeAlias = str | int | list[list[int]]  # "layer", "head", layers per group, or the groups
@@ -29,6 +29,16 @@ def units_of(shapes: Sequence[AttentionShape], spec: UnitSpec) -> list[Unit]:
     else:
         raise UserError(f"selector.unit should be layer, head, a number of layers or lists of layers, not '{spec}'")
     return [[head for layer in group for head in layers[layer]] for group in groups]
+
+
+def open_units(plan: Plan, spec: UnitSpec) -> list[Unit]:
+    """The units of the heads to which an all-linear plan does not leave attention anyway.
+
+    Raises UserError as `units_of` does.
+    """
+    attending = {*plan.attention_heads}
+    units = [[head for head in unit if head not in attending] for unit in units_of(plan.shapes, spec)]
+    return [unit for unit in units if unit]
 
 
 def kind_of(spec: UnitSpec) -> str:

@@ -11,6 +11,7 @@ import errno
 import hashlib
 import importlib.util
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from subquad.errors import UserError
+from subquad.utils.text import well_formed
 
 
 @contextmanager
@@ -134,11 +136,24 @@ def make_room(file: Path) -> None:
         raise UserError(f"the file {file} cannot be written: give another one")
 
 
+def json_text(value: Any) -> str:
+    """JSON of results that every reader takes: numbers that are not finite are null, broken characters U+FFFD."""
+    return well_formed(json.dumps(_finite(value), indent=1, ensure_ascii=False, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_json(file: Path, report: Mapping[str, Any]) -> None:
     """Writes a report, and makes the folder for it where there is none."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with write_aside(file) as aside:
-        aside.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        aside.write_text(json_text(report) + "\n", encoding="utf-8")
 
 
 def sync(path: Path) -> None:

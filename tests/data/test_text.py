@@ -19,7 +19,8 @@ from transformers import PreTrainedTokenizerFast
 from subquad.data import corpora, packing
 from subquad.data.packing import document_separator, tokenizer_hash
 from subquad.data.text import Corpus, load_corpus
-from subquad.data.text_sources import _pieces, clean
+from subquad.data.text_rows import clean
+from subquad.data.text_sources import _pieces
 from subquad.errors import UserError
 from subquad.utils.files import package_file
 
@@ -152,8 +153,8 @@ def test_tokenised_once(tmp_path, tokenizer, cache, monkeypatch):
 
 
 def test_a_failure_leaves_no_half_cache(tmp_path, tokenizer, cache):
-    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n{"text": "three"}\nnonsense\n')
-    with pytest.raises(UserError, match=r"line 4 of .*a\.jsonl is not JSON"):
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    with pytest.raises(UserError, match="at least three"):
         load_corpus([str(tmp_path / "a.jsonl")], tokenizer)
     assert list((cache / "tokens").iterdir()) == []
 
@@ -336,16 +337,23 @@ GOOD = b'{"text": "one"}\n' * 4
 BAD = [
     ("missing.txt", None, "no text at '.*missing.txt'"),
     ("empty.txt", b"", "empty.txt is empty"),
-    ("blank.txt", b" \n\n ", "blank.txt' is empty"),
+    ("blank.txt", b" \n\n ", "blank.txt is empty"),
     ("a.pdf", b"%PDF", r"unknown extension.*\.jsonl"),
-    ("latin.txt", "gut\nschön".encode("latin1"), r"latin.txt is not UTF-8: byte 0xf6 at offset 7 "),
-    ("wide.txt", "hello".encode("utf-16"), "offset 0 .*utf-16"),
-    ("latin.jsonl", GOOD + b'{"text": "\xff"}', r"not UTF-8: byte 0xff at offset 74 "),
-    ("a.jsonl", GOOD + b'{"text": ', "line 5 of .* is not JSON"),
+    ("koi8.txt", "спички и соль".encode("koi8-r"), "koi8.txt is not UTF-8: convert it first, e.g. iconv -f latin1"),
+    ("wide.txt", "hello".encode("utf-16"), "wide.txt is UTF-16: convert it first, e.g. iconv -f utf-16"),
+    ("wide.jsonl", '{"text": "hello"}\n'.encode("utf-16"), "wide.jsonl is UTF-16"),
+    ("a.jsonl", b'{"text": \n' * 5, r"line 1 of .* is not JSON .*\(none of the 5 rows of .*a.jsonl' can be used\)"),
     ("b.jsonl", b'{"txt": "one"}', r"line 1 of .* has no field 'text': did you mean 'txt'\?"),
     ("c.jsonl", b'{"text": 3}', "'text' in line 1 of .* is not a text"),
     ("d.jsonl", b'["one"]', "line 1 of .* is not a JSON object"),
+    ("null.jsonl", b'{"text": null}', "field 'text' in line 1 of .* is null"),
+    ("empty.jsonl", b'{"text": " "}', "row 1 of .*empty.jsonl is empty"),
     ("few.jsonl", GOOD[:32], "has 2 documents: at least three"),
+    (
+        "fewer.jsonl",
+        GOOD[:32] + b"{}",
+        r"as whole documents are held out \(1 of 3 rows was skipped: 1 without the field",
+    ),
     ("cut.jsonl.gz", gzip.compress(GOOD)[:-9], "damaged or cut short"),
     ("not.jsonl.gz", GOOD, "damaged or cut short"),
     ("cut.parquet", b"PAR1 nonsense", "damaged or cut short"),
@@ -367,7 +375,7 @@ def test_other_bad_input(tmp_path, tokenizer, monkeypatch):
     with pytest.raises(UserError, match=r"no column 'text': .*content"):
         load_corpus([str(tmp_path / "a.parquet")], tokenizer)
     parquet.write_table(pyarrow.table({"text": [1, 2]}), tmp_path / "b.parquet")
-    with pytest.raises(UserError, match="is not a text"):
+    with pytest.raises(UserError, match=r"field 'text' in a row of .*b.parquet is not a text \(found int\)"):
         load_corpus([str(tmp_path / "b.parquet")], tokenizer)
     (tmp_path / "folder").mkdir()
     with pytest.raises(UserError, match="folder holds no text: expected files ending in"):
@@ -390,3 +398,13 @@ def test_full_disk_while_packing(tmp_path, tokenizer, cache, monkeypatch):
     with pytest.raises(UserError, match="disk is full"):
         load_corpus([path], tokenizer)
     assert list((cache / "tokens").iterdir()) == []
+
+
+@pytest.mark.parametrize("largest, dtype", [(65_535, "uint16"), (65_536, "uint32"), (70_000, "uint32")])
+def test_large_ids_of_a_small_vocabulary(tmp_path, largest, dtype):
+    backend = Tokenizer(models.WordLevel({"</s>": 0, "a": 1, "far": largest}, unk_token="a"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    corpus = load_corpus([write_jsonl(tmp_path / "a.jsonl", ["a far a"] * 8)], tokenizer)
+    assert corpus.train.dtype == dtype
+    assert corpus.train[:4].tolist() == [0, 1, largest, 1]

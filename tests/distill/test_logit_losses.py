@@ -1,5 +1,6 @@
 """The objectives against their plain forms, in float64, value and gradient."""
 
+import math
 from typing import get_args
 
 import pytest
@@ -138,6 +139,87 @@ def test_top_k_is_the_divergence_of_k_and_one_outcomes(kind, k):
         chunked_loss(student_BTM, head, weights={"logits": 1.0}, teacher=top_k, temperature=2.0)
 
 
+ALLOWED, FORBIDDEN = [token for token in range(23) if token not in (3, 7, 20)], [3, 7, 20]
+
+
+def forbidding(bias_V, tokens, value=-torch.inf):
+    """A bias that forbids these tokens."""
+    return bias_V.detach().index_fill(0, torch.tensor(tokens, dtype=torch.int64), value)
+
+
+def divergence_where_allowed(kind, teacher_BTV, student_BTV, tau):
+    """The definitions on the tokens that the teacher allows: the others have p = 0, and 0 log 0 is 0."""
+    log_p = F.log_softmax(teacher_BTV[..., ALLOWED] / (1.0 if kind == "soft_cross_entropy" else tau), -1)
+    log_q = F.log_softmax(student_BTV / tau, -1)
+    p, log_q, lost = log_p.exp(), log_q[..., ALLOWED], log_q[..., FORBIDDEN].exp().sum(-1)
+    if kind == "reverse_kl":
+        log_q = F.log_softmax(student_BTV[..., ALLOWED] / tau, -1)
+    q, log_m = log_q.exp(), ((p + log_q.exp()) / 2).log()
+    value = {
+        "forward_kl": lambda: (p * (log_p - log_q)).sum(-1),
+        "reverse_kl": lambda: (q * (log_q - log_p)).sum(-1),
+        "jensen_shannon": lambda: (p * (log_p - log_m) + q * (log_q - log_m)).sum(-1) / 2 + lost * math.log(2) / 2,
+        "soft_cross_entropy": lambda: -(p * log_q).sum(-1),
+    }[kind]()
+    return value.mean() * (1.0 if kind == "soft_cross_entropy" else tau**2)
+
+
+@pytest.mark.parametrize("kind", get_args(Divergence))
+@pytest.mark.parametrize("tau", [1.0, 1.7])
+@pytest.mark.parametrize("mask", [-torch.inf, torch.finfo(torch.float64).min])
+@pytest.mark.parametrize("student_forbids", [[], [3], FORBIDDEN], ids=str)
+def test_a_forbidden_token_adds_nothing_to_a_divergence(kind, tau, mask, student_forbids):
+    student_BTM, head, teacher_BTM, teacher_head, _ = problem(bias=True)
+    head = OutputHead(head.weight_VM, forbidding(head.bias_V, student_forbids).requires_grad_())
+    teacher_head = OutputHead(teacher_head.weight_VM, forbidding(torch.zeros(23).double(), FORBIDDEN, mask))
+    leaves = [student_BTM, head.weight_VM, head.bias_V]
+    loss = chunked_loss(
+        student_BTM, head, weights={"logits": 0.7}, teacher=FromHidden(teacher_BTM, teacher_head),
+        kind=kind, temperature=tau, chunk=4,
+    )  # fmt: skip
+    plain = 0.7 * divergence_where_allowed(kind, teacher_head(teacher_BTM), head(student_BTM), tau)
+    torch.testing.assert_close(loss.total, plain, rtol=1e-12, atol=1e-12)
+    for grad, plain_grad in zip(
+        torch.autograd.grad(loss.total, leaves), torch.autograd.grad(plain, leaves), strict=True
+    ):
+        torch.testing.assert_close(grad, plain_grad, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", get_args(Divergence))
+@pytest.mark.parametrize("k", [5, 20, 21, 23])
+@pytest.mark.parametrize("student_forbids", [[], FORBIDDEN], ids=str)
+def test_top_k_with_forbidden_tokens(kind, k, student_forbids):
+    """The teacher allows 20 tokens of 23: beyond these, forbidden ones are stored, and nothing is left for the rest."""
+    student_BTM, head, teacher_BTM, teacher_head, _ = problem(bias=True)
+    head = OutputHead(head.weight_VM, forbidding(head.bias_V, student_forbids).requires_grad_())
+    teacher_BTV = teacher_head(teacher_BTM) + forbidding(torch.zeros(23).double(), FORBIDDEN)
+    teacher_log = F.log_softmax(teacher_BTV, -1)
+    top = teacher_log.topk(k)
+    log_rest_BT = teacher_log.scatter(-1, top.indices, -torch.inf).logsumexp(-1)
+    stored = FromTopK(top.indices, top.values, log_rest_BT)
+    loss = chunked_loss(student_BTM, head, weights={"logits": 1.0}, teacher=stored, kind=kind, chunk=5)
+    plain, leaves = divergence_where_allowed(kind, teacher_BTV, head(student_BTM), 1.0), [student_BTM, head.weight_VM]
+    grads = torch.autograd.grad(loss.total, leaves)
+    assert loss.total.isfinite() and all(grad.isfinite().all() for grad in grads)
+    if k >= 20:  # all that the teacher says is stored
+        torch.testing.assert_close(loss.total, plain, rtol=1e-10, atol=1e-12)
+        for grad, plain_grad in zip(grads, torch.autograd.grad(plain, leaves), strict=True):
+            torch.testing.assert_close(grad, plain_grad, rtol=1e-9, atol=1e-12)
+    elif kind != "soft_cross_entropy":  # which counts the spread tokens' entropy too
+        assert loss.total <= plain + 1e-12
+
+
+def test_a_student_whose_logits_are_not_numbers_has_no_finite_loss():
+    student_BTM, head, teacher_BTM, teacher_head, _ = problem(bias=True)
+    broken = OutputHead(head.weight_VM, forbidding(head.bias_V, [5], torch.nan))
+    masked = OutputHead(teacher_head.weight_VM, forbidding(torch.zeros(23).double(), [5]))
+    for kind in get_args(Divergence):
+        loss = chunked_loss(
+            student_BTM, broken, weights={"logits": 1.0}, teacher=FromHidden(teacher_BTM, masked), kind=kind
+        )
+        assert loss.total.isnan(), kind
+
+
 def test_frozen_head_gets_no_gradient_and_no_grad_mode_computes_none():
     student_BTM, head, teacher_BTM, teacher_head, _ = problem()
     frozen = OutputHead(head.weight_VM.detach())
@@ -207,3 +289,12 @@ def test_a_head_that_does_something_else_is_named():
     model.lm_head = torch.nn.Sequential(torch.nn.Linear(32, 61))
     with pytest.raises(UserError, match="LlamaForCausalLM"):
         OutputHead.of(model)
+
+
+def test_forbidden_tokens_hide_no_other_change_of_the_logits():
+    model = tiny(HEADS["llama"]())
+    model.lm_head.bias = torch.nn.Parameter(torch.zeros(61).index_fill(0, torch.tensor([3, 5]), -torch.inf))
+    check_head(model)
+    model.lm_head.register_forward_hook(lambda module, inputs, output: output * 1.1)
+    with pytest.raises(UserError, match="LlamaForCausalLM"):
+        check_head(model)

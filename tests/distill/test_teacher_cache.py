@@ -6,6 +6,7 @@ import io
 import json
 import os
 import sys
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -18,11 +19,14 @@ from subquad.cli.app import app
 from subquad.data.packing import tokenizer_hash
 from subquad.data.text import Corpus, load_corpus
 from subquad.distill import cache_writer, teacher_cache
-from subquad.distill.cache_writer import FLOOR, write_cache
-from subquad.distill.teacher_cache import FORMAT, TeacherCache
+from subquad.distill.cache_writer import write_cache
+from subquad.distill.logit_losses import FromHidden, chunked_loss
+from subquad.distill.teacher_cache import FLOOR, FORMAT, TeacherCache
 from subquad.errors import UserError
+from subquad.model.output_head import OutputHead, final_hidden
 from subquad.pretrained.load import load_pretrained
 from subquad.recipes.schema import Recipe
+from subquad.recipes.stage import Divergence
 from subquad.utils import files
 from tests.helpers import RECIPE, make_text, tiny
 
@@ -102,6 +106,28 @@ def test_what_is_found_is_the_plain_softmax_to_float16(teacher, corpus, cache_fo
     assert not torch.equal(lookup_BTO, expected_BTO.float())
 
 
+@pytest.mark.parametrize("kind", get_args(Divergence))
+def test_a_teacher_that_forbids_tokens_by_minus_infinity(teacher_folder, corpus, tmp_path, kind):
+    """All its allowed tokens and more are stored, so that a loss is the one from its logits, up to float16."""
+    teacher = load_pretrained(teacher_folder)
+    bias_V = torch.zeros(V).index_fill(0, torch.arange(10, V), -torch.inf)
+    teacher.model.lm_head.bias = torch.nn.Parameter(bias_V, requires_grad=False)
+    meta = write_cache(tmp_path, teacher, corpus, **SETTINGS | {"top_k": 12})
+    assert meta["mass_kept"] == pytest.approx(1, abs=1e-6) and 0 <= meta["kl_lost"] < 1e-5
+    ids_BT, student = rows_of(corpus)[:2], tiny("llama", tie_word_embeddings=False)
+    student_BTM, losses = final_hidden(student, ids_BT).requires_grad_(), []
+    head = OutputHead.of(teacher.model)
+    for logits in (
+        FromHidden(final_hidden(teacher.model, ids_BT), head),
+        open_cache(tmp_path, teacher).lookup(ids_BT),
+    ):
+        loss = chunked_loss(student_BTM, OutputHead.of(student), weights={"logits": 1.0}, teacher=logits, kind=kind)
+        losses.append((loss.total, *torch.autograd.grad(loss.total, student_BTM)))
+    assert losses[0][0].isfinite() and losses[0][1].isfinite().all()
+    torch.testing.assert_close(losses[1][0], losses[0][0], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(losses[1][1], losses[0][1], rtol=1e-2, atol=1e-4)
+
+
 def test_a_shard_holds_what_its_format_says(teacher, corpus, cache_folder):
     meta = json.loads((cache_folder / "meta.json").read_text())
     assert [shard["rows"] for shard in meta["shards"]] == [3, 3, 1] and meta["rows"] == ROWS
@@ -143,7 +169,7 @@ def test_the_whole_vocabulary_leaves_no_rest_and_loses_only_rounding(teacher, co
     assert meta["mass_kept"] == pytest.approx(1, abs=1e-6)
     assert 0 < meta["kl_lost"] < 1e-5
     found = open_cache(tmp_path, teacher).lookup(rows_of(corpus)[:1])
-    assert found.log_rest_BT.isfinite().all() and (found.log_rest_BT.exp() == 0).all()
+    assert found.log_rest_BT.eq(-torch.inf).all()
     assert load_file(tmp_path / "shard-00000.safetensors")["log_rest_WT"].eq(FLOOR).all()
     for top_k in (0, V + 1):
         with pytest.raises(UserError, match=f"top-k is {top_k}, but the teacher '.*' has a vocabulary of {V}"):

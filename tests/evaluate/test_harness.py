@@ -87,7 +87,7 @@ def test_the_files_of_the_documentation_are_read(tmp_path):
 
 def test_an_answer_may_be_a_number_or_a_text(tmp_path):
     lines = [{"prompt": "a\n", "choices": [" x ", "y"], "answer": answer, "id": 7} for answer in ("x", "y ", 1)]
-    (tmp_path / "a.jsonl").write_text("\n\n".join(map(json.dumps, lines)))
+    (tmp_path / "a.jsonl").write_text("\n\n".join(map(json.dumps, lines)), encoding="utf-8-sig")  # as some editors do
     questions = read_questions(tmp_path / "a.jsonl")
     assert [question.right for question in questions] == [0, 1, 1]
     assert questions[0].spaced_prompt == "a\n"

@@ -13,6 +13,7 @@ from subquad.errors import UserError
 from subquad.mixers import MIXERS as ALL
 from subquad.mixers import HeadGroup, MixerInputs, mixer_class, mixer_options
 from subquad.mixers.recurrent import low_rank
+from subquad.ops.padding import Padding
 
 MIXERS = [
     ("sliding_window", {"window": 12, "sinks": 3}),
@@ -72,14 +73,14 @@ def inputs(T, group=ALL_HEADS, B=2, **fields):
     return MixerInputs(*(torch.randn(*shape, dtype=torch.float64) for shape in shapes), scale=D**-0.5, **fields)
 
 
-def part(batch, start, stop):
+def part(batch, start, stop, real_BT=None):
     return MixerInputs(
         batch.q_BHTD[:, :, start:stop],
         batch.k_BGTD[:, :, start:stop],
         batch.v_BGTD[:, :, start:stop],
         batch.hidden_BTM[:, start:stop],
         scale=batch.scale,
-        padding_BL=None if batch.padding_BL is None else batch.padding_BL[:, :stop],
+        padding=None if real_BT is None else Padding.of(real_BT[:, :stop], start),
         past=start,
     )
 
@@ -126,15 +127,39 @@ def test_left_padding_changes_nothing(name, options):
     mixer, batch = make(name, options), inputs(50)
     real_BT = torch.ones(2, 50, dtype=torch.bool)
     real_BT[1, :9] = False
-    batch.padding_BL = real_BT
-    y, state = mixer(batch)
-    batch.padding_BL = None
+    y, state = mixer(part(batch, 0, 50, real_BT))
     unpadded = part(batch, 9, 50)
     unpadded.past = 0
     expected, expected_state = mixer(unpadded)
     torch.testing.assert_close(y[1, :, 9:], expected[1], rtol=1e-7, atol=1e-7)
     for key in expected_state:
         torch.testing.assert_close(state[key][1], expected_state[key][1], rtol=1e-7, atol=1e-7)
+
+
+PADS = {"no tokens at first": [(0, 9), (20, 30)], "one column": [(15, 16), (40, 41)], "a whole piece": [(16, 40)]}
+
+
+@every_causal_mixer
+@pytest.mark.parametrize("pads", PADS.values(), ids=PADS)
+def test_pads_before_later_pieces_change_nothing(name, options, pads):
+    """A row with pads in front of its new tokens, in a later piece too, continues as the row without them."""
+    mixer, batch = make(name, options), inputs(50)
+    real_BT = torch.ones(2, 50, dtype=torch.bool)
+    for start, stop in pads:
+        real_BT[1, start:stop] = False
+    outputs, state, start = [], None, 0
+    for stop in (9, 15, 16, 20, 40, 41, 50):
+        y, state = mixer(part(batch, start, stop, real_BT), state)
+        outputs.append(y)
+        start = stop
+    y = torch.cat(outputs, 2)
+    for row in range(2):
+        tokens = [x[row : row + 1, :, real_BT[row]] for x in (batch.q_BHTD, batch.k_BGTD, batch.v_BGTD)]
+        alone = MixerInputs(*tokens, batch.hidden_BTM[row : row + 1, real_BT[row]], scale=batch.scale)
+        expected, expected_state = mixer(alone)
+        torch.testing.assert_close(y[row : row + 1, :, real_BT[row]], expected, rtol=1e-7, atol=1e-7)
+        for key in expected_state:
+            torch.testing.assert_close(state[key][row : row + 1], expected_state[key], rtol=1e-7, atol=1e-7)
 
 
 @every_mixer

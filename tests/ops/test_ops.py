@@ -17,6 +17,7 @@ from subquad.ops import (
     dplr_step,
     window_sum,
 )
+from subquad.ops.padding import Padding
 from subquad.ops.products import decayed_products
 
 DOUBLE = torch.float64
@@ -204,43 +205,45 @@ def test_states_stay_float32_under_autocast(name):
 def window_reference(q, k, v, window, sinks, scale, real_BT):
     """Softmax over all keys, masked to the window and the row's first real tokens."""
     groups = q.shape[1] // k.shape[1]
-    k, v, T = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), q.shape[2]
-    query, key = torch.arange(T)[:, None], torch.arange(T)[None, :]
-    start = real_BT.int().argmax(-1)[:, None, None]
-    visible = ((key > query - window) | ((key >= start) & (key < start + sinks))) & (key <= query) & real_BT[:, None]
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    index_BT = real_BT.cumsum(-1) - 1  # of each token among the real ones of its row
+    query, key = index_BT[:, :, None], index_BT[:, None, :]
+    visible = ((key > query - window) | (key < sinks)) & (key <= query) & real_BT[:, None]
     scores = (q @ k.transpose(-1, -2) * scale).masked_fill(~visible[:, None], torch.finfo(q.dtype).min)
     return scores.softmax(-1) @ v
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     st.integers(0, 99),
     st.integers(1, 60),
     st.sampled_from([1, 2, 7, 16, 90]),
     st.integers(0, 4),
-    st.integers(0, 12),
-    st.integers(1, 40),
+    st.lists(st.tuples(st.integers(1, 40), st.integers(0, 12)), min_size=60, max_size=60),
 )
-def test_window_is_masked_attention_in_any_pieces(seed, T, window, sinks, pads, first_piece):
+def test_window_is_masked_attention_in_any_pieces(seed, T, window, sinks, pieces):
+    """Each piece begins with pads in one of its rows: it holds (tokens, pads) of them, at least one token in all."""
     torch.manual_seed(seed)
     q, k, v = random(2, 4, T, 3), random(2, 2, T, 3), random(2, 2, T, 3)
-    real_BT = torch.ones(2, T, dtype=torch.bool)
-    real_BT[1, : min(pads, T - 1)] = False
+    real_BT, stops, stop = torch.ones(2, T, dtype=torch.bool), [], 0
+    for tokens, pads in pieces:
+        start, stop = stop, min(T, stop + tokens)
+        stops.append(stop)
+        real_BT[seed % 2, start : min(start + pads, stop if start else T - 1)] = False
     expected = window_reference(q, k, v, window, sinks, 0.7, real_BT)
     outputs, state, past = [], None, 0
-    while past < T:
-        new_range = slice(past, min(T, past + (first_piece if past == 0 else 1)))
+    for stop in sorted({*stops}):
         part = window_sum(
-            *(x[:, :, new_range] for x in (q, k, v)),
+            *(x[:, :, past:stop] for x in (q, k, v)),
             window=window,
             sinks=sinks,
             scale=0.7,
             state=state,
             past=past,
-            padding_BL=real_BT[:, : new_range.stop],
+            padding=Padding.of(real_BT[:, :stop], past),
         )
         outputs.append(part.normalised())
-        state, past = part.state, new_range.stop
+        state, past = part.state, stop
     actual = torch.cat(outputs, 2)
     assert actual.isfinite().all()
     torch.testing.assert_close(actual * real_BT[:, None, :, None], expected * real_BT[:, None, :, None])

@@ -1,57 +1,22 @@
-"""Folders and GGUF files give the very same model; whatever is wrong with them is said in one sentence."""
+"""A folder gives the very same model; whatever is wrong with it is said in one sentence."""
 
 import json
 import os
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
 
 import subquad.pretrained.source
 from subquad.errors import UserError
 from subquad.pretrained.load import load_pretrained
 from subquad.pretrained.source import check_safetensors
-from subquad.utils.files import build_once, package_file, sha256_of_file
+from subquad.utils.files import build_once, package_file
 from tests.helpers import tiny
-
-VOCABULARY = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "12", "Ġ1", "<|endoftext|>", "<|im_end|>"]
-MERGES = [("1", "2"), ("Ġ", "1")]
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setenv("SUBQUAD_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-def save_tokenizer(folder: Path) -> None:
-    core = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(VOCABULARY)}, merges=MERGES))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|endoftext|>").save_pretrained(folder)
-
-
-def save_teacher(folder: Path, family: str = "llama", **changes) -> torch.nn.Module:
-    model = tiny(family, vocab_size=len(VOCABULARY), **changes)
-    model.save_pretrained(folder)
-    save_tokenizer(folder)
-    return model
-
-
-@pytest.fixture
-def folder(tmp_path) -> Path:
-    save_teacher(tmp_path / "teacher")
-    return tmp_path / "teacher"
-
-
-def logits(model: torch.nn.Module) -> torch.Tensor:
-    return model(torch.arange(20)[None]).logits
-
+from tests.pretrained.teachers import VOCABULARY, logits, save_teacher, save_tokenizer
 
 # Loading.
 
@@ -123,96 +88,6 @@ def test_sharded_weights(tmp_path):
         load_pretrained(str(tmp_path))
 
 
-# GGUF.
-
-
-def write_gguf(file: Path, model: torch.nn.Module, pre: str = "smollm") -> None:
-    """A Llama as llama.cpp's converter writes it, in float32: query and key rows permuted for its rotary layout."""
-    import gguf
-
-    config = model.config
-    writer = gguf.GGUFWriter(str(file), "llama")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre)
-    writer.add_token_list(VOCABULARY)
-    writer.add_token_types([gguf.TokenType.NORMAL] * (len(VOCABULARY) - 2) + [gguf.TokenType.CONTROL] * 2)
-    writer.add_token_merges([" ".join(pair) for pair in MERGES])
-    writer.add_eos_token_id(len(VOCABULARY) - 1)
-    names = {
-        "input_layernorm": "attn_norm",
-        "post_attention_layernorm": "ffn_norm",
-        "self_attn.q_proj": "attn_q",
-        "self_attn.k_proj": "attn_k",
-        "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output",
-        "mlp.gate_proj": "ffn_gate",
-        "mlp.up_proj": "ffn_up",
-        "mlp.down_proj": "ffn_down",
-    }
-    state = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
-    writer.add_tensor("token_embd.weight", state["model.embed_tokens.weight"])
-    writer.add_tensor("output_norm.weight", state["model.norm.weight"])
-    for layer in range(config.num_hidden_layers):
-        for ours, theirs in names.items():
-            weight = state[f"model.layers.{layer}.{ours}.weight"]
-            if theirs in ("attn_q", "attn_k"):
-                heads = config.num_attention_heads if theirs == "attn_q" else config.num_key_value_heads
-                halves = weight.reshape(heads, 2, config.head_dim // 2, weight.shape[1])
-                weight = np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(weight.shape)
-            writer.add_tensor(f"blk.{layer}.{theirs}.weight", weight)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def test_a_gguf_file_is_converted_once(tmp_path, cache, monkeypatch):
-    model = tiny("llama", vocab_size=len(VOCABULARY))
-    file = tmp_path / "Tiny.Q8.gguf"
-    write_gguf(file, model)
-    teacher = load_pretrained(str(file))
-    assert teacher.name == "Tiny.Q8" and teacher.source == str(file)
-    assert torch.allclose(logits(teacher.model), logits(model), atol=1e-5)
-    assert "quantization_config" not in teacher.model.config.to_dict()
-    # The file's metadata ask for single digits, although the merges would join them.
-    assert teacher.tokenizer("a 12").tokens() == ["a", "Ġ", "1", "2"]
-    assert "<|endoftext|>" in teacher.tokenizer.all_special_tokens + list(teacher.tokenizer.get_added_vocab())
-
-    monkeypatch.setattr("subquad.pretrained.gguf._convert", lambda *_: pytest.fail("converted again"))
-    again = load_pretrained(str(file), layers=1)
-    assert again.model.config.num_hidden_layers == 1
-    (converted,) = (cache / "teachers").iterdir()
-    assert sha256_of_file(file)[:16] in converted.name
-    teacher.model.save_pretrained(tmp_path / "saved")  # nothing of GGUF is left to refuse it
-
-
-def test_other_gguf_tokenizers_keep_their_rule(tmp_path):
-    write_gguf(tmp_path / "a.gguf", tiny("llama", vocab_size=len(VOCABULARY)), pre="gpt-2")
-    assert load_pretrained(str(tmp_path / "a.gguf")).tokenizer("a 12").tokens() == ["a", "Ġ", "12"]
-
-
-@pytest.mark.parametrize("keep", [0, 3, 500, 0.5, 0.99])
-def test_a_damaged_gguf_file(tmp_path, cache, keep):
-    file = tmp_path / "a.gguf"
-    write_gguf(file, tiny("llama", vocab_size=len(VOCABULARY)))
-    content = file.read_bytes()
-    file.write_bytes(content[: keep if isinstance(keep, int) else int(keep * len(content))])
-    with pytest.raises(UserError, match=r"a\.gguf cannot be converted .* damaged or cut short") as raised:
-        load_pretrained(str(file))
-    assert "\n" not in str(raised.value)
-    assert list((cache / "teachers").iterdir()) == []
-
-
 # Damaged and unsuitable folders.
 
 
@@ -243,6 +118,24 @@ def test_weights_that_do_not_fill_the_model(folder):
         load_pretrained(str(folder))
     save_file({**weights, name: torch.zeros(3, 3)}, file, {"format": "pt"})
     with pytest.raises(UserError, match="cannot be loaded as llama"):
+        load_pretrained(str(folder))
+
+
+@pytest.mark.parametrize(
+    "name", ["layers.1.self_attn.q_proj.bias", "layers.1.self_attn.q_norm.weight", "layers.1.mlp.up_proj.weight_scale"]
+)
+def test_weights_that_the_model_has_no_place_for(folder, name):
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    expected = logits(load_pretrained(str(folder)).model)
+    harmless = {
+        f"model.{key}": torch.ones(8)
+        for key in ("layers.1.self_attn.rotary_emb.inv_freq", "layers.3.mlp.up_proj.weight", "value_head.weight")
+    }
+    save_file(weights | harmless, file, {"format": "pt"})
+    assert torch.equal(logits(load_pretrained(str(folder)).model), expected)
+    save_file({**weights, f"model.{name}": torch.ones(8)}, file, {"format": "pt"})
+    with pytest.raises(UserError, match=f"have 1 tensors that LlamaForCausalLM has no place for, e.g. model.{name}"):
         load_pretrained(str(folder))
 
 
