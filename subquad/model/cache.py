@@ -287,6 +287,9 @@ class StudentCache(DynamicCache):
         if not self.is_croppable:
             raise UserError("crop: a student cannot take back the states of its teacher's own recurrent layers")
         removed = [layer.removed(tokens_to_remove) for layer in students]
+        kept = students[0].tokens - removed[0]
+        if self.start_B is not None and bool((self.start_B > kept).any()):
+            raise UserError(f"crop: the first {kept} tokens end before a row's last document, whose states are kept")
         states = [layer.states_before(remove) for layer, remove in zip(students, removed, strict=True)]
         for layer, remove, before in zip(students, removed, states, strict=True):
             layer.shorten(remove, before)

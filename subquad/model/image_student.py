@@ -72,12 +72,14 @@ class ImageStudent(BaseStudent):
             "auto_map": auto_map(ImageStudentConfig, cls, auto_classes),
         }
 
-    def forward(self, pixel_values: Tensor, **kwargs: Any) -> Any:
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs: Any) -> Any:
         """Class logits or hidden states of the backbone, for images (B, channels, height, width) of any size.
 
         Raises UserError for attention weights of a student that has none.
         """
         self.check_outputs(kwargs.get("output_attentions"))
+        if labels is not None:  # which an encoder without a classifier does not take
+            kwargs["labels"] = labels
         return self.backbone(pixel_values, **{**_positions(self.backbone, pixel_values), **kwargs})
 
     def final_hidden(self, inputs: Tensor, *, forward_context: ForwardContext | None = None) -> Tensor:

@@ -120,9 +120,21 @@ def _of_heads(value: Any, group: HeadGroup) -> Any:
     return value
 
 
+class Implementation(str):
+    """Name of a student's attention function, which also equals that of its kept heads: models branch on the name."""
+
+    def __eq__(self, other: object) -> bool:
+        return str.__eq__(self, other) is True or attention_base(self) == other
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = str.__hash__  # that of the function to look up
+
+
 def register(base: str) -> str:
     """Registers `mixed_attention` with `base` for the heads that keep attention; returns the implementation's name."""
-    name = PREFIX + base
+    name = Implementation(PREFIX + base)
 
     def function(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         return mixed_attention(*args, base=base, **kwargs)
@@ -135,7 +147,7 @@ def register(base: str) -> str:
 
 def attention_base(name: str) -> str:
     """Implementation of the heads that keep attention, from the name of a student's or any other."""
-    return name.removeprefix(PREFIX)
+    return str.removeprefix(name, PREFIX)
 
 
 def _keep_mixers(module: nn.Module, args: Any) -> None:

@@ -217,7 +217,9 @@ class Student(StudentGenerationMixin, BaseStudent):
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
         """Input embedding of another number of tokens, with the output head, as the backbone's class does it."""
-        return self.backbone.resize_token_embeddings(*args, **kwargs)
+        embedding = self.backbone.resize_token_embeddings(*args, **kwargs)
+        self.vocab_size = self.config.get_text_config().vocab_size
+        return embedding
 
 
 def switch_off(cache: StudentCache | None) -> None:

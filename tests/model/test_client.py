@@ -66,7 +66,9 @@ def test_an_attention_implementation_is_that_of_the_kept_heads(switch, teacher):
     for name in ("counted", "eager", "sdpa"):
         switch(student, name)
         torch.testing.assert_close(student(TOKENS).logits, logits, atol=1e-5, rtol=1e-5)
-        assert student.backbone.config._attn_implementation == f"subquad_{name}"
+        inner = student.backbone.config
+        assert inner._attn_implementation == name and str(inner._attn_implementation) == f"subquad_{name}"
+        assert copy.deepcopy(inner)._attn_implementation == name != "other" and inner._attn_implementation != "other"
     assert len(calls) == 1  # the layer that keeps attention, once
     assert (student(TOKENS).logits - teacher(TOKENS).logits).abs().max() > 1
 
@@ -188,7 +190,9 @@ def test_embeddings_are_resized(family, tie, tmp_path):
         before = student(TOKENS).logits
         student.resize_token_embeddings(120, mean_resizing=True)
         logits = student(TOKENS).logits
-        assert logits.shape[-1] == 120 == student.config.vocab_size and torch.equal(logits[..., :97], before)
+        assert logits.shape[-1] == 120 == student.config.vocab_size == student.vocab_size and torch.equal(
+            logits[..., :97], before
+        )
         assert student(TOKENS, labels=TOKENS).loss.isfinite()
         assert (student.get_output_embeddings().weight is student.get_input_embeddings().weight) == tie
         new_tokens = TOKENS + 20

@@ -119,3 +119,24 @@ def test_a_recorded_cache_is_copied_without_the_mixers():
     cache.reorder_cache(torch.tensor([1, 0]))  # which has no rows to go back to
     with pytest.raises(UserError, match="the last 2 tokens"):
         cache.crop(-2)
+
+
+@torch.no_grad()
+def test_tokens_before_a_rows_last_document_do_not_come_back():
+    """The states are those of the last document; its own tokens can be removed, if a later pass read them."""
+    student = make("gla")
+    cache = student.new_cache()
+    cache.activate_past_recording()
+    positions = torch.cat([torch.arange(5), torch.arange(7)])[None].expand(2, -1)
+    read(student, cache, 0, 12, position_ids=positions)
+    with pytest.raises(UserError, match="the first 3 tokens end before a row's last document"):
+        cache.crop(-9)
+    with pytest.raises(UserError, match="tokens of packed documents"):
+        cache.crop(-2)
+    assert cache.get_seq_length() == 12
+    later = torch.arange(7, 10)[None].expand(2, -1)
+    read(student, cache, 12, 15, position_ids=later)
+    cache.crop(-3)
+    logits = read(student, cache, 12, 15, position_ids=later)
+    alone = student(TOKENS[:, 5:15], position_ids=torch.arange(10)[None].expand(2, -1), use_cache=False).logits[:, 7:]
+    torch.testing.assert_close(logits, alone, atol=1e-4, rtol=1e-4)

@@ -4,12 +4,19 @@ import copy
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    Trainer,
+    TrainingArguments,
+)
 
+from subquad.model.image_student import ImageStudent
 from subquad.model.interface import shapes_of
 from subquad.model.student import Student
 from subquad.plan import Plan
-from tests.helpers import GROUPED, tiny
+from tests.helpers import GROUPED, encoder, tiny
 
 
 class Rows(torch.utils.data.Dataset):
@@ -24,13 +31,25 @@ class Rows(torch.utils.data.Dataset):
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
-def trainer(model, folder, **settings):
-    settings = {"max_steps": 2, "save_strategy": "no", **settings}
+class Images(torch.utils.data.Dataset):
+    """Images of noise, and their classes."""
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, row):
+        pixels = torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(row))
+        return {"pixel_values": pixels, "labels": row}
+
+
+def trainer(model, folder, data=None, **settings):
+    settings = {"max_steps": 2, "save_strategy": "no", "learning_rate": 1e-2, **settings}
     args = TrainingArguments(
-        folder, per_device_train_batch_size=2, logging_steps=1, report_to=[], use_cpu=True, learning_rate=1e-2,
+        folder, per_device_train_batch_size=2, logging_steps=1, report_to=[], use_cpu=True,
         disable_tqdm=True, **settings,
     )  # fmt: skip
-    return Trainer(copy.deepcopy(model).requires_grad_(True).train(), args, train_dataset=Rows(), eval_dataset=Rows())
+    data = data or Rows()
+    return Trainer(copy.deepcopy(model).requires_grad_(True).train(), args, train_dataset=data, eval_dataset=data)
 
 
 def numbers(model, folder, **settings):
@@ -60,6 +79,15 @@ def test_an_all_attention_student_trains_as_its_teacher(settings, tmp_path):
     expected = numbers(teacher, tmp_path, **settings)
     assert len(expected) == 5
     assert numbers(all_attention(teacher), tmp_path, **settings) == pytest.approx(expected, abs=1e-6, rel=0)
+
+
+def test_an_image_student_trains_as_its_teacher(tmp_path):
+    teacher = encoder("vit", AutoModelForImageClassification, num_labels=4)
+    student = ImageStudent.from_teacher(teacher, Plan.all_attention(shapes_of(teacher)))
+    # The class token is in the middle of its attention, so sums round in another order.
+    settings = {"data": Images(), "label_smoothing_factor": 0.1, "learning_rate": 1e-4}
+    expected = numbers(teacher, tmp_path, **settings)
+    assert numbers(student, tmp_path, **settings) == pytest.approx(expected, abs=1e-6, rel=1e-6)
 
 
 def test_the_loss_is_the_backbones():
