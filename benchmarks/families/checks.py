@@ -32,7 +32,7 @@ from subquad.model.text_part import text_part
 from subquad.plan import AttentionShape, Plan
 
 OUTCOMES = ("works", "refused", "teacher", "crashes", "deviates")
-LENGTH, PROMPT, NEW_TOKENS = 24, 12, 6
+LENGTH, PROMPT, NEW_TOKENS = 16, 10, 6
 SECOND, THIRD = "discrete_mamba2", "sliding_window"  # beside attention in a mixed layer
 RECURRENT = "gated_deltanet"
 OPTIONS: dict[str, dict[str, Any]] = {SECOND: {"rotary": False}, THIRD: {"window": 6}, RECURRENT: {}}

@@ -229,11 +229,15 @@ def forward_arguments(model: nn.Module, context: ForwardContext) -> Iterator[dic
 
 
 def _context_of(module: nn.Module, kwargs: dict[str, Any]) -> ForwardContext:
-    """Context of a module's call: its keyword argument, else that of the forward pass."""
-    if "forward_context" in kwargs:
-        layer_mixer(module).receives_context = True
-    context = kwargs.pop("forward_context", None) or _forward.get()
-    if context is None and torch._C._current_graph_task_id() != -1 and not layer_mixer(module).receives_context:
+    """Context of a module's call: its keyword argument, else that of the forward pass.
+
+    Raises UserError where gradient checkpointing calls a module again that was given its context by the variable.
+    """
+    context, mixer = kwargs.pop("forward_context", None), layer_mixer(module)
+    if context is None:
+        context = _forward.get()
+        mixer.reads_variable |= context is not None
+    if context is None and mixer.reads_variable and torch._C._current_graph_task_id() != -1:
         raise UserError(
             f"{type(module).__name__} receives no keyword arguments, so its student trains without gradient "
             "checkpointing only: switch it off"

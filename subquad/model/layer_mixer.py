@@ -28,7 +28,7 @@ class LayerMixer(nn.ModuleDict):
         self.shape, self.kv_home = plan.shapes[layer], plan.kv_home(layer)
         self.all_heads = self.shape.group(range(self.shape.heads))
         self.withholds_rotary = False  # set by `attach`
-        self.receives_context = False  # whether the model passes the ForwardContext on to the module
+        self.reads_variable = False  # whether the ForwardContext came in the context variable
         mixed_names = [name for name in self.by_name if self.adapter is None or name != ATTENTION]
         heads = [head for name in mixed_names for head in self.by_name[name].group.heads]
         self.head_indices = tuple(sorted(range(len(heads)), key=heads.__getitem__))  # in the concatenated outputs
