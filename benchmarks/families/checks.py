@@ -27,7 +27,9 @@ from subquad.model.conformance import TOLERANCE, ConformanceError, check_student
 from subquad.model.image_student import ImageStudent
 from subquad.model.interface import image_size, shapes_of
 from subquad.model.layer_call import attending
+from subquad.model.output_head import check_head, final_hidden
 from subquad.model.student import Student
+from subquad.model.teacher_check import check_causal, check_shared, check_students, refused_by_name
 from subquad.model.text_part import text_part
 from subquad.plan import AttentionShape, Plan
 
@@ -133,11 +135,18 @@ def _text_checks(teacher: Any, numbers: dict[str, float]) -> Iterator[str]:
     yield "find its attention"
     shapes = shapes_of(teacher)
 
-    yield "keep all attention"
-    kept = Student.from_teacher(teacher, Plan.all_attention(shapes))
+    yield "open it"
+    with refused_by_name(teacher):
+        check_shared(teacher)
+        check_causal(teacher)
+        check_head(teacher)
+        kept = Student.from_teacher(teacher, Plan.all_attention(shapes))
+        check_students(teacher, {"attention": kept})
     if numbers["teacher: later token"] > TOLERANCE:
         number = f"{numbers['teacher: later token']:.1e}"
         raise Deviation(f"taken as a causal model, although a later token changes earlier logits by {number}")
+
+    yield "keep all attention"
     compare("all attention", kept(input_ids=tokens_BT, use_cache=False).logits, logits_BTV)
     kept_BTV = _decoded(kept, tokens_BT)
     nearest_BTV = min((cached_BTV, logits_BTV), key=partial(deviation, kept_BTV))  # a teacher's own cache may be wrong
@@ -150,7 +159,7 @@ def _text_checks(teacher: Any, numbers: dict[str, float]) -> Iterator[str]:
     yield "restore every layer of a mixed plan"
     mixed = Student.from_teacher(teacher, mixed_plan(shapes))
     restored_BTM = mixed.final_hidden(tokens_BT, forward_context=attending(range(len(shapes))))
-    compare("restored", restored_BTM, teacher.base_model(input_ids=tokens_BT, use_cache=False).last_hidden_state)
+    compare("restored", restored_BTM, final_hidden(teacher, tokens_BT))
 
     for name, student in (("mixed", mixed), ("recurrent", _recurrent(Student, teacher, shapes))):
         yield f"conform with a {name} plan"

@@ -58,7 +58,10 @@ class BaseStudentConfig(PreTrainedConfig):
         inner = self._inner()
         if inner is None or name.startswith("_"):
             raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
-        return getattr(inner, name)
+        try:
+            return getattr(inner, name)
+        except RuntimeError as error:  # a size that differs from layer to layer (Gemma 4)
+            raise AttributeError(str(error)) from error
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Sets what the backbone reads there: its own fields, and those of `SHARED` in both configurations."""

@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -153,21 +153,62 @@ def _probe_attention(model: PreTrainedModel) -> list[AttentionSite]:
     if model.config.is_encoder_decoder:
         raise UserError(f"{family} is an encoder-decoder model; Subquad converts decoders and image encoders")
 
-    # The hook of the probe, which records inputs, and the function that records calls of the interface
-    paths = {module: path for path, module in model.named_modules()}
-    inputs: dict[nn.Module, Tensor] = {}
+    # Run it, a decoder twice: keys and values from the cache change nothing but attention
+    calls, own = _probed_calls(model, cached=0.0)
+    if not calls:
+        raise UserError(
+            f"{family} does not call transformers' attention interface, through which Subquad replaces attention: "
+            "unsupported"
+        )
+    if not reads_images(model):
+        other_calls, _ = _probed_calls(model, cached=torch.nan)
+        if any(not _same(call.inputs, other.inputs) for call, other in zip(calls, other_calls, strict=True)):
+            raise UserError(f"{family} reads its cached keys and values outside of attention: unsupported")
+    return _sites_of(calls, own)
+
+
+@dataclass(frozen=True)
+class _ProbedCall:
+    """Call of the attention interface: its keys, other inputs, and the elements of the teacher's own states so far."""
+
+    path: str
+    shape: AttentionShape
+    key: Tensor
+    inputs: list[Tensor]
+    own: tuple[int, int]
+
+
+class _ProbeCache(DynamicCache):
+    """Cache that returns keys and values of one number in place of the new ones."""
+
+    def __init__(self, config: PreTrainedConfig, number: float) -> None:
+        super().__init__(config=config)
+        self.number = number
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        super().update(key_states, value_states, *args, **kwargs)
+        return torch.full_like(key_states, self.number), torch.full_like(value_states, self.number)
+
+
+def _probed_calls(model: PreTrainedModel, cached: float) -> tuple[list[_ProbedCall], tuple[int, int]]:
+    """Calls of the interface in a pass over two tokens or an image, and the elements of the teacher's own states.
+
+    `cached`: number that the cache returns in all keys and values.
+    """
+    family, paths = type(model).__name__, {module: path for path, module in model.named_modules()}
+    hidden_states: dict[nn.Module, Tensor] = {}
     calls: list[_ProbedCall] = []
-    cache = None if reads_images(model) else DynamicCache(config=model.config)
+    cache = None if reads_images(model) else _ProbeCache(model.config, cached)
 
     def reach(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         hidden = args[0] if args else kwargs.get("hidden_states")
         if isinstance(hidden, Tensor):
-            inputs[module] = hidden
+            hidden_states[module] = hidden
 
     def record(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, None]:
-        if module not in inputs:
+        if module not in hidden_states:
             raise UserError(f"{family} calls attention more than once in a layer: unsupported")
         if key.shape[2] != query.shape[2]:
             raise UserError(f"{family} attends to other keys than those of its tokens: unsupported")
@@ -177,44 +218,32 @@ def _probe_attention(model: PreTrainedModel) -> list[AttentionSite]:
             heads=query.shape[1],
             kv_heads=key.shape[1],
             head_dim=query.shape[-1],
-            hidden_size=inputs.pop(module).shape[-1],
+            hidden_size=hidden_states.pop(module).shape[-1],
             window=kwargs.get("sliding_window"),
         )
-        calls.append(_ProbedCall(paths[module], shape, key, own_elements(cache)))
+        inputs = [x for x in (query, attention_mask, *kwargs.values()) if isinstance(x, Tensor)]
+        calls.append(_ProbedCall(paths[module], shape, key, inputs, own_elements(cache)))
         return torch.zeros_like(query).transpose(1, 2), None
 
-    # Run the model once, and check the result
     AttentionInterface.register(PROBE, record)
     AttentionMaskInterface.register(PROBE, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
     with ExitStack() as stack:
         stack.enter_context(attention_set(model, PROBE))
         for module in model.modules():
             stack.callback(module.register_forward_pre_hook(reach, with_kwargs=True).remove)
-        cached = {} if cache is None else {CACHE: cache, "use_cache": True}
         try:
-            model(**least_inputs(model) | cached)
+            model(**least_inputs(model) | ({} if cache is None else {CACHE: cache, "use_cache": True}))
         except UserError:
             raise
         except Exception as error:  # of whatever type a model raises that does without the interface's masks or caches
             raise UserError(
                 f"{family} does not run with another attention function ({first_line(error)}): unsupported"
             ) from error
-    if not calls:
-        raise UserError(
-            f"{family} does not call transformers' attention interface, through which Subquad replaces attention: "
-            "unsupported"
-        )
-    return _sites_of(calls, own_elements(cache))
+    return calls, own_elements(cache)
 
 
-@dataclass(frozen=True)
-class _ProbedCall:
-    """Call of the attention interface, its keys, and the elements of the teacher's own states until then."""
-
-    path: str
-    shape: AttentionShape
-    key: Tensor
-    own: tuple[int, int]
+def _same(inputs: list[Tensor], other_inputs: list[Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(inputs, other_inputs, strict=True))
 
 
 def _sites_of(calls: list[_ProbedCall], own: tuple[int, int]) -> list[AttentionSite]:

@@ -17,39 +17,23 @@ from benchmarks.families.tiny import CLASSES, LAYERS, families, make_tiny, parts
 from subquad.model.layer_call import ForwardContext
 
 ROOT = Path(__file__).parents[2]
-TEACHERS = {  # kind of architecture -> family; test_student.py has more of the plain ones
+TEACHERS = {  # kind of architecture -> family; test_student.py and test_hybrid_teachers.py have more
     "one key and value head": "gpt_bigcode",
     "experts": "mixtral",
     "an encoder made causal": "bert",
     "text part of a wrapper": "gemma3",
     "image classifier": "vit",
     "image encoder": "siglip_vision_model",
+    "rotary embedding of patches only": "dinov3_vit",
 }
 REFUSED = {  # family -> words of the sentence
     "bloom": "does not call transformers' attention interface",
     "deepseek_v3": "multi-head latent attention",
     "mamba2": "does not call transformers' attention interface",
 }
-NOT_YET = {
-    "layers without rotary embedding": "smollm3",
-    "learned sinks": "gpt_oss",
-    "linear layers among attention": "qwen3_next",
-    "keys and values shared by layers": "gemma3n_text",
-    "rotary embedding of patches only": "dinov3_vit",
-}
 
 
-def not_yet(kind, family):
-    return pytest.param(family, marks=pytest.mark.xfail(reason=f"{kind}: to do", strict=True), id=kind)
-
-
-@pytest.mark.parametrize(
-    "family",
-    [
-        *(pytest.param(family, id=kind) for kind, family in TEACHERS.items()),
-        *(not_yet(kind, family) for kind, family in NOT_YET.items()),
-    ],
-)
+@pytest.mark.parametrize("family", [pytest.param(family, id=kind) for kind, family in TEACHERS.items()])
 def test_every_kind_of_architecture_works(family):
     outcome = try_family(family)
     assert (outcome.outcome, outcome.detail, outcome.step) == ("works", "", "")
