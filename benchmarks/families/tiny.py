@@ -103,7 +103,7 @@ LAYER_NUMBERS = r"(\w+_)?(layers|idxs|ids|indices|indexes)"
 def families(task: str = TEXT) -> list[str]:
     """Model types of a task: of causal language models, or of image encoders with and without a classifier."""
     if task == TEXT:
-        return sorted(TASKS[TEXT].families)
+        return sorted({*TASKS[TEXT].families} - {TASKS[TEXT].student_type})
     return sorted({*TASKS[CLASSES].families, *MODEL_FOR_IMAGE_MAPPING_NAMES})
 
 

@@ -72,6 +72,11 @@ class BaseStudentConfig(PreTrainedConfig):
         if inner is not None and (name in SHARED or (not own and hasattr(inner, name))):
             setattr(inner, name, value)
 
+    def _get_generation_parameters(self) -> dict[str, Any]:
+        """Settings of `generate` that stand in this configuration by mistake: none that the backbone's one has."""
+        inner, parameters = self._inner(), super()._get_generation_parameters()
+        return {name: value for name, value in parameters.items() if not hasattr(inner, name)}
+
     def _inner(self) -> PreTrainedConfig | None:
         """Backbone's configuration; None before this one is complete."""
         values = vars(self)

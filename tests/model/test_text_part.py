@@ -33,7 +33,6 @@ WRAPPERS = {
     "gemma3": {"text_family": "gemma3_text", "sliding_window": 8},
     "llava": {"text_family": "llama", "tie_word_embeddings": False},
     "got_ocr2": {"text_family": "qwen2"},
-    "paligemma": {"text_family": "gemma"},
 }
 
 
@@ -48,6 +47,12 @@ def test_the_text_part_is_the_model(tmp_path, family):
     assert student.generate(IDS_BT, max_new_tokens=3, do_sample=False).shape[1] == IDS_BT.shape[1] + 3
     student.save_pretrained(tmp_path)
     assert torch.allclose(Student.from_pretrained(tmp_path).eval()(IDS_BT).logits, expected, atol=1e-5)
+
+
+def test_a_text_part_that_looks_ahead_is_refused():
+    """PaliGemma's prompt sees all of itself."""
+    with pytest.raises(UserError, match="GemmaForCausalLM is no causal language model"):
+        make_student(text_part(wrapper("paligemma", "gemma")), mixer="gla")
 
 
 @pytest.mark.parametrize("family", ["gemma3", "llava"])

@@ -56,7 +56,8 @@ def test_a_silenced_head_is_one_whose_columns_are_zero(family):
     for layer, site in enumerate(find_attention(teacher)):
         module = teacher.get_submodule(site.path)
         width = site.shape.head_dim
-        projection = output_projection(module, site.shape.heads * width, site.shape.hidden_size)
+        name = output_projection(module, site.shape.heads * width, site.shape.hidden_size)
+        projection = module.get_submodule(name)
         for head in (0, site.shape.heads - 1):
             weights = projection.weight.data.clone()
             columns = slice(head * width, (head + 1) * width)
