@@ -64,6 +64,7 @@ def _line(entry: dict[Any, Any]) -> str:
 class AttentionShape(BaseModel):
     """Attention of one layer: numbers of heads, widths in elements, and the teacher's own sliding window in tokens.
 
+    `value_dim`: width of values, where it is less than `head_dim` (multi-head latent attention).
     `kv_from`: the earlier layer whose keys and values this one reads, in teachers that share them. `calls`: calls of
     the module in a forward pass, if more than one (Zamba). `own_state`, `own_wide_state`: elements of the state of the
     teacher's own recurrent layers between the previous attention layer and this one (after it, for the last one), in
@@ -77,6 +78,7 @@ class AttentionShape(BaseModel):
     head_dim: int = Field(ge=1)
     hidden_size: int = Field(ge=1)
     window: int | None = Field(None, ge=1)
+    value_dim: int | None = Field(None, ge=1)
     kv_from: int | None = Field(None, ge=0)
     calls: int | None = Field(None, ge=2)
     own_state: int | None = Field(None, ge=1)
@@ -88,6 +90,7 @@ class AttentionShape(BaseModel):
             tuple(sorted(heads)),
             queries_per_kv=self.heads // self.kv_heads,
             head_dim=self.head_dim,
+            value_dim=self.value_dim,
             hidden_size=self.hidden_size,
             window=self.window,
             layer_heads=self.heads,

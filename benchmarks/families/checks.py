@@ -74,7 +74,8 @@ def try_family(model_type: str, make: Callable[[str], PreTrainedModel] = make_ti
     try:
         with _of_teacher():
             outcome.step = "make the teacher"
-            teacher = text_part(make(model_type))
+            teacher = make(model_type)
+            teacher = teacher if task_of(model_type).of_images else text_part(teacher)
             outcome.model = type(teacher).__name__
         checks = _image_checks if task_of(model_type).of_images else _text_checks
         for step in checks(teacher, outcome.numbers):

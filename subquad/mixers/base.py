@@ -45,6 +45,7 @@ class HeadGroup:
     head_dim: int
     hidden_size: int
     window: int | None = None  # the teacher's own sliding window in this layer
+    value_dim: int | None = None  # width of values, if less than `head_dim`: they end in zeros up to that width
     layer_heads: int | None = None  # query heads of the layer, for mixers whose heads differ by position
 
     @cached_property

@@ -150,7 +150,11 @@ def _classifies(model: Any) -> bool:
 
 def _encoder(model: Any) -> Any:
     """Model without its classifier or its saliency decoder."""
-    return model.base_model if _classifies(model) or isinstance(model, SaliencyModel) else model
+    if not _classifies(model) and not isinstance(model, SaliencyModel):
+        return model
+    if model.base_model is not model:
+        return model.base_model
+    return next(child for child in model.children() if isinstance(child, PreTrainedModel))  # its class names none
 
 
 def register() -> None:

@@ -135,7 +135,7 @@ def find_attention(model: PreTrainedModel) -> list[AttentionSite]:
     The model is run once; the result is cached for its lifetime.
     A hybrid's own recurrent layers are left as they are, and counted in the shapes (`own_state`).
     Raises UserError, naming the model's class, for a model that does not call the interface, calls it twice in a layer,
-    attends across sequences or to compressed ones, or has keys and values of different width (MLA); and for a wrapper
+    attends across sequences or to compressed ones, or has values wider than its keys; and for a wrapper
     around a model: of another library, with adapters, or one that also reads images.
     """
     _check_bare(model)
@@ -198,7 +198,7 @@ def _probed_calls(model: PreTrainedModel, cached: float) -> tuple[list[_ProbedCa
     family, paths = type(model).__name__, {module: path for path, module in model.named_modules()}
     hidden_states: dict[nn.Module, Tensor] = {}
     calls: list[_ProbedCall] = []
-    cache = None if reads_images(model) else _ProbeCache(model.config, cached)
+    cache: _ProbeCache | None = None
 
     def reach(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         hidden = args[0] if args else kwargs.get("hidden_states")
@@ -212,18 +212,19 @@ def _probed_calls(model: PreTrainedModel, cached: float) -> tuple[list[_ProbedCa
             raise UserError(f"{family} calls attention more than once in a layer: unsupported")
         if key.shape[2] != query.shape[2]:
             raise UserError(f"{family} attends to other keys than those of its tokens: unsupported")
-        if key.shape[-1] != value.shape[-1] or query.shape[-1] != key.shape[-1]:
-            raise UserError(f"{family} has multi-head latent attention (MLA): unsupported")
+        if query.shape[-1] != key.shape[-1] or value.shape[-1] > key.shape[-1]:
+            raise UserError(f"{family} has values that are wider than its keys: unsupported")
         shape = AttentionShape(
             heads=query.shape[1],
             kv_heads=key.shape[1],
             head_dim=query.shape[-1],
+            value_dim=value.shape[-1] if value.shape[-1] < key.shape[-1] else None,
             hidden_size=hidden_states.pop(module).shape[-1],
             window=kwargs.get("sliding_window"),
         )
         inputs = [x for x in (query, attention_mask, *kwargs.values()) if isinstance(x, Tensor)]
         calls.append(_ProbedCall(paths[module], shape, key, inputs, own_elements(cache)))
-        return torch.zeros_like(query).transpose(1, 2), None
+        return torch.zeros_like(query[..., : value.shape[-1]]).transpose(1, 2), None
 
     AttentionInterface.register(PROBE, record)
     AttentionMaskInterface.register(PROBE, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
@@ -232,6 +233,8 @@ def _probed_calls(model: PreTrainedModel, cached: float) -> tuple[list[_ProbedCa
         for module in model.modules():
             stack.callback(module.register_forward_pre_hook(reach, with_kwargs=True).remove)
         try:
+            if not reads_images(model):
+                cache = _ProbeCache(model.config, cached)
             model(**least_inputs(model) | ({} if cache is None else {CACHE: cache, "use_cache": True}))
         except UserError:
             raise
@@ -287,7 +290,7 @@ def _check_bare(model: Any) -> None:
 
 def wraps_text(model: PreTrainedModel) -> bool:
     """Whether a model reads images or sound beside text: its configuration holds that of its text part."""
-    nested = model.config.get_text_config() is not model.config
+    nested = model.config.get_text_config() is not model.config and not reads_images(model)
     return nested and not model.config.is_encoder_decoder and not model.config.model_type.startswith("subquad")
 
 

@@ -8,7 +8,8 @@ and modules hold no state of a call.
 every layer in place of the plan's mixers. Calibration, stepwise replacement, gates and ablation are such functions,
 each defined where it is used.
 
-Legend: B batch, H query heads, G key/value heads, T new tokens, L past and new tokens, D head width, M hidden width.
+Legend: B batch, H query heads, G key/value heads, T new tokens, L past and new tokens, D head width, V width of the
+model's values, M hidden width.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from subquad.errors import UserError
 from subquad.mixers import HeadGroup, MixerInputs
@@ -83,7 +85,11 @@ class LayerCall:
         sink_H: Tensor | None,
         attend_of: AttendOf,
     ) -> None:
-        """Stores the inputs of the attention function; prefix tokens move to the middle."""
+        """Stores the inputs of the attention function; prefix tokens move to the middle.
+
+        Values that are narrower than keys get zeros at their end, which every mixer leaves in the end of its output.
+        """
+        v_BGTD = pad(v_BGTD, (0, k_BGTD.shape[-1] - v_BGTD.shape[-1]))
         hidden_BTM = self.hidden_BTM
         if prefix_tokens := self.layer_mixer.prefix_tokens:
             q_BHTD, k_BGTD, v_BGTD = (to_middle(x, 2, prefix_tokens) for x in (q_BHTD, k_BGTD, v_BGTD))
@@ -172,7 +178,9 @@ class LayerCall:
         """Output of the teacher's attention, (B, H, T, D)."""
         inputs = self._rotated_inputs
         assert inputs.attend is not None
-        return inputs.attend(inputs.q_BHTD, inputs.k_BGTD, inputs.v_BGTD)
+        shape = self.layer_mixer.shape
+        y_BHTV = inputs.attend(inputs.q_BHTD, inputs.k_BGTD, inputs.v_BGTD[..., : shape.value_dim])
+        return pad(y_BHTV, (0, shape.head_dim - y_BHTV.shape[-1]))
 
     def mixed(self) -> Tensor:
         """Output of the plan's mixers, (B, H, T, D); stores their new states in the cache.
@@ -205,8 +213,9 @@ class LayerCall:
         return picked(torch.cat([*outputs.values()], 1), self.layer_mixer.head_indices)
 
     def in_model_order(self, y_BHTD: Tensor) -> Tensor:
-        """Output of an attention function, (B, T, H, D), with the tokens in the model's order; contiguous in memory."""
-        return to_front(y_BHTD.transpose(1, 2), 1, self.layer_mixer.prefix_tokens).contiguous()
+        """Output of an attention function, (B, T, H, V), with the tokens in the model's order; contiguous in memory."""
+        y_BTHV = y_BHTD.transpose(1, 2)[..., : self.layer_mixer.shape.value_dim]
+        return to_front(y_BTHV, 1, self.layer_mixer.prefix_tokens).contiguous()
 
 
 _current: ContextVar[LayerCall | None] = ContextVar("subquad_layer_call", default=None)

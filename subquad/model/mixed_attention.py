@@ -55,7 +55,7 @@ def mixed_attention(
     call = current_call()
     if call.probe is not None:
         call.probe.append((query, key))
-        return torch.zeros_like(query).transpose(1, 2), None
+        return torch.zeros_like(query[..., : value.shape[-1]]).transpose(1, 2), None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     documents = call.context.layout.documents
     weights: list[Tensor | None] = []
@@ -172,7 +172,8 @@ def attach(
         module.register_forward_pre_hook(open_call, with_kwargs=True)
         if plan.joined(layer):
             shape = plan.shapes[layer]
-            projection = output_projection(module, shape.heads * shape.head_dim, shape.hidden_size)
+            width = shape.heads * (shape.value_dim or shape.head_dim)
+            projection = output_projection(module, width, shape.hidden_size)
             module.register_forward_hook(partial(_join, projection))
         module.register_forward_hook(close_call, always_call=True)
     # Layers that share keys rotate them alike: in the model's own code, or all by their mixers

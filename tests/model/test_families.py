@@ -29,7 +29,7 @@ TEACHERS = {  # kind of architecture -> family; test_student.py and test_hybrid_
 DETAILS = {"bert": "as a student in Python; subquad convert needs a linear output head"}
 REFUSED = {  # family -> words of the sentence
     "bloom": "does not call transformers' attention interface",
-    "deepseek_v3": "multi-head latent attention",
+    "doge": "reads its cached keys and values outside of attention",
     "mamba2": "does not call transformers' attention interface",
 }
 

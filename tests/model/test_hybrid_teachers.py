@@ -49,6 +49,10 @@ HYBRIDS = {
     "llama4_text": {"head_dim": 8, "intermediate_size_mlp": 64, "num_local_experts": 2, "no_rope_layers": [1, 0, 1],
                     "attn_temperature_tuning": False},
     "stablelm": {},
+    # values narrower than keys
+    "deepseek_v3": {"num_key_value_heads": 6, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8,
+                    "qk_rope_head_dim": 4, "v_head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 2,
+                    "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "moe_intermediate_size": 16},
 }  # fmt: skip
 SECOND, THIRD = "discrete_mamba2", "hedgehog"
 OPTIONS = {SECOND: {"rotary": False}, THIRD: {"window": 6, "sinks": 2}}
@@ -93,14 +97,17 @@ def test_a_student_computes_generates_and_saves_as_it_should(family):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("family", ["qwen3_5_text", "lfm2", "falcon_h1", "zamba2", "gemma3n_text", "gemma4_text"])
+@pytest.mark.parametrize(
+    "family", ["qwen3_5_text", "lfm2", "falcon_h1", "zamba2", "gemma3n_text", "gemma4_text", "deepseek_v3"]
+)
 @torch.no_grad()
 def test_a_plan_knows_the_bytes_of_the_teachers_own_cache(family, dtype):
     teacher = hybrid(family, getattr(torch, dtype))
     cache = DynamicCache(config=teacher.config)
     teacher(torch.randint(3, 97, (2, 30)), use_cache=True, **{CACHE: cache})
     keys = [layer.keys for layer in cache.layers if getattr(layer, "keys", None) is not None]
-    held_bytes = 2 * sum(x.nbytes for x in keys) + sum(map(own_bytes, cache.layers))
+    values = [layer.values for layer in cache.layers if getattr(layer, "keys", None) is not None]
+    held_bytes = sum(x.nbytes for x in (*keys, *values)) + sum(map(own_bytes, cache.layers))
     shapes = shapes_of(teacher)
     for shape in shapes:
         if shape.kv_from is not None and shape.window is not None:  # has a short window of keys of its own
