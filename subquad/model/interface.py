@@ -135,8 +135,8 @@ def find_attention(model: PreTrainedModel) -> list[AttentionSite]:
     The model is run once; the result is cached for its lifetime.
     A hybrid's own recurrent layers are left as they are, and counted in the shapes (`own_state`).
     Raises UserError, naming the model's class, for a model that does not call the interface, calls it twice in a layer,
-    attends across sequences or to compressed ones, or has values wider than its keys; and for a wrapper
-    around a model: of another library, with adapters, or one that also reads images.
+    attends to other tokens than its own, caches keys and values compressed (MLA), or has values wider than its keys;
+    and for a wrapper around a model: of another library, with adapters, or one that also reads images.
     """
     _check_bare(model)
     if model not in _sites:
@@ -184,9 +184,11 @@ class _ProbeCache(DynamicCache):
     def __init__(self, config: PreTrainedConfig, number: float) -> None:
         super().__init__(config=config)
         self.number = number
+        self.elements: int | None = None  # per token, of the last update
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         super().update(key_states, value_states, *args, **kwargs)
+        self.elements = sum(x.shape[1] * x.shape[-1] for x in (key_states, value_states))
         return torch.full_like(key_states, self.number), torch.full_like(value_states, self.number)
 
 
@@ -214,6 +216,12 @@ def _probed_calls(model: PreTrainedModel, cached: float) -> tuple[list[_ProbedCa
             raise UserError(f"{family} attends to other keys than those of its tokens: unsupported")
         if query.shape[-1] != key.shape[-1] or value.shape[-1] > key.shape[-1]:
             raise UserError(f"{family} has values that are wider than its keys: unsupported")
+        elements = sum(x.shape[1] * x.shape[-1] for x in (key, value))
+        if cache is not None and cache.elements is not None and cache.elements < elements:
+            raise UserError(
+                f"{family} caches compressed keys and values (multi-head latent attention): a student would hold them "
+                f"expanded, in {elements / cache.elements:.0f} times the memory, so it is not converted"
+            )
         shape = AttentionShape(
             heads=query.shape[1],
             kv_heads=key.shape[1],

@@ -49,10 +49,6 @@ HYBRIDS = {
     "llama4_text": {"head_dim": 8, "intermediate_size_mlp": 64, "num_local_experts": 2, "no_rope_layers": [1, 0, 1],
                     "attn_temperature_tuning": False},
     "stablelm": {},
-    # values narrower than keys
-    "deepseek_v3": {"num_key_value_heads": 6, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8,
-                    "qk_rope_head_dim": 4, "v_head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 2,
-                    "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "moe_intermediate_size": 16},
 }  # fmt: skip
 SECOND, THIRD = "discrete_mamba2", "hedgehog"
 OPTIONS = {SECOND: {"rotary": False}, THIRD: {"window": 6, "sinks": 2}}
@@ -97,9 +93,7 @@ def test_a_student_computes_generates_and_saves_as_it_should(family):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(
-    "family", ["qwen3_5_text", "lfm2", "falcon_h1", "zamba2", "gemma3n_text", "gemma4_text", "deepseek_v3"]
-)
+@pytest.mark.parametrize("family", ["qwen3_5_text", "lfm2", "falcon_h1", "zamba2", "gemma3n_text", "gemma4_text"])
 @torch.no_grad()
 def test_a_plan_knows_the_bytes_of_the_teachers_own_cache(family, dtype):
     teacher = hybrid(family, getattr(torch, dtype))
@@ -152,6 +146,24 @@ def test_stages_train_students_of_hybrids(family, settings, tmp_path):
     student = make_student(teacher, attention_layers=(), mixer="gla")
     _, result = train(tmp_path, {**settings, "tokens": 4 * 4 * 16}, teacher=teacher, student=student)
     assert result.steps == 4 and all(torch.isfinite(x).all() for x in student.state_dict().values())
+
+
+def test_values_may_be_narrower_than_keys(monkeypatch):
+    """As in latent attention, whose cache is compressed: it is refused when it is opened."""
+    sizes = {"q_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8, "n_routed_experts": 4}
+    experts = {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 16}
+    monkeypatch.setitem(HYBRIDS, "deepseek_v3", {**sizes, **experts, "num_key_value_heads": 6})
+    with pytest.raises(UserError, match="compressed keys and values .* expanded, in 6 times the memory"):
+        shapes_of(hybrid("deepseek_v3", kv_lora_rank=16))
+    teacher = hybrid("deepseek_v3", kv_lora_rank=128)  # not compressed
+    student = Student.from_teacher(teacher, mixed_plan(shapes_of(teacher)))
+    assert [shape.value_dim for shape in student.plan.shapes] == [8, 8, 8]
+    tokens_BT = torch.randint(3, 97, (2, 20))
+    with torch.no_grad():
+        hidden_BTM = student.final_hidden(tokens_BT, forward_context=attending(range(3)))
+        expected_BTM = teacher.model(tokens_BT, use_cache=False).last_hidden_state
+    torch.testing.assert_close(hidden_BTM, expected_BTM, rtol=1e-4, atol=1e-4)
+    check_student(student, length=14)
 
 
 def test_a_layer_that_attends_twice_is_refused_by_name():
