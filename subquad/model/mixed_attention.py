@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from subquad.mixers import HeadGroup
+from subquad.mixers import HeadGroup, mixer_options
 from subquad.mixers.base import picked
 from subquad.model.interface import attention_function, set_attention
 from subquad.model.join import output_projection, project_branch
@@ -176,11 +176,13 @@ def attach(
             projection = output_projection(module, width, shape.hidden_size)
             module.register_forward_hook(partial(_join, projection))
         module.register_forward_hook(close_call, always_call=True)
-    # Layers that share keys rotate them alike: in the model's own code, or all by their mixers
-    layer_mixers = [layer_mixer(model.get_submodule(path)) for path in paths]
-    for layer, mixer in enumerate(layer_mixers):
-        sharing = [other for index, other in enumerate(layer_mixers) if plan.kv_source(index) == plan.kv_source(layer)]
-        mixer.withholds_rotary = not all(part.rotary for other in sharing for part in other.by_name.values())
+    # Layers that share keys rotate them alike, also where blocks of several students are combined (a supernet)
+    sources = [plan.kv_source(layer) for layer in range(plan.num_layers)]
+    all_rotate = all(getattr(mixer_options(name, options), "rotary", True) for name, options in plan.mixers.items())
+    for layer, path in enumerate(paths):
+        mixer = layer_mixer(model.get_submodule(path))
+        is_alone = sources.count(sources[layer]) == 1
+        mixer.withholds_rotary = not (all(part.rotary for part in mixer.by_name.values()) if is_alone else all_rotate)
     set_attention(model, register(model.config._attn_implementation))
 
 

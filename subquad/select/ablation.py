@@ -32,7 +32,7 @@ from subquad.mixers.base import picked
 from subquad.model.interface import record_outputs
 from subquad.model.layer_call import ForwardContext, LayerCall
 from subquad.model.student import Student
-from subquad.select.prefix import repeat_output, skip_below
+from subquad.select.prefix import skip_below
 from subquad.select.units import Unit, layers_in
 from subquad.select.work import SelectionWork, bootstrap
 from subquad.utils.token_cost import TokenCost
@@ -173,12 +173,11 @@ class Ablation:
             for start in range(0, len(in_layer), batch_size):
                 batch = in_layer[start : start + batch_size]
                 gains = self._gains(batch)
-                below = [repeat_output(outputs[layer - 1], len(batch))] * layer if layer else []
 
                 def hidden(model: PreTrainedModel, ids_ST: Tensor, gains: Any = gains) -> Tensor:
                     return teacher.final_hidden(ids_ST, forward_context=scaled(gains))
 
-                with skip_below(blocks, layer, below):
+                with skip_below(teacher, layer, outputs, times=len(batch)):
                     scores = by_row(answers(teacher, probe.repeated(len(batch)), hidden))
                 for row, index in enumerate(batch):
                     yield index, {kind: score_S[row] for kind, score_S in scores.items()}

@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from subquad.model.base import BaseStudent
+
 
 @contextmanager
 def replace_forward(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
@@ -26,11 +28,22 @@ def replace_forward(module: nn.Module, function: Callable[..., Any]) -> Iterator
 
 
 @contextmanager
-def skip_below(blocks: Sequence[nn.Module], layer: int, outputs: Sequence[Any]) -> Iterator[None]:
-    """Within, the blocks below `layer` return the recorded `outputs`."""
+def skip_below(student: BaseStudent, layer: int, outputs: Sequence[Any], times: int = 1) -> Iterator[None]:
+    """Within, the blocks below `layer` return their recorded `outputs`, repeated `times` along the batch.
+
+    Blocks whose keys other layers read do run, on the recorded output of the block before. In a teacher that calls an
+    attention module several times in a pass, all blocks run.
+    """
+    blocks, shapes = student.blocks(), student.plan.shapes
+    if any(shape.calls for shape in shapes):
+        yield
+        return
+    sources = {shape.kv_from for shape in shapes if shape.kv_from is not None}
+    inputs_of_running = {index - 1 for index in (*sources, layer)}  # blocks whose output a running block reads
     with ExitStack() as stack:
-        for block, output in zip(blocks[:layer], outputs[:layer], strict=True):
-            stack.enter_context(replace_forward(block, lambda *args, _output=output, **kwargs: _output))
+        for index in {*range(layer)} - sources:
+            output = repeat_output(outputs[index], times) if index in inputs_of_running else outputs[index]
+            stack.enter_context(replace_forward(blocks[index], lambda *args, _output=output, **kwargs: _output))
         yield
 
 

@@ -76,7 +76,7 @@ class Supernet:
         with self.activate(base) as student, record_outputs(student.blocks()) as outputs:
             measurements = [measure(student)]
         for plan in candidates:
-            with self.activate(plan) as student, skip_below(student.blocks(), first_difference(plan, base), outputs):
+            with self.activate(plan) as student, skip_below(student, first_difference(plan, base), outputs):
                 measurements.append(measure(student))
         return measurements
 

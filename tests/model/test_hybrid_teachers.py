@@ -7,10 +7,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from subquad.errors import UserError
 from subquad.model.cache import CACHE, own_bytes
 from subquad.model.conformance import check_student
-from subquad.model.interface import shapes_of
+from subquad.model.interface import record_outputs, shapes_of
 from subquad.model.layer_call import attending
 from subquad.model.student import Student
 from subquad.plan import ATTENTION, Plan
+from subquad.select.prefix import skip_below
 from tests.helpers import ALIGN, GROUPED, LOGITS, make_student, train
 
 LINEAR = {
@@ -146,6 +147,20 @@ def test_stages_train_students_of_hybrids(family, settings, tmp_path):
     student = make_student(teacher, attention_layers=(), mixer="gla")
     _, result = train(tmp_path, {**settings, "tokens": 4 * 4 * 16}, teacher=teacher, student=student)
     assert result.steps == 4 and all(torch.isfinite(x).all() for x in student.state_dict().values())
+
+
+@pytest.mark.parametrize("family", ["gemma3n_text", "zamba2", "qwen3_5_text"])
+@torch.no_grad()
+def test_a_pass_begins_in_the_middle(family):
+    student = make_student(hybrid(family), attention_layers=(0,), mixer="gla")
+    tokens_BT = torch.randint(3, 97, (2, 12))
+    with record_outputs(student.blocks()) as outputs:
+        expected_BTM = student.final_hidden(tokens_BT)
+    outputs = [*outputs]
+    for layer in range(len(student.blocks())):
+        with skip_below(student, layer, outputs, times=2):
+            hidden_BTM = student.final_hidden(tokens_BT.repeat(2, 1))
+        assert torch.equal(hidden_BTM, expected_BTM.repeat(2, 1, 1))
 
 
 def test_values_may_be_narrower_than_keys(monkeypatch):
