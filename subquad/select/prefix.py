@@ -48,7 +48,11 @@ def skip_below(student: BaseStudent, layer: int, outputs: Sequence[Any], times: 
 
 
 def repeat_output(output: Any, times: int) -> Any:
-    """A block's output, repeated `times` along the batch: copies of a row are `batch` rows apart."""
+    """A block's output, repeated `times` along the batch: copies of a row are `batch` rows apart.
+
+    Hidden states are (B, T, M), or several of them in one tensor, (P, B, T, M) (Gemma 3n).
+    """
     if isinstance(output, Tensor):
-        return output.repeat(times, *[1] * (output.dim() - 1))
+        dim = max(0, output.dim() - 3)
+        return output.repeat(*[1] * dim, times, *[1] * (output.dim() - dim - 1))
     return tuple(repeat_output(part, times) for part in output) if isinstance(output, tuple) else output
