@@ -72,11 +72,11 @@ class BaseStudentConfig(PreTrainedConfig):
         if inner is not None and (name in SHARED or (not own and hasattr(inner, name))):
             setattr(inner, name, value)
 
-    def validate_architecture(self) -> None:
-        """Checks nothing: the backbone's configuration, whose sizes are read here, checks them by its own rules."""
-
-    def validate_layer_type(self) -> None:
-        """Checks nothing, as `validate_architecture`."""
+    def validate(self) -> None:
+        """Checks the backbone's configuration, by its own rules: its sizes and layer types are read here, too."""
+        inner = self._inner()
+        if inner is not None:
+            inner.validate()
 
     def _get_generation_parameters(self) -> dict[str, Any]:
         """Settings of `generate` that stand in this configuration by mistake: none that the backbone's one has."""

@@ -135,8 +135,8 @@ def find_attention(model: PreTrainedModel) -> list[AttentionSite]:
     The model is run once; the result is cached for its lifetime.
     A hybrid's own recurrent layers are left as they are, and counted in the shapes (`own_state`).
     Raises UserError, naming the model's class, for a model that does not call the interface, calls it twice in a layer,
-    attends to other tokens than its own, caches keys and values compressed (MLA), or has values wider than its keys;
-    and for a wrapper around a model: of another library, with adapters, or one that also reads images.
+    attends to other tokens than its own, caches fewer keys and values than it reads (MLA), or has values wider than its
+    keys; and for a wrapper around a model: of another library, with adapters, or one that also reads images.
     """
     _check_bare(model)
     if model not in _sites:
@@ -219,8 +219,8 @@ def _probed_calls(model: PreTrainedModel, cached: float) -> tuple[list[_ProbedCa
         elements = sum(x.shape[1] * x.shape[-1] for x in (key, value))
         if cache is not None and cache.elements is not None and cache.elements < elements:
             raise UserError(
-                f"{family} caches compressed keys and values (multi-head latent attention): a student would hold them "
-                f"expanded, in {elements / cache.elements:.0f} times the memory, so it is not converted"
+                f"{family} caches fewer keys and values than its heads read, as in multi-head latent attention: a "
+                f"student would hold them all, {elements / cache.elements:.0f} times as much, so it is not converted"
             )
         shape = AttentionShape(
             heads=query.shape[1],

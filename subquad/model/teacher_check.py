@@ -23,7 +23,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from subquad.errors import UserError
 from subquad.model.cache import CACHE
@@ -183,11 +183,10 @@ def _cached_deviation(model: PreTrainedModel) -> float:
     ids_BT = _trial_ids(model)
     with _trial(model):
         expected_BTV = _logits(model, ids_BT)
-        logits, cache = [], None
-        for piece_BT in ids_BT.split([TRIAL_TOKENS - TRIAL_STEPS, *[1] * TRIAL_STEPS], 1):
-            output: Any = model(input_ids=piece_BT, use_cache=True, **{CACHE: cache})
-            logits.append(output.logits)
-            cache = getattr(output, CACHE)
+        new_cache: Any = getattr(model, "new_cache", None)  # of a student
+        cache = DynamicCache(config=model.config) if new_cache is None else new_cache()
+        pieces = ids_BT.split([TRIAL_TOKENS - TRIAL_STEPS, *[1] * TRIAL_STEPS], 1)
+        logits = [model(input_ids=piece_BT, use_cache=True, **{CACHE: cache}).logits for piece_BT in pieces]
     return _deviation(torch.cat(logits, 1), expected_BTV)
 
 

@@ -50,6 +50,7 @@ def text_part(model: PreTrainedModel) -> PreTrainedModel:
     text.set_output_embeddings(head)
     config.tie_word_embeddings = head.weight is text.get_input_embeddings().weight
     text.config = config
+    text.all_tied_weights_keys = text.get_expanded_tied_weights_keys(all_submodels=False)
     text.generation_config = model.generation_config
     text.train(model.training)
     tokens_BT = torch.arange(4, device=input_device(model))[None] % config.vocab_size

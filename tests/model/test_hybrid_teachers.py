@@ -168,7 +168,7 @@ def test_values_may_be_narrower_than_keys(monkeypatch):
     sizes = {"q_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8, "n_routed_experts": 4}
     experts = {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 16}
     monkeypatch.setitem(HYBRIDS, "deepseek_v3", {**sizes, **experts, "num_key_value_heads": 6})
-    with pytest.raises(UserError, match="compressed keys and values .* expanded, in 6 times the memory"):
+    with pytest.raises(UserError, match="caches fewer keys and values than its heads read, .* 6 times as much"):
         shapes_of(hybrid("deepseek_v3", kv_lora_rank=16))
     teacher = hybrid("deepseek_v3", kv_lora_rank=128)  # not compressed
     student = Student.from_teacher(teacher, mixed_plan(shapes_of(teacher)))
