@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from subquad.model.interface import least_inputs, watched_attention
@@ -37,9 +38,13 @@ def is_offloaded(model: nn.Module) -> bool:
 
 
 def is_quantised(model: nn.Module) -> bool:
-    """Whether weights of a model are codes, by what transformers marks or by their dtype."""
-    codes = any(not weight.is_floating_point() or weight.element_size() < 2 for weight in model.parameters())
-    return codes or bool(getattr(model, "is_quantized", False))
+    """Whether weights of a model are codes, by what transformers marks, by their dtype or by their class (torchao)."""
+    return bool(getattr(model, "is_quantized", False)) or any(map(_is_code, model.parameters()))
+
+
+def _is_code(weight: nn.Parameter) -> bool:
+    is_plain = type(weight.data) is Tensor or isinstance(weight.data, DTensor)
+    return not is_plain or not weight.is_floating_point() or weight.element_size() < 2
 
 
 def alike(module: nn.Module, other: nn.Module) -> bool:

@@ -4,10 +4,12 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from subquad.errors import UserError
 from subquad.model.base import plan_of
 from subquad.model.student import Student
+from subquad.plan import Plan
 from tests.helpers import make_student, tiny
 
 CPU = torch.device("cpu")
@@ -99,3 +101,31 @@ def test_a_student_of_an_offloaded_teacher(tmp_path, how):
     student.save_pretrained(tmp_path / "student")
     saved = Student.from_pretrained(tmp_path / "student").eval()
     assert torch.equal(saved(IDS_BT).logits, expected(IDS_BT).logits)
+
+
+def quantised_by_library(how, folder):
+    """A tiny teacher, quantised by a library where it is installed."""
+    teacher = tiny("llama", tie_word_embeddings=False, hidden_size=64, intermediate_size=128, num_attention_heads=8)
+    if how == "torchao":
+        quantization = pytest.importorskip("torchao.quantization")
+        quantization.quantize_(teacher, quantization.Int8WeightOnlyConfig())
+        return teacher
+    pytest.importorskip("bitsandbytes")
+    teacher.save_pretrained(folder)
+    settings = {"load_in_8bit": True} if how == "8 bit" else {"load_in_4bit": True}
+    config = BitsAndBytesConfig(**settings, bnb_4bit_compute_dtype=torch.float32)
+    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, device_map="cpu").eval()
+
+
+@pytest.mark.parametrize("how", ["torchao", "8 bit", "4 bit"])
+def test_a_student_of_a_really_quantised_teacher(tmp_path, how):
+    teacher = quantised_by_library(how, tmp_path)
+    kept = make_student(teacher, attention_layers=range(3), mixer="gla")
+    assert torch.equal(kept(IDS_BT).logits, teacher(IDS_BT).logits)
+    plan = Plan.by_head(kept.plan.shapes, [(0, 1), (1, 2)], "gla", join="parallel")
+    mixed = Student.from_teacher(teacher, plan)
+    mixed.calibrate(IDS_BT)
+    assert mixed.generate(IDS_BT, max_new_tokens=4, do_sample=False).shape[1] > IDS_BT.shape[1]
+    assert mixed(IDS_BT).logits.isfinite().all()
+    with pytest.raises(UserError, match="quantised weights cannot be saved"):
+        mixed.save_pretrained(tmp_path / "student")
