@@ -239,6 +239,8 @@ def _probed_calls(model: PreTrainedModel, cached: float) -> tuple[list[_ProbedCa
     with ExitStack() as stack:
         stack.enter_context(attention_set(model, PROBE))
         for module in model.modules():
+            stack.callback(setattr, module, "training", module.training)
+            module.training = False  # without dropout, two passes compute the same
             stack.callback(module.register_forward_pre_hook(reach, with_kwargs=True).remove)
         try:
             if not reads_images(model):

@@ -249,7 +249,14 @@ def test_progress_of_work_in_several_parts():
     ]
 
 
-@pytest.mark.parametrize("settings", [ALIGN, LOGITS, BRIDGE], ids=["mixer_output", "logits", "bridge"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param(ALIGN, id="mixer_output"),
+        pytest.param(LOGITS, id="logits", marks=pytest.mark.slow),
+        pytest.param(BRIDGE, id="bridge", marks=pytest.mark.slow),
+    ],
+)
 def test_interrupted_at_any_write_it_ends_with_the_same_bits(tmp_path, settings, monkeypatch):
     """Each run dies at another write to the disk, and is resumed until it is through."""
 

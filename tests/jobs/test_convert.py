@@ -72,6 +72,7 @@ def test_convert_leaves_what_it_promises(finished):
     assert scores["chosen"] == student.plan.attention_layers and len(scores["chosen"]) == 1
 
 
+@pytest.mark.slow
 def test_the_folder_loads_with_transformers(finished):
     """In a new process: after `import subquad`, and without it by trust_remote_code."""
     out, student = finished

@@ -41,7 +41,10 @@ LORA = {**LOGITS, "objective": "labels", "trainable": "lora", "lora": {"rank": 2
 OF_TEXT = [name for name in recipe_names() if load_recipe(name).task == "text-generation"]
 
 
-@pytest.mark.parametrize("name", OF_TEXT)
+QUICK = [name if name.endswith("quick") else pytest.param(name, marks=pytest.mark.slow) for name in OF_TEXT]
+
+
+@pytest.mark.parametrize("name", QUICK)
 def test_every_recipe_of_text_runs(name, teacher_folder, text, tmp_path, monkeypatch):
     monkeypatch.setitem(FLOORS, "logprob", -1e9)  # a random teacher retrieves nothing
     recipe = shortened(name)

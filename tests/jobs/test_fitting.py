@@ -67,6 +67,7 @@ def test_rotary_teachers_take_what_is_asked(family, teacher_folder):
     assert fitted(recipe, teacher) == (recipe, 2048, "")
 
 
+@pytest.mark.slow
 def test_a_conversion_and_its_dry_run_in_40_positions(gpt2, text, tmp_path, capsys):
     said = "of at most 40 tokens, to which are cut: calibration (1,024)"
     preview = dry_run.dry_run(gpt2, quick(), tmp_path / "dry", data=text)

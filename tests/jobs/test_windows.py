@@ -71,6 +71,7 @@ def test_a_plan_that_saves_little_is_said():
     assert saving_warning(large, "float32").endswith("saves no cache at 2k tokens of context and below")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("by", "unit", "budget", "options", "count"),
     [
@@ -116,6 +117,7 @@ def test_windows_are_replaced_where_that_is_asked_for(gemma2, text, tmp_path):
     assert half.attention_layers == sorted([*WINDOWS, best])
 
 
+@pytest.mark.slow
 def test_bytes_are_spent_on_all_layers(gemma2, text, tmp_path):
     settings = recipe("20KiB@4k", by="fixed", options={"layers": [0, 1, 2, 3, 4, 5]})
     plan = select.select(gemma2, settings, tmp_path / "plan.yaml", data=text)
@@ -137,6 +139,7 @@ def test_the_stand_in_of_a_dry_run_keeps_windows():
     assert dry_run._stand_in(linear, recipe("1")).attention_layers == [0, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_a_conversion_with_windows(gemma2, text, tmp_path):
     """Its training, baselines and report."""
     evaluate = {"contexts": [16], "rows": 2, "retrieval": {"tasks": []}, "prompts": []}

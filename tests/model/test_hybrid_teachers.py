@@ -72,7 +72,11 @@ def mixed_plan(shapes):
     return Plan(shapes=shapes, mixers={ATTENTION: {}, **OPTIONS}, layers=layers)
 
 
-@pytest.mark.parametrize("family", HYBRIDS)
+SLOW = {"gemma4_text", "lfm2", "llama4_text", "stablelm"}
+FEW = [pytest.param(family, marks=pytest.mark.slow) if family in SLOW else family for family in HYBRIDS]
+
+
+@pytest.mark.parametrize("family", FEW)
 @torch.no_grad()
 def test_a_student_computes_generates_and_saves_as_it_should(family):
     teacher = hybrid(family)
@@ -138,6 +142,7 @@ def test_heads_keep_their_own_learned_sinks():
     torch.testing.assert_close(student(tokens_BT, use_cache=False).logits, expected_logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen3_5_text", "falcon_h1", "gemma3n_text", "zamba2", "stablelm"])
 @pytest.mark.parametrize(
     "settings", [ALIGN, {**ALIGN, "objective": "block_output"}, LOGITS], ids=["mixer", "block", "logits"]

@@ -59,6 +59,7 @@ def test_a_classifier_stays_one(family, tmp_path):
     assert loaded_student(images(), labels=torch.tensor([0, 3])).loss > 0
 
 
+@pytest.mark.slow
 def test_a_folder_loads_where_subquad_is_not_imported(tmp_path):
     teacher = encoder("vit")
     ImageStudent.from_teacher(teacher, mixed_plan(teacher)).save_pretrained(tmp_path)

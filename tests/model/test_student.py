@@ -253,7 +253,7 @@ def test_latent_attention_is_refused_by_name():
         first_k_dense_replace=1,
         n_routed_experts=2,
     )
-    with pytest.raises(UserError, match="MLA"):
+    with pytest.raises(UserError, match="multi-head latent attention"):
         find_attention(AutoModelForCausalLM.from_config(config).eval())
 
 

@@ -163,7 +163,16 @@ def student_tests(mixin, student):
     return StudentTests
 
 
-@pytest.mark.parametrize("name", [*TEXT_PLANS, "images"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "attention",
+        "mixed",
+        pytest.param("discrete_mamba2", marks=pytest.mark.slow),
+        pytest.param("gated_deltanet", marks=pytest.mark.slow),
+        "images",
+    ],
+)
 def test_a_student_passes_the_tests_of_transformers(name, model_tester_mixin):
     student = make_student(name)
     cases = student_tests(model_tester_mixin, student)
