@@ -4,9 +4,9 @@ Legend: B batch, H query heads, G key/value heads, T new tokens, L cached and ne
 """
 
 from torch import Tensor
-from torch.nn.functional import pad
 
 from subquad.mixers.base import HeadGroup, Held, Mixer, MixerInputs, Options, State
+from subquad.ops.common import widened
 
 
 class Attention(Mixer):
@@ -23,7 +23,7 @@ class Attention(Mixer):
             k_BGLD, v_BGLD = inputs.append(state["k"], k_BGLD), inputs.append(state["v"], v_BGLD)
         cache_window = slice(None) if self.group.window is None else slice(-self.group.window + 1, None)
         y_BHTD = inputs.attend(inputs.q_BHTD, self.expand(k_BGLD), self.expand(v_BGLD))
-        y_BHTD = pad(y_BHTD, (0, self.group.head_dim - y_BHTD.shape[-1]))
+        y_BHTD = widened(y_BHTD, self.group.head_dim)
         return y_BHTD, {"k": k_BGLD[:, :, cache_window], "v": v_BGLD[:, :, cache_window]}
 
     def expand(self, x_BGLD: Tensor) -> Tensor:

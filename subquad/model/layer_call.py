@@ -19,13 +19,12 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from copy import copy
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
 from subquad.errors import UserError
 from subquad.mixers import HeadGroup, MixerInputs
@@ -36,6 +35,7 @@ from subquad.model.layer_mixer import LayerMixer, layer_mixer
 from subquad.model.packing import Layout
 from subquad.model.rollback import MixerPass
 from subquad.model.rotary import AnyTables, identity_of, rotation_of
+from subquad.ops.common import widened
 from subquad.plan import ATTENTION
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q (B, H, T, D), k and v (B, G, L, D) -> y (B, H, T, D)
@@ -89,7 +89,7 @@ class LayerCall:
 
         Values that are narrower than keys get zeros at their end, which every mixer leaves in the end of its output.
         """
-        v_BGTD = pad(v_BGTD, (0, k_BGTD.shape[-1] - v_BGTD.shape[-1]))
+        v_BGTD = widened(v_BGTD, k_BGTD.shape[-1])
         hidden_BTM = self.hidden_BTM
         if prefix_tokens := self.layer_mixer.prefix_tokens:
             q_BHTD, k_BGTD, v_BGTD = (to_middle(x, 2, prefix_tokens) for x in (q_BHTD, k_BGTD, v_BGTD))
@@ -180,7 +180,7 @@ class LayerCall:
         assert inputs.attend is not None
         shape = self.layer_mixer.shape
         y_BHTV = inputs.attend(inputs.q_BHTD, inputs.k_BGTD, inputs.v_BGTD[..., : shape.value_dim])
-        return pad(y_BHTV, (0, shape.head_dim - y_BHTV.shape[-1]))
+        return widened(y_BHTV, shape.head_dim)
 
     def mixed(self) -> Tensor:
         """Output of the plan's mixers, (B, H, T, D); stores their new states in the cache.
@@ -230,11 +230,17 @@ def forward_arguments(model: nn.Module, context: ForwardContext) -> Iterator[dic
     block again. For those that do not, the context is in a context variable.
     """
     token = _forward.set(context)
-    parameters = signature(model.forward).parameters.values()
+    model_class: Any = type(model)
     try:
-        yield {"forward_context": context} if any(p.kind is p.VAR_KEYWORD for p in parameters) else {}
+        yield {"forward_context": context} if _takes_keywords(model_class) else {}
     finally:
         _forward.reset(token)
+
+
+@cache
+def _takes_keywords(model_class: Any) -> bool:
+    """Whether the forward pass of a class takes any keyword argument; asked once, not at every step of decoding."""
+    return any(p.kind is p.VAR_KEYWORD for p in signature(model_class.forward).parameters.values())
 
 
 def _context_of(module: nn.Module, kwargs: dict[str, Any]) -> ForwardContext:

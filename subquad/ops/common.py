@@ -26,6 +26,11 @@ def joined(old_BGLD: Tensor, new_BGTD: Tensor) -> Tensor:
     return torch.cat([old_BGLD, new_BGTD], 2)
 
 
+def widened(x: Tensor, width: int) -> Tensor:
+    """Append zeros to the last dimension up to a width; a tensor of that width is returned as it is, without a copy."""
+    return x if x.shape[-1] == width else pad(x, (0, width - x.shape[-1]))
+
+
 def full_precision(form: Callable[P, R]) -> Callable[P, R]:
     """Disable autocast inside a form, since it would multiply states and decays in half precision."""
 
